@@ -1,0 +1,74 @@
+// What Python sees of the native code: cffi parses this file (preprocessor lines removed) after blocks.h.
+// Nothing here allocates per token, and nothing here validates input from outside: sizes are checked in Python first.
+#pragma once
+#include <stdint.h>
+#include <stddef.h>
+
+// ---- ISA: one kernel table per instruction set, chosen once per process -----------------------------------------------
+int         pyg_isa_count(void);
+const char *pyg_isa_name(int isa);
+int         pyg_isa_supported(int isa);        // CPUID and XGETBV: 1 when this machine can run it
+void        pyg_isa_select(int isa);           // every later call uses this table
+int         pyg_op_count(void);
+const char *pyg_op_name(int op);               // names match the op table of pyggml/ops
+const char *pyg_compiler(void);
+
+// ---- A tensor as kernels see it --------------------------------------------------------------------------------------------
+// Dimensions in ggml order: ne[0] is the contiguous one, nb[i] is the distance in bytes between neighbours in dimension i.
+// numpy shape (a, b, c) is ne = {c, b, a, 1}.
+typedef struct {
+    char    *data;          // first byte; for a weight the blocks as they lie in the GGUF file
+    int64_t  ne[4];
+    int64_t  nb[4];
+    int32_t  type;          // ggml tensor type id
+    int32_t  slot;          // >= 0: at run time ne[slot_dim] = slots[slot]
+    int32_t  slot_dim;
+    int32_t  release;       // 1: once a 16-row tile is packed, the pages behind data may be given back
+    char    *packed;        // R16 tiles of this weight (see kernels/pack.h), or NULL: compute from data
+    uint8_t *ready;         // one byte per 16-row tile of `packed`: 0 not packed yet
+} pyg_view;
+
+// One step of a plan. Views are named by index; -1 means absent. The meaning of src, i and f is the op's (see kernels/).
+typedef struct {
+    int32_t op;
+    int32_t sync;           // 1: every earlier step must be complete before this one starts (a barrier)
+    int32_t dst;
+    int32_t src[9];
+    int32_t i[8];
+    float   f[8];
+} pyg_step;
+
+typedef struct {
+    pyg_view *views;
+    int32_t   n_views;
+    int32_t   n_steps;
+    pyg_step *steps;
+    int32_t  *slots;        // run-time values: number of tokens, number of output rows, ...
+    int64_t  *claims;       // n_steps * 8: the next unclaimed chunk of each step, a cache line apart
+    int64_t  *step_ns;      // NULL, or n_steps: time spent per step is added here (a barrier then follows each step)
+    volatile int32_t *abort;// set to 1 from any thread: the run stops at the next chunk
+    int64_t   act_bytes;    // private memory a worker needs for prepared activations (filled in by pyg_plan_sizes)
+    int64_t   scratch;      // private memory a worker needs beside it (likewise)
+} pyg_plan;
+
+typedef struct pyg_pool pyg_pool;
+pyg_pool *pyg_pool_new(int n_threads);                     // NULL: no memory or no threads
+void      pyg_pool_free(pyg_pool *pool);
+void      pyg_plan_sizes(pyg_plan *plan);                  // with every ne at its largest: act_bytes and scratch
+int       pyg_pool_threads(const pyg_pool *pool);
+int       pyg_run(pyg_pool *pool, const pyg_plan *plan);   // 0 done, 1 aborted, 2 no scratch memory
+int64_t   pyg_barriers(const pyg_pool *pool);              // barriers passed since the pool was made
+
+// ---- Memory ------------------------------------------------------------------------------------------------------------------
+char *pyg_arena_new(size_t bytes);                         // zeroed, 2 MB aligned, huge pages asked for; NULL: no memory
+void  pyg_arena_free(char *arena, size_t bytes);
+
+// ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
+int     pyg_act_format(int type, int exact);               // how activations are prepared for weights of `type`; exact: as floats
+int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` prepared columns of length k
+int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none
+
+// ---- Codecs: rows of one type, n weights (a multiple of the block); 0 done, 1 this type has no such kernel -------------------
+int pyg_dequantize(int type, int64_t n, const void *src, float *dst);
+int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance);
+int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result);

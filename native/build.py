@@ -1,0 +1,106 @@
+"""Builds `pyggml._native`: one cffi API-mode extension that holds every kernel once per instruction set.
+
+`kernels.c` is compiled once for each entry of ISAS that the target machine type has; dispatch.c picks one at run time,
+so a build made on one machine runs on any other. A machine without a working C compiler still installs the package:
+the extension is then left out and pyggml computes with numpy.
+"""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cffi import FFI
+from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
+from setuptools.errors import CCompilerError, CompileError, LinkError, PlatformError
+
+HERE = Path(__file__).parent
+HEADERS = ("blocks.h", "codebooks.h")       # installed beside the package: the numpy codecs read them without an extension
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
+ISAS = {        # rising order of preference
+    "x86_64": {"scalar": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
+    "aarch64": {"scalar": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
+}
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi"]
+# Results must not depend on the compiler's mood: contraction is asked for by vf_fma alone.
+COMMON = ["-std=gnu11", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-pthread", *WARNINGS]
+
+
+def machine() -> str:
+    """The machine type that is built for: `x86_64`, `aarch64`, ... (PYGGML_MACHINE for a cross build)."""
+    import platform
+    name = os.environ.get("PYGGML_MACHINE") or platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def declarations(*names: str) -> str:
+    """The C declarations of headers as cffi wants them: without preprocessor lines."""
+    return "\n".join(line for name in names for line in (HERE / name).read_text().splitlines() if not line.startswith("#"))
+
+
+def ffi_builder(module: str) -> FFI:
+    """The cffi interface: block layouts (packed structs) and the functions of api.h."""
+    ffi = FFI()
+    ffi.cdef(declarations("blocks.h"), packed=True)
+    ffi.cdef(declarations("api.h"))
+    ffi.set_source(module, '#include "blocks.h"\n#include "api.h"')
+    return ffi
+
+
+class BuildNative(build_ext):
+    """`build_ext` that adds the cffi glue and one object of kernels.c per instruction set."""
+
+    def get_source_files(self):
+        return [str(p.relative_to(HERE.parent)) for p in sorted(HERE.rglob("*")) if p.suffix in {".py", ".c", ".h"}]
+
+    def run(self):
+        try:
+            super().run()
+        except (CCompilerError, CompileError, LinkError, PlatformError, OSError) as error:
+            if os.environ.get("PYGGML_REQUIRE_NATIVE"):
+                raise
+            self.warn(f"no native kernels ({error}); pyggml will compute with numpy, which is slow. Install a C compiler and reinstall.")
+            for ext in self.extensions:
+                ext.optional = True
+
+    def build_extension(self, ext):
+        isas = ISAS.get(machine(), {"scalar": []})
+        temp = Path(self.build_temp)
+        temp.mkdir(parents=True, exist_ok=True)
+        glue = temp / "_native.c"
+        ffi_builder(ext.name).emit_c_code(str(glue))
+        include = [str(HERE)]
+        extra = os.environ.get("PYGGML_CFLAGS", "").split()
+
+        def compile_isa(item):
+            isa, flags = item
+            macros = [("ISA", isa), (f"ISA_{isa}", "1")]
+            return self.compiler.compile([str(HERE / "kernels.c")], output_dir=str(temp / isa), include_dirs=include, macros=macros,
+                                         extra_postargs=[*COMMON, *flags, *extra], depends=[str(p) for p in HERE.rglob("*.h")])
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            for objects in pool.map(compile_isa, isas.items()):
+                ext.extra_objects += objects
+        ext.sources = [*ext.sources, str(glue)]
+        ext.include_dirs += include
+        ext.define_macros += [("ISA_LIST(X)", " ".join(f"X({isa})" for isa in isas))]
+        ext.depends += [str(p) for p in HERE.rglob("*.h")]
+        ext.extra_compile_args += [*COMMON, *extra]
+        ext.extra_link_args += ["-pthread", "-lm", *extra]
+        super().build_extension(ext)
+        headers = Path(self.get_ext_fullpath(ext.name)).parent / "_headers"
+        if not self.inplace:
+            headers.mkdir(exist_ok=True)
+            for name in HEADERS:
+                shutil.copy(HERE / name, headers / name)
+
+
+class SourceDist(sdist):
+    """`sdist` that carries the native sources and the tests."""
+
+    def add_defaults(self):
+        super().add_defaults()
+        self.filelist.extend(BuildNative.get_source_files(self))

@@ -1,0 +1,103 @@
+// Which instruction set runs: every ISA's table is linked in, one is chosen at import. And the memory that weights live in.
+#define _GNU_SOURCE
+#include "engine.h"
+#include <stdlib.h>
+#include <sys/mman.h>
+
+// ISA_LIST(X) is given by build.py: X(scalar) X(avx2) ... in rising order of preference
+#define X(isa) extern const kernel_table kernels_##isa;
+ISA_LIST(X)
+#undef X
+static const kernel_table *const tables[] = {
+#define X(isa) &kernels_##isa,
+    ISA_LIST(X)
+#undef X
+};
+const kernel_table *kernels = &kernels_scalar;
+
+// __builtin_cpu_supports checks CPUID and, for AVX and later, that the operating system saves the registers (XGETBV).
+static int supported(const char *isa) {
+    if (!strcmp(isa, "scalar")) return 1;
+#if defined __x86_64__
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(isa, "avx2")) return avx2;
+    int vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+               && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avx512")) return vnni;
+    if (!strcmp(isa, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
+#elif defined __aarch64__
+    if (!strcmp(isa, "neon")) return 1;            // built with dotprod: build.py offers it only where the compiler targets it
+#endif
+    return 0;
+}
+
+int pyg_isa_count(void) { return sizeof tables / sizeof *tables; }
+const char *pyg_isa_name(int isa) { return tables[isa]->isa; }
+int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
+void pyg_isa_select(int isa) { kernels = tables[isa]; }
+
+static const char *const op_names[] = {
+#define OP(name) #name,
+    PYG_OPS(OP)
+#undef OP
+};
+int pyg_op_count(void) { return N_OPS; }
+const char *pyg_op_name(int op) { return op_names[op]; }
+const char *pyg_compiler(void) {
+#if defined __clang__
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}
+
+int     pyg_act_format(int type, int exact) { return kernels->act_format(type, exact); }
+int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
+int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
+
+int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
+    if (!kernels->dequantize[type]) return 1;
+    kernels->dequantize[type](n, src, dst);
+    return 0;
+}
+
+int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance) {
+    if (!kernels->quantize[type]) return 1;
+    int64_t row_bytes = kernels->row_bytes(type, n_per_row);
+    for (int64_t r = 0; r < n_rows; r++) kernels->quantize[type](n_per_row, src + r * n_per_row, (char *)dst + r * row_bytes, importance);
+    return 0;
+}
+
+int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result) {
+    if (!kernels->dot[type]) return 1;
+    *result = kernels->dot[type](n, weights, activations);
+    return 0;
+}
+
+enum { HUGE_PAGE = 2 << 20 };
+
+char *pyg_arena_new(size_t bytes) {
+    if (bytes == 0) bytes = 1;
+    if (bytes < HUGE_PAGE) {                        // small buffers: plain pages, a huge page would waste memory
+        char *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return p == MAP_FAILED ? NULL : p;
+    }
+    // ask for one huge page more than needed, keep the aligned middle, give the ends back
+    size_t size = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    char *p = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return NULL;
+    char *start = (char *)(((uintptr_t)p + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1));
+    if (start > p) munmap(p, start - p);
+    if (start + size < p + size + HUGE_PAGE) munmap(start + size, p + size + HUGE_PAGE - (start + size));
+#ifdef MADV_HUGEPAGE
+    madvise(start, size, MADV_HUGEPAGE);
+#endif
+    return start;
+}
+
+void pyg_arena_free(char *arena, size_t bytes) {
+    if (!arena) return;
+    if (bytes == 0) bytes = 1;
+    munmap(arena, bytes < HUGE_PAGE ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+}

@@ -1,0 +1,101 @@
+// What every kernel sees: the worker that runs it, the step it runs, and how work is shared out.
+#pragma once
+#include <stdatomic.h>
+#include <string.h>
+#include "api.h"
+#include "blocks.h"
+
+enum { TILE_ROWS = 16 };                // rows interleaved in the R16 layout
+enum { SMALL_COLS = 8 };                // up to this many columns a matmul prepares its activations privately
+
+typedef struct {                        // the activations this worker prepared last (see kernels/act.h)
+    int32_t id;                         // step attribute ACT_ID they were prepared for; -1 none
+    int32_t format;
+    char   *data;                       // plan->act_bytes of private memory
+} act_cache;
+
+typedef struct worker {
+    const pyg_plan *plan;
+    pyg_pool       *pool;
+    int             ith, nth;
+    int             step;               // index of the running step
+    char           *memory;             // private: act_bytes for prepared activations, then scratch
+    size_t          memory_bytes;
+    char           *scratch;            // memory + plan->act_bytes
+    act_cache       act;
+} worker;
+
+typedef void kernel_fn(worker *w, const pyg_step *s);
+typedef int64_t scratch_fn(const pyg_plan *plan, const pyg_step *s);
+
+static inline const pyg_view *view_of(const worker *w, int32_t index) { return index < 0 ? NULL : &w->plan->views[index]; }
+static inline char *row_at(const pyg_view *v, int64_t i1, int64_t i2, int64_t i3) {
+    return v->data + i1 * v->nb[1] + i2 * v->nb[2] + i3 * v->nb[3];
+}
+
+// The next chunk of the running step, or a number past every count once the run is aborted.
+// Chunks of one step may be claimed by any worker in any order; each is handed out once.
+static inline int64_t claim(worker *w) {
+    if (w->plan->abort && *w->plan->abort) return INT64_MAX;
+    return atomic_fetch_add_explicit((_Atomic int64_t *)&w->plan->claims[8 * w->step], 1, memory_order_relaxed);
+}
+
+// All workers meet here; used by plan.c between steps and by kernels that work in phases.
+void pool_barrier(worker *w);
+
+// ---- what the steps mean -------------------------------------------------------------------------------------------------------
+// Shapes in numpy order (rows last-but-one, contiguous dimension last). T tokens, all floats F32 unless said.
+// x(T, K) is a float view; where i[2] is 1 it is a buffer written by `prepare` instead. `norm` is an optional RMS norm of x.
+//
+//  get_rows        dst (T, D)            src table (V, D) any type, ids i32 (T)                        f scale
+//  rms_norm        dst (.., D)           src x, weight (D)|-1                                          f eps
+//  prepare         dst bytes             src x (T, K), norm|-1                                         i -, format    f eps
+//  mul_mat         dst (T, M)            src W (M, K), x, norm|-1, bias (M)|-1, residual (T, M)|-1     i act_id, format, prepared   f eps, scale
+//  glu_mat         dst (T, M)            src Wgate, x, norm|-1, Wup, bias_gate|-1, bias_up|-1          i act_id, format, prepared, GLU_*   f eps
+//  add, mul        dst (.., D)           src a, b (same shape, or one row that repeats)
+//  scale           dst                   src a                                                         f factor
+//  glu             dst (.., D)           src gate, up                                                  i GLU_*
+//  rope_table      dst (T, R/2, 2)       src pos i32 (T), inv_freq (R/2)                               f mscale      (cos, sin) * mscale
+//  rope            dst (T, H, D)         src x (T, H, D), table                                        i ROPE_*, R   (dst may be x)
+//  store           dst cache (Hk, C, D)  src x (T, Hk, D), cell i32 (T)                                              any cache type
+//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T)              i window      f scale, softcap
+//                  token t sees the cells first[t] .. cell[t] (and within `window` of cell[t] when window > 0)
+//  attention_step  dst (T, H * D)        src q, K, V, cell, first, k (T, Hk, D), v (T, Hk, D), table|-1   i window, ROPE_*, R   f scale, softcap
+//                  T <= SMALL_COLS: rope q and k, store k and v, then attention, all in one step (q, k, v unroped)
+//  moe_route       dst ids i32 (T, U)    src logits (T, E), weights (T, U) written                     i MOE_*, normalize   f scale
+//  mul_mat_id      dst (T, U, M)         src W (E, M, K), x (T, K) or (T, U, K), norm|-1, ids          i act_id, format  f eps
+//  glu_mat_id      dst (T, U, M)         src Wgate (E, M, K), x (T, K), norm|-1, ids, Wup              i act_id, format, 0, GLU_*  f eps
+//  moe_sum         dst (T, M)            src y (T, U, M), weights (T, U), residual (T, M)|-1
+enum { GLU_SILU, GLU_GELU, GLU_RELU };
+enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
+enum { MOE_SOFTMAX, MOE_SIGMOID };
+enum { ACT_F32, ACT_A32, ACT_A256 };         // prepared activations: floats; int8 with a scale per 32; per 256 (see kernels/act.h)
+
+// ---- the table one ISA contributes -----------------------------------------------------------------------------------------
+#define PYG_OPS(OP) \
+    OP(get_rows) OP(rms_norm) OP(mul_mat) OP(glu_mat) OP(prepare) OP(add) OP(mul) OP(scale) OP(glu) \
+    OP(rope_table) OP(rope) OP(store) OP(attention) OP(attention_step) \
+    OP(moe_route) OP(mul_mat_id) OP(glu_mat_id) OP(moe_sum)
+enum {
+#define OP(name) OP_##name,
+    PYG_OPS(OP)
+#undef OP
+    N_OPS
+};
+enum { N_TYPES = 43 };
+
+typedef struct {
+    const char *isa;
+    kernel_fn  *op[N_OPS];
+    scratch_fn *scratch[N_OPS];         // private bytes a step needs; NULL: none
+    // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
+    void (*dequantize[N_TYPES])(int64_t n, const void *src, float *dst);
+    void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
+    float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
+    int64_t (*row_bytes)(int type, int64_t n);
+    int     (*act_format)(int type, int exact);
+    int64_t (*act_bytes)(int format, int64_t k, int64_t cols);
+    int64_t (*pack_bytes)(int type, int64_t rows, int64_t k);
+} kernel_table;
+
+extern const kernel_table *kernels;     // the selected ISA's

@@ -1,0 +1,2 @@
+// dequantize
+#define DEQUANTIZE_TABLE {0}

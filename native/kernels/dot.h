@@ -1,0 +1,2 @@
+// dot
+#define DOT_TABLE {0}

@@ -1,0 +1,2 @@
+// quantize
+#define QUANTIZE_TABLE {0}

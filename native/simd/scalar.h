@@ -1,0 +1,56 @@
+// The portable vocabulary: 16-byte compiler vectors, which every target has in some form, and plain C for the rest.
+#pragma once
+enum { VL = 4 };
+typedef float   vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+
+static inline float f16_to_f32(f16 h) {
+    uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, body = h.bits & 0x7fff, u;
+    if (body >= 0x7c00) u = 0x7f800000 | (body & 0x3ff) << 13 | (body & 0x3ff ? 0x400000 : 0);   // infinity, NaN (made quiet, as F16C does)
+    else if (body >= 0x400) u = (body << 13) + 0x38000000;                                        // normal
+    else { float f = (float)body * 0x1p-24f; memcpy(&u, &f, 4); }                                 // zero, denormal
+    u |= sign;
+    float f; memcpy(&f, &u, 4);
+    return f;
+}
+static inline f16 f32_to_f16(float f) {       // round to nearest, ties to even
+    uint32_t u; memcpy(&u, &f, 4);
+    uint32_t sign = u >> 16 & 0x8000, body = u & 0x7fffffff;
+    f16 h;
+    if (body > 0x7f800000) h.bits = sign | 0x7e00 | (body >> 13 & 0x3ff);
+    else if (body >= 0x477ff000) h.bits = sign | 0x7c00;
+    else if (body < 0x38800000) {             // denormal: let the float adder round
+        float x; memcpy(&x, &body, 4); x += 0.5f;
+        uint32_t r; memcpy(&r, &x, 4);
+        h.bits = sign | (r - 0x3f000000);
+    } else h.bits = sign | ((body - 0x38000000 + 0xfff + (body >> 13 & 1)) >> 13);
+    return h;
+}
+static inline vf vf_from_f16(const void *p) { const f16 *h = p; return (vf){f16_to_f32(h[0]), f16_to_f32(h[1]), f16_to_f32(h[2]), f16_to_f32(h[3])}; }
+static inline void vf_to_f16(void *p, vf v) { f16 *h = p; for (int i = 0; i < VL; i++) h[i] = f32_to_f16(v[i]); }
+static inline vf vf_from_bf16(const void *p) { uint16_t h[4]; memcpy(h, p, 8); return (vf)(vi){h[0] << 16, h[1] << 16, h[2] << 16, (int32_t)((uint32_t)h[3] << 16)}; }
+static inline vf vf_max(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
+static inline vf vf_min(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
+static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+static inline vf vf_round(vf a) { vf r; for (int i = 0; i < VL; i++) r[i] = nearbyintf(a[i]); return r; }
+static inline vi vi_round(vf a) { vi r; for (int i = 0; i < VL; i++) r[i] = (int32_t)nearbyintf(a[i]); return r; }
+static inline float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+static inline float vf_hmax(vf a) { float m = a[0]; for (int i = 1; i < VL; i++) m = a[i] > m ? a[i] : m; return m; }
+static inline int32_t vi_sum(vi a) { return a[0] + a[1] + a[2] + a[3]; }
+static inline vi vi_from_i8(const void *p) { const int8_t *b = p; return (vi){b[0], b[1], b[2], b[3]}; }
+static inline vi vi_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0], b[1], b[2], b[3]}; }
+static inline vi vi_from_i16(const void *p) { int16_t b[4]; memcpy(b, p, 8); return (vi){b[0], b[1], b[2], b[3]}; }
+
+// acc[lane] += sum over the lane's 4 bytes of w * a.  _u7: w in 0..127;  _s8: w is a signed byte stored plus 128 (see S8_BIAS)
+static inline vi vi_dot_u7(vi acc, vi w, vi a) {
+    int8_t x[16], y[16]; memcpy(x, &w, 16); memcpy(y, &a, 16);
+    for (int i = 0; i < VL; i++) acc[i] += x[4*i]*y[4*i] + x[4*i+1]*y[4*i+1] + x[4*i+2]*y[4*i+2] + x[4*i+3]*y[4*i+3];
+    return acc;
+}
+enum { S8_BIAS = 0 };          // what vi_dot_s8 leaves multiplied by the sum of a: 0 means the true signed product
+static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w ^ (int32_t)0x80808080, a); }
+static inline vi vi_dot_i16(vi acc, vi w, vi a) {   // pairs of int16
+    int16_t x[8], y[8]; memcpy(x, &w, 16); memcpy(y, &a, 16);
+    for (int i = 0; i < VL; i++) acc[i] += x[2*i]*y[2*i] + x[2*i+1]*y[2*i+1];
+    return acc;
+}

@@ -1,0 +1,61 @@
+// The vector vocabulary that kernels are written in. A kernel names no register width: it works on vectors of VL lanes.
+//
+//   vf, vi            VL floats, VL int32; + - * & | << >> and comparisons are the compiler's own vector operators
+//   one of            scalar.h (plain C on 16-byte vectors)  x86.h (AVX2: VL 8, AVX-512: VL 16)  arm.h (NEON: VL 4)
+//
+// The R16 layout interleaves 16 rows, so a tile is TILE_ROWS / VL vectors wide on every ISA.
+// Only what the operators cannot say is spelled per ISA: dot products of bytes, half floats, fma, reductions, permutes.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#include <math.h>
+#include "../blocks.h"
+
+#if defined ISA_avx2 || defined ISA_avx512 || defined ISA_avx512bf16
+#include "x86.h"
+#elif defined ISA_neon
+#include "arm.h"
+#else
+#include "scalar.h"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma_(GCC unroll n)
+#define _Pragma_(x) _Pragma(#x)
+
+// ---- the same on every ISA ------------------------------------------------------------------------------------------------
+INLINE vf vf_set(float x) { return x - (vf){0}; }
+INLINE vi vi_set(int32_t x) { return x - (vi){0}; }
+INLINE vf vf_load(const void *p) { vf v; memcpy(&v, p, sizeof v); return v; }
+INLINE vi vi_load(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
+INLINE void vf_store(void *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE void vi_store(void *p, vi v) { memcpy(p, &v, sizeof v); }
+INLINE vi vi_set4(const void *p) { int32_t x; memcpy(&x, p, 4); return vi_set(x); }      // the same 4 bytes in every lane
+INLINE vf vf_from_i(vi a) { return __builtin_convertvector(a, vf); }
+INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }     // mask lanes are 0 or -1
+INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+// Scalars of the formats. The compiler turns these into single instructions where the ISA has them (f16_to_f32 is per ISA).
+INLINE float bf16_to_f32(bf16 h) { uint32_t u = (uint32_t)h.bits << 16; float f; memcpy(&f, &u, 4); return f; }
+INLINE float e8m0_to_f32(e8m0 e) {     // 2^(e - 127); e = 0 is the denormal 2^-127
+    uint32_t u = e.bits ? (uint32_t)e.bits << 23 : 0x00400000u;
+    float f; memcpy(&f, &u, 4); return f;
+}
+
+// e^x to about 1 ulp for x in [-87, 88], 0 below. Cody-Waite reduction and a degree-5 polynomial (Cephes coefficients).
+INLINE vf vf_exp(vf x) {
+    x = vf_min(x, vf_set(88.0f));
+    vi dead = x < -87.3f;                  // also keeps 2^n out of the denormals
+    vf n = vf_round(x * 1.44269504088896341f);
+    vf r = vf_fma(n, vf_set(-0.693359375f), x);
+    r = vf_fma(n, vf_set(2.12194440e-4f), r);
+    vf p = vf_set(1.9875691500e-4f);
+    p = vf_fma(p, r, vf_set(1.3981999507e-3f));
+    p = vf_fma(p, r, vf_set(8.3334519073e-3f));
+    p = vf_fma(p, r, vf_set(4.1665795894e-2f));
+    p = vf_fma(p, r, vf_set(1.6666665459e-1f));
+    p = vf_fma(p, r, vf_set(5.0000001201e-1f));
+    p = vf_fma(p, r * r, r + 1.0f);
+    vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+    return (vf)((vi)(p * (vf)scale) & ~dead);
+}

@@ -1,0 +1,68 @@
+// AVX2 (8 lanes) and AVX-512 with VNNI (16 lanes).
+#pragma once
+#include <immintrin.h>
+static inline float f16_to_f32(f16 h) { return _cvtsh_ss(h.bits); }
+static inline f16 f32_to_f16(float f) { return (f16){_cvtss_sh(f, 0)}; }
+
+#if defined __AVX512F__
+enum { VL = 16, S8_BIAS = 128 };
+typedef float   vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+static inline vf vf_from_f16(const void *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline void vf_to_f16(void *p, vf v) { _mm256_storeu_si256(p, _mm512_cvtps_ph((__m512)v, 0)); }
+static inline vf vf_from_bf16(const void *p) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16); }
+static inline vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline vf vf_round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, 0); }
+static inline vi vi_round(vf a) { return (vi)_mm512_cvtps_epi32((__m512)a); }
+static inline float vf_sum(vf a) { return _mm512_reduce_add_ps((__m512)a); }
+static inline float vf_hmax(vf a) { return _mm512_reduce_max_ps((__m512)a); }
+static inline int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32((__m512i)a); }
+static inline vi vi_from_i8(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
+static inline vi vi_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
+static inline vi vi_from_i16(const void *p) { return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
+// vpdpbusd takes unsigned x signed, so a biased signed byte needs no repair: the caller starts acc at -128 * sum(a)
+static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
+static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
+static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
+#else
+enum { VL = 8, S8_BIAS = 0 };
+typedef float   vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+static inline vf vf_from_f16(const void *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline void vf_to_f16(void *p, vf v) { _mm_storeu_si128(p, _mm256_cvtps_ph((__m256)v, 0)); }
+static inline vf vf_from_bf16(const void *p) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16); }
+static inline vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline vf vf_round(vf a) { return (vf)_mm256_round_ps((__m256)a, 0); }
+static inline vi vi_round(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
+static inline float vf_sum(vf a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+static inline float vf_hmax(vf a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+static inline int32_t vi_sum(vi a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128((__m256i)a), _mm256_extracti128_si256((__m256i)a, 1));
+    s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
+}
+static inline vi vi_from_i8(const void *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
+static inline vi vi_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+static inline vi vi_from_i16(const void *p) { return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
+// vpmaddubsw adds two products in 16 bits: 127 * 127 * 2 fits, a full unsigned byte does not, hence the sign trick in _s8
+static inline vi vi_dot_u7(vi acc, vi w, vi a) {
+    return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1));
+}
+static inline vi vi_dot_s8(vi acc, vi w, vi a) {
+    __m256i s = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8((char)0x80));
+    return vi_dot_u7(acc, (vi)_mm256_abs_epi8(s), (vi)_mm256_sign_epi8((__m256i)a, s));
+}
+static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
+#endif

@@ -1,0 +1,115 @@
+"""The CPU backend's program: views and steps in the arrays that native/pool.c walks, and the thread pool that walks them.
+
+`Program` is the narrow waist between Python and C: the planner fills it, kernel tests fill it by hand. After `finish()`
+nothing is allocated any more; `run()` is one native call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyggml.errors import PyggmlError
+from pyggml.native import ffi, lib
+from pyggml.types import tensor_type
+
+OPS: dict[str, int] = {ffi.string(lib.pyg_op_name(i)).decode(): i for i in range(lib.pyg_op_count())} if lib else {}
+_NUMPY_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.int8): "I8", np.dtype(np.uint8): "I8"}
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use (hyper-threads of one core count once)."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in usable:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.exists() else cpu)
+    return max(1, len(cores))
+
+
+class Pool:
+    """A persistent pool of `n_threads` workers; the calling thread is one of them."""
+
+    def __init__(self, n_threads: int | None = None) -> None:
+        self.n_threads = n_threads or physical_cores()
+        self._pool = ffi.gc(lib.pyg_pool_new(self.n_threads), lib.pyg_pool_free)
+        if self._pool == ffi.NULL:
+            raise PyggmlError(f"cannot start {self.n_threads} threads; use fewer (-t)")
+
+    @property
+    def barriers(self) -> int:
+        """Barriers passed since the pool was made."""
+        return lib.pyg_barriers(self._pool)
+
+
+class Program:
+    """Views and steps for one native call. `slots` is an int32 array of run-time values that dynamic views take a size from."""
+
+    def __init__(self, n_slots: int = 8) -> None:
+        self.slots = np.zeros(n_slots, np.int32)
+        self.aborted = np.zeros(1, np.int32)
+        self._views: list[dict[str, Any]] = []
+        self._steps: list[dict[str, Any]] = []
+        self._keep: list[Any] = []          # whatever the views point into
+        self.native_calls = 0
+
+    def view(self, array: np.ndarray, type: str | None = None, shape: Sequence[int] | None = None, *, strides: Sequence[int] | None = None,
+             slot: int = -1, slot_axis: int = 0, packed: Any = None, ready: np.ndarray | None = None, release: bool = False) -> int:
+        """Add a view of `array`; returns its index.
+
+        type, shape: for block types the tensor type and its numpy shape in weights (`array` is then the raw bytes).
+        strides: bytes from one index to the next for every axis but the last; contiguous by default.
+        slot, slot_axis: that axis takes its length from `slots[slot]` at each run (shape gives the largest).
+        """
+        row = tensor_type(type or _NUMPY_TYPES[array.dtype])
+        shape = tuple(array.shape if shape is None else shape)
+        if strides is None:
+            steps, size = [], row.row_bytes(shape[-1])
+            for n in reversed(shape[:-1]):
+                steps.append(size)
+                size *= n
+            strides = steps[::-1]
+        ne = [*reversed(shape), 1, 1, 1, 1][:4]
+        nb = [row.bytes, *reversed(strides)]
+        while len(nb) < 4:
+            nb.append(nb[-1] * ne[len(nb) - 1] if len(nb) > 1 else row.row_bytes(ne[0]))
+        self._keep.append((array, packed, ready))
+        pointer = ffi.cast("char *", array.ctypes.data)
+        self._views.append(dict(
+            data=pointer, ne=ne, nb=nb, type=row.id, slot=slot, slot_dim=len(shape) - 1 - slot_axis, release=int(release),
+            packed=packed if packed is not None else ffi.NULL,
+            ready=ffi.cast("uint8_t *", ready.ctypes.data) if ready is not None else ffi.NULL))
+        return len(self._views) - 1
+
+    def step(self, op: str, dst: int, src: Sequence[int] = (), i: Sequence[int] = (), f: Sequence[float] = (), sync: bool = True) -> int:
+        """Add a step; returns its index. Absent sources are -1; `sync` puts a barrier before it."""
+        self._steps.append(dict(op=OPS[op], sync=int(sync), dst=dst, src=[*src, *[-1] * (9 - len(src))], i=[*i, *[0] * (8 - len(i))],
+                                f=[*f, *[0.0] * (8 - len(f))]))
+        return len(self._steps) - 1
+
+    def finish(self, timing: bool = False) -> Program:
+        """Freeze into the arrays C reads."""
+        self._c_views = ffi.new("pyg_view[]", self._views)
+        self._c_steps = ffi.new("pyg_step[]", self._steps)
+        self._claims = np.zeros(8 * max(1, len(self._steps)) + 8, np.int64)
+        aligned = self._claims[(-self._claims.ctypes.data // 8) % 8:]
+        self.step_ns = np.zeros(len(self._steps), np.int64) if timing else None
+        self._plan = ffi.new("pyg_plan *", dict(
+            views=self._c_views, n_views=len(self._views), steps=self._c_steps, n_steps=len(self._steps),
+            slots=ffi.cast("int32_t *", self.slots.ctypes.data), claims=ffi.cast("int64_t *", aligned.ctypes.data),
+            step_ns=ffi.cast("int64_t *", self.step_ns.ctypes.data) if timing else ffi.NULL,
+            abort=ffi.cast("int32_t *", self.aborted.ctypes.data)))
+        lib.pyg_plan_sizes(self._plan)
+        return self
+
+    def run(self, pool: Pool) -> bool:
+        """One native call. False when it was aborted."""
+        self.native_calls += 1
+        status = lib.pyg_run(pool._pool, self._plan)
+        if status == 2:
+            raise PyggmlError(f"no memory for {self._plan.act_bytes + self._plan.scratch} bytes of scratch per thread; use a smaller -ub")
+        return status == 0

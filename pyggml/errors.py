@@ -1,0 +1,17 @@
+"""The errors that pyggml raises for what users hand it: each message is one sentence with the place, the value and the way out."""
+
+
+class PyggmlError(Exception):
+    """Base of every error that is the input's or the request's fault, not pyggml's. The CLI prints it and exits with 1."""
+
+
+class GGUFError(PyggmlError):
+    """A model file is damaged, incomplete, or not what it says it is."""
+
+
+class ModelError(PyggmlError):
+    """A sound file that cannot be run: unknown architecture, a key or tensor missing, or a tensor of the wrong shape."""
+
+
+class ContextOverflow(PyggmlError):
+    """More tokens than the context holds; the message names both sizes."""
