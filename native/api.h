@@ -64,7 +64,7 @@ char *pyg_arena_new(size_t bytes);                         // zeroed, 2 MB align
 void  pyg_arena_free(char *arena, size_t bytes);
 
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
-int     pyg_act_format(int type, int exact);               // how activations are prepared for weights of `type`; exact: as floats
+int     pyg_act_format(int type, int packed, int exact);   // how activations are prepared for weights of `type`; exact: as floats
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` prepared columns of length k
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none
 

@@ -52,7 +52,7 @@ const char *pyg_compiler(void) {
 #endif
 }
 
-int     pyg_act_format(int type, int exact) { return kernels->act_format(type, exact); }
+int     pyg_act_format(int type, int packed, int exact) { return kernels->act_format(type, packed, exact); }
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
 

@@ -69,7 +69,9 @@ void pool_barrier(worker *w);
 enum { GLU_SILU, GLU_GELU, GLU_RELU };
 enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
 enum { MOE_SOFTMAX, MOE_SIGMOID };
-enum { ACT_F32, ACT_A32, ACT_A256 };         // prepared activations: floats; int8 with a scale per 32; per 256 (see kernels/act.h)
+// Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
+// For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp.
+enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K };
 
 // ---- the table one ISA contributes -----------------------------------------------------------------------------------------
 #define PYG_OPS(OP) \
@@ -93,7 +95,7 @@ typedef struct {
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
-    int     (*act_format)(int type, int exact);
+    int     (*act_format)(int type, int packed, int exact);
     int64_t (*act_bytes)(int format, int64_t k, int64_t cols);
     int64_t (*pack_bytes)(int type, int64_t rows, int64_t k);
 } kernel_table;
