@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-
-HERE = Path(__file__).parent
+from contestants import LLAMA_CPP_BENCH
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -37,7 +36,7 @@ def llama_cpp_logits(python: str, model: Path, tokens: np.ndarray, threads: int)
     """Logits from llama_cpp in a process of its own, by its plainest path: no flash attention, no repacking."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "logits.npy"
-        subprocess.run([python, str(HERE / "llama_cpp_bench.py"), "-m", str(model), "-t", str(threads), "-fa", "0", "--repack", "0",
+        subprocess.run([python, str(LLAMA_CPP_BENCH), "-m", str(model), "-t", str(threads), "-fa", "0", "--repack", "0",
                         "--logits", str(out), "--tokens", ",".join(map(str, tokens))], check=True)
         return np.load(out)
 

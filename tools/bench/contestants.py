@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 
-HERE = Path(__file__).parent
+LLAMA_CPP_BENCH = Path(__file__).with_name("llama_cpp_bench.py")
 
 # Settings that decide a rival's speed, with the values to try. Every combination of those a program lists is swept.
 SPEED_FLAGS = {"-fa": ("0", "1"), "--repack": ("0", "1"), "-rtr": ("0", "1"), "-mqkv": ("0", "1")}
@@ -93,11 +93,15 @@ class Contestant:
 
     @cached_property
     def identity(self) -> str:
-        """Changes when the program does: the digest of a binary, the version of a Python package."""
-        if self.command[-1].endswith("llama_cpp_bench.py"):
-            return subprocess.run([self.command[0], "-c", "import llama_cpp; print('llama_cpp', llama_cpp.__version__)"],
-                                  capture_output=True, text=True, check=True).stdout.strip()
+        """Changes when a rival does: the digest of a binary, or what llama_cpp_bench.py says of its package."""
+        if self.is_llama_cpp:
+            return subprocess.run([*self.command, "--version"], capture_output=True, text=True, check=True).stdout.strip()
         return "sha256 " + hashlib.sha256(Path(self.command[0]).read_bytes()).hexdigest()[:16]
+
+    @property
+    def is_llama_cpp(self) -> bool:
+        """It is the llama_cpp package behind llama_cpp_bench.py, not a binary."""
+        return self.command[-1] == str(LLAMA_CPP_BENCH)
 
     @property
     def has_depth(self) -> bool:
@@ -116,17 +120,19 @@ class Contestant:
         if self.needs_sweep_bench(test):
             return self._sweep_bench_arguments(test, model, threads, flags)
         lengths = ["-p", str(test.n_prompt), "-n", str(test.n_gen)]
-        if test.n_depth:
-            lengths = [*lengths, "-d", str(test.n_depth)] if self.has_depth else ["-p", "0", "-n", "0", "-gp", f"{test.n_depth},{test.n_gen}"]
+        if test.n_depth and self.has_depth:
+            lengths += ["-d", str(test.n_depth)]
+        elif test.n_depth:
+            lengths = ["-p", "0", "-n", "0", "-gp", f"{test.n_depth},{test.n_gen}"]
         return [*self.command, "-m", str(model), "-t", str(threads), *lengths, "-r", str(repetitions), "-o", "json", *flags]
 
     def _sweep_bench_arguments(self, test: Test, model: Path, threads: int, flags: list[str]) -> list[str]:
         if test.n_depth % test.n_prompt or not self.sweep_bench.exists():
             raise BenchError(f"{self.name} measures {test.name} only with {self.sweep_bench}, at a depth that is a multiple of the prompt")
-        batch, steps = str(test.n_prompt), test.n_depth // test.n_prompt
+        batch, context, stride = str(test.n_prompt), str(test.n_depth + test.n_prompt), str(test.n_depth // test.n_prompt)
         spelled = [word for flag, value in zip(flags[::2], flags[1::2], strict=True) for word in SWEEP_BENCH_FLAGS[flag][value]]
-        return [str(self.sweep_bench), "-m", str(model), "-t", str(threads), "-c", str(test.n_depth + test.n_prompt), "-b", batch, "-ub", batch,
-                "--sweep-stride", str(steps), "--output-format", "jsonl", *spelled]
+        return [str(self.sweep_bench), "-m", str(model), "-t", str(threads), "-c", context, "-b", batch, "-ub", batch,
+                "--sweep-stride", stride, "--output-format", "jsonl", *spelled]
 
     def read_rate(self, test: Test, stdout: str) -> float:
         """Tokens per second from what the command of `arguments` printed."""
@@ -146,7 +152,7 @@ def rival(argument: str) -> Contestant:
     """A rival from NAME=PATH (a llama-bench binary), `llama_cpp` (the package, this Python) or llama_cpp=PATH (that Python's package)."""
     name, _, path = argument.partition("=")
     if name == "llama_cpp":
-        return Contestant(name, (path or sys.executable, str(HERE / "llama_cpp_bench.py")))
+        return Contestant(name, (path or sys.executable, str(LLAMA_CPP_BENCH)))
     if not Path(path).is_file():
         raise BenchError(f"--rival {argument}: give NAME=PATH of a llama-bench binary, or llama_cpp")
     return Contestant(name, (path,))

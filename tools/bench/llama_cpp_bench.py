@@ -36,6 +36,7 @@ def _ints(text: str) -> list[int]:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
+    add("--version", action="version", version=f"llama_cpp {api.__version__}")
     add("-m", "--model", required=True)
     add("-p", "--n-prompt", type=_ints, default=[512])
     add("-n", "--n-gen", type=_ints, default=[128])

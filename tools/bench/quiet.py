@@ -22,6 +22,7 @@ LIMITS = {
     "core": 0.02,        # relative move of the time of fixed work in registers and first-level cache
     "memory": 0.05,      # relative move of the time of a fixed read from memory
 }
+TICK = 1 / os.sysconf("SC_CLK_TCK")          # seconds
 _CALIBRATION_BYTES = 64 << 20
 _calibration_array = np.ones(_CALIBRATION_BYTES // 8, np.int64)
 _calibration_text = bytes(16 << 10)
@@ -40,15 +41,18 @@ class Ticks:
 def read_ticks(stat: str | None = None) -> Ticks:
     """The state of /proc/stat (or of the text given)."""
     text = Path("/proc/stat").read_text() if stat is None else stat
-    user, nice, system, idle, iowait, irq, softirq, steal = (int(word) / os.sysconf("SC_CLK_TCK") for word in text.split()[1:9])
+    user, nice, system, idle, iowait, irq, softirq, steal = (int(word) * TICK for word in text.split()[1:9])
     busy = user + nice + system + irq + softirq
     return Ticks(busy, steal, busy + idle + iowait + steal, sum(os.times()[:4]))
 
 
 def shares(before: Ticks, after: Ticks) -> dict[str, float]:
-    """Shares of all processor time between two readings that were stolen, and that programs other than ours used."""
+    """Shares of all processor time between two readings that were stolen, and that programs other than ours used.
+
+    Both sides of the second are counted in ticks; two ticks of it are taken for rounding.
+    """
     total = max(after.total - before.total, 1e-9)
-    foreign = (after.busy - before.busy) - (after.own - before.own)
+    foreign = (after.busy - before.busy) - (after.own - before.own) - 2 * TICK
     return {"steal": (after.steal - before.steal) / total, "foreign": max(0.0, foreign / total)}
 
 
@@ -119,6 +123,7 @@ def machine() -> dict[str, str]:
         lines = Path(path).read_text().splitlines()
         return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "unknown") if key else lines[0]
 
-    return {"processor": first("/proc/cpuinfo", "model name"), "processors": str(os.cpu_count()), "memory": first("/proc/meminfo", "MemTotal"),
-            "kernel": os.uname().release, "huge pages": first("/sys/kernel/mm/transparent_hugepage/enabled"),
-            "siblings of 0": first("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")}
+    return {"processor": first("/proc/cpuinfo", "model name"), "processors": str(os.cpu_count()),
+            "siblings of 0": first("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list"),
+            "memory": first("/proc/meminfo", "MemTotal"), "huge pages": first("/sys/kernel/mm/transparent_hugepage/enabled"),
+            "kernel": os.uname().release}

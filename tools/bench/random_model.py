@@ -202,8 +202,9 @@ def metadata(shape: Shape, mix: Mix, name: str) -> dict[str, Typed]:
     numbers = {"context_length": shape.context, "embedding_length": shape.dim, "block_count": shape.layers, "feed_forward_length": shape.ff,
                "attention.head_count": shape.heads, "attention.head_count_kv": shape.kv_heads,
                "rope.dimension_count": shape.dim // shape.heads, "vocab_size": shape.vocab}
-    return {"general.architecture": Typed("str", "llama"), "general.name": Typed("str", name), "general.file_type": Typed("u32", mix.file_type),
-            "general.quantization_version": Typed("u32", 2), **{f"llama.{key}": Typed("u32", value) for key, value in numbers.items()},
+    return {"general.architecture": Typed("str", "llama"), "general.name": Typed("str", name),
+            "general.file_type": Typed("u32", mix.file_type), "general.quantization_version": Typed("u32", 2),
+            **{f"llama.{key}": Typed("u32", value) for key, value in numbers.items()},
             "llama.attention.layer_norm_rms_epsilon": Typed("f32", 1e-5), "llama.rope.freq_base": Typed("f32", shape.rope_base),
             **vocabulary(shape.vocab)}
 
