@@ -111,7 +111,7 @@ def test_a_moved_clock_is_a_disturbance_and_a_small_move_is_not():
 
 def test_a_watched_run_reports_what_it_saw():
     run = quiet.run_watched([sys.executable, "-c", "print('out'); raise SystemExit(3)"], 60)
-    assert (run.stdout, run.status) == ("out\n", 3) and run.wall > 0 and set(run.figures) == set(quiet.LIMITS)
+    assert (run.output, run.status) == ("out\n", 3) and run.wall > 0 and set(run.figures) == set(quiet.LIMITS)
 
 
 def test_flags_come_from_the_help_text():
@@ -155,7 +155,7 @@ def test_a_prompt_at_a_depth_falls_back_on_sweep_bench(tmp_path):
     (tmp_path / "llama-sweep-bench").touch()
     older, test = with_help(IK_HELP, (str(tmp_path / "llama-bench"),)), Test(512, 0, 4096)
     command = " ".join(older.arguments(test, Path("m"), 2, ["-fa", "1", "-rtr", "1", "-mqkv", "0"], 1))
-    assert command.endswith("-c 4608 -b 512 -ub 512 --sweep-stride 8 --output-format jsonl -fa on -rtr")
+    assert command.endswith("-c 4608 -b 512 -ub 512 --sweep-stride 8 --output-format jsonl --log-file /dev/null -fa on -rtr")
     assert older.read_rate(test, '{"n_kv": 0, "speed_pp": 9}\n{"n_kv": 4096, "speed_pp": 5}\n') == 5
 
 

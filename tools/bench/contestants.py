@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -132,15 +133,15 @@ class Contestant:
         batch, context, stride = str(test.n_prompt), str(test.n_depth + test.n_prompt), str(test.n_depth // test.n_prompt)
         spelled = [word for flag, value in zip(flags[::2], flags[1::2], strict=True) for word in SWEEP_BENCH_FLAGS[flag][value]]
         return [str(self.sweep_bench), "-m", str(model), "-t", str(threads), "-c", context, "-b", batch, "-ub", batch,
-                "--sweep-stride", stride, "--output-format", "jsonl", *spelled]
+                "--sweep-stride", stride, "--output-format", "jsonl", "--log-file", os.devnull, *spelled]
 
-    def read_rate(self, test: Test, stdout: str) -> float:
+    def read_rate(self, test: Test, output: str) -> float:
         """Tokens per second from what the command of `arguments` printed."""
         if not self.needs_sweep_bench(test):
-            return rate(json_rows(stdout), test)
-        found = [row["speed_pp"] for row in json_lines(stdout) if row["n_kv"] == test.n_depth]
+            return rate(json_rows(output), test)
+        found = [row["speed_pp"] for row in json_lines(output) if row["n_kv"] == test.n_depth]
         if not found:
-            raise BenchError(f"{self.sweep_bench} printed no row at depth {test.n_depth}: {stdout[-300:]!r}")
+            raise BenchError(f"{self.sweep_bench} printed no row at depth {test.n_depth}: {output[-300:]!r}")
         return float(found[0])
 
 

@@ -81,8 +81,8 @@ class Bench:
         command = contestant.arguments(test, model, setting.threads, setting.flags, self.repetitions)
         run = run_watched([*self.prefix, *command], self.timeout)
         if run.status:
-            raise BenchError(f"{' '.join(run.command)} ends with status {run.status}: {run.stderr.strip()[-500:]}")
-        return {"rate": contestant.read_rate(test, run.stdout), "wall": run.wall, "load": run.load, "quiet before": quiet, **run.figures}
+            raise BenchError(f"{' '.join(run.command)} ends with status {run.status}: {run.output.strip()[-500:]}")
+        return {"rate": contestant.read_rate(test, run.output), "wall": run.wall, "load": run.load, "quiet before": quiet, **run.figures}
 
 
 @dataclass

@@ -98,8 +98,7 @@ class Run:
     """One watched process."""
 
     command: list[str]
-    stdout: str
-    stderr: str
+    output: str                                                    # standard output, then standard error
     status: int
     wall: float                                                    # seconds
     load: float                                                    # 1-minute load average before the run
@@ -112,7 +111,7 @@ def run_watched(command: Sequence[str], timeout: float) -> Run:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
     wall = time.perf_counter() - start
     figures = shares(ticks, read_ticks()) | moved([calibration, calibrate()])
-    return Run(list(command), done.stdout, done.stderr, done.returncode, wall, load, figures)
+    return Run(list(command), done.stdout + done.stderr, done.returncode, wall, load, figures)
 
 
 def machine() -> dict[str, str]:
