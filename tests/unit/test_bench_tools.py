@@ -105,7 +105,7 @@ def test_ticks_are_read_from_the_first_line():
 
 
 def test_a_moved_clock_is_a_disturbance_and_a_small_move_is_not():
-    figures = quiet.moved([{"core": 1.00, "memory": 1.00}, {"core": 1.03, "memory": 1.04}])
+    figures = quiet.moved([{"core": 1.00, "memory": 1.00}, {"core": 1.03, "memory": 1.07}])
     assert [text.split()[0] for text in quiet.disturbances(figures)] == ["core"]
 
 
@@ -218,6 +218,15 @@ def test_start_is_timed_to_the_first_byte_and_memory_is_watched():
     code = "import time; block = bytearray(64 << 20); print('x', flush=True); time.sleep(0.3)"
     start = startup.start_once([sys.executable, "-c", code])
     assert 0 < start.seconds < 5 and start.resident > 64 << 20 and start.anonymous > 64 << 20 and start.proportional > 64 << 20
+
+
+def test_one_benchmark_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.tempfile, "gettempdir", lambda: str(tmp_path))
+    with peers.only_one():
+        with pytest.raises(BenchError, match="another benchmark"), peers.only_one():
+            pass
+    with peers.only_one():
+        pass
 
 
 def test_processor_lists():

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from contestants import LLAMA_CPP_BENCH
+from contestants import LLAMA_CPP_BENCH, BenchError
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -58,10 +58,13 @@ def random_tokens(model: Path, n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n_vocab, n, dtype=np.int32)
 
 
-def agreement(model: Path, python: str = sys.executable, n_tokens: int = 256, threads: int = 1) -> dict[str, float]:
-    """The distance of pyggml's logits from llama_cpp's on one model file."""
-    tokens = random_tokens(model, n_tokens)
-    return distance(llama_cpp_logits(python, model, tokens, threads), our_logits(model, tokens, threads))
+def agreement(python: str, llama_cpp_python: str, model: Path, threads: int) -> dict[str, float]:
+    """The figures of `distance` from a process of its own, by the Python that runs pyggml and the one that has llama_cpp."""
+    done = subprocess.run([python, __file__, "-m", str(model), "-t", str(threads), "--python", llama_cpp_python],
+                          capture_output=True, text=True)
+    if done.returncode:
+        raise BenchError(f"logits of {model} cannot be compared: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
@@ -71,4 +74,6 @@ if __name__ == "__main__":
     parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="the Python that has llama_cpp")
     options = parser.parse_args()
-    print(json.dumps(agreement(options.model, options.python, options.n_tokens, options.threads), indent=2))
+    tokens = random_tokens(options.model, options.n_tokens)
+    theirs = llama_cpp_logits(options.python, options.model, tokens, options.threads)
+    print(json.dumps(distance(theirs, our_logits(options.model, tokens, options.threads)), indent=2))

@@ -180,7 +180,7 @@ def measure(options: argparse.Namespace) -> dict:
             if options.output:
                 write_json(options.output, report)
         if options.agreement:
-            model["agreement"] = agreement(path, options.agreement, threads=options.threads)
+            model["agreement"] = agreement(options.python, options.agreement, path, options.threads)
         if options.cold:
             model["start"] = measure_starts([ours, *rivals], path, options.threads, bench.prefix, options.cold)
     if options.output:
