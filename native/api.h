@@ -13,6 +13,8 @@ int         pyg_op_count(void);
 const char *pyg_op_name(int op);               // names match the op table of pyggml/ops
 const char *pyg_compiler(void);
 
+enum { PYG_SMALL_COLS = 8 };     // up to this many columns a matmul prepares its activations privately, without a barrier
+
 // ---- A tensor as kernels see it --------------------------------------------------------------------------------------------
 // Dimensions in ggml order: ne[0] is the contiguous one, nb[i] is the distance in bytes between neighbours in dimension i.
 // numpy shape (a, b, c) is ne = {c, b, a, 1}.

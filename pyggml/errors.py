@@ -15,3 +15,7 @@ class ModelError(PyggmlError):
 
 class ContextOverflow(PyggmlError):
     """More tokens than the context holds; the message names both sizes."""
+
+
+class Cancelled(PyggmlError):
+    """A running evaluation was stopped from outside (Ctrl-C, a closed request)."""
