@@ -6,20 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyggml import native, quants
+from pyggml import quants
 from pyggml.errors import PyggmlError
+from pyggml.native import huge_zeros
 from pyggml.types import TensorType, tensor_type
-
-
-def huge_zeros(n_bytes: int) -> np.ndarray:
-    """Zeroed bytes that cost nothing until touched, on huge pages where the system has them."""
-    if native.lib is None:
-        return np.zeros(n_bytes, np.uint8)
-    arena = native.lib.pyg_arena_new(n_bytes)
-    if arena == native.ffi.NULL:
-        raise PyggmlError(f"no memory for {n_bytes / 2**20:.0f} MB; use a smaller context (-c)")
-    owner = native.ffi.gc(arena, lambda p: native.lib.pyg_arena_free(p, n_bytes))
-    return np.frombuffer(native.ffi.buffer(owner, n_bytes), np.uint8)
 
 
 @dataclass(eq=False)

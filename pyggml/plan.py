@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from pyggml.backends.cpu import Pool, Program, WeightStore
-from pyggml.cache import huge_zeros
 from pyggml.errors import PyggmlError
 from pyggml.graph import SYMBOLS, Symbol, Tensor, walk
-from pyggml.native import lib
+from pyggml.native import huge_zeros, lib
 from pyggml.ops import OPS, basic, moe, rope
 from pyggml.types import tensor_type
 
@@ -214,6 +213,7 @@ class Lowering:
         self.store, self.rows = store, rows
         self.prepared: dict[tuple[int, int, int], Tensor] = {}
         self.act_ids: dict[tuple[int, int, int], int] = {}
+        self.multiplied: set[int] = set()        # weights that a matmul reads, by id
         self.steps: list[Step] = []
 
     def lower(self, c: Call) -> None:
@@ -257,6 +257,7 @@ class Lowering:
     def matmul(self, c: Call) -> None:
         a, weight, x, norm = c.attrs, c.srcs[0], c.srcs[1], c.attrs.get("norm")
         assert weight is not None and x is not None
+        self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
         format = self.store.act_format(weight)
         if (up := a.get("up")) is not None and self.store.act_format(up) != format:      # two types: no common activations
             gate_out, up_out = (Tensor("matmul", (), c.out.shape) for _ in range(2))
@@ -283,6 +284,7 @@ class Lowering:
         a = c.attrs
         weight, x, ids = c.srcs
         assert weight is not None and x is not None
+        self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
         format, norm = self.store.act_format(weight), a.get("norm")
         i, f = [self.act_id(x, norm, format), format, 0], [a.get("eps", 0.0)]
         if c.op == "glu_mat_id":
@@ -386,7 +388,7 @@ class Plan:
             key = (id(source), shape)
             if key not in views:
                 if source.op == "weight":
-                    views[key] = store.view(self.program, source)
+                    views[key] = store.view(self.program, source, pack=id(source) in lowering.multiplied)
                 else:
                     symbols = [d for d in shape if isinstance(d, Symbol)]
                     numbers = tuple(limits[d] if isinstance(d, Symbol) else d for d in shape)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyggml.arch.config import Config
-from pyggml.cache import KVCache
 from pyggml.errors import ModelError
 from pyggml.graph import OUTPUTS, TOKENS, Graph, Shape, Tensor
 
 if TYPE_CHECKING:
+    from pyggml.cache import KVCache
     from pyggml.formats.tensorfile import TensorFile
 
 

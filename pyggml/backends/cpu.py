@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyggml.cache import huge_zeros
 from pyggml.errors import PyggmlError
-from pyggml.graph import Tensor
-from pyggml.native import ffi, lib
+from pyggml.native import ffi, huge_zeros, lib
 from pyggml.types import tensor_type
+
+if TYPE_CHECKING:
+    from pyggml.graph import Tensor
 
 OPS: dict[str, int] = {ffi.string(lib.pyg_op_name(i)).decode(): i for i in range(lib.pyg_op_count())} if lib else {}
 _NUMPY_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.int8): "I8", np.dtype(np.uint8): "I8"}
@@ -74,9 +75,9 @@ class WeightStore:
         """How activations are prepared for this weight (ACT_* of native/engine.h)."""
         return lib.pyg_act_format(tensor_type(weight.type).id, self.packed_bytes(weight) > 0, self.exact)
 
-    def view(self, program: Program, weight: Tensor) -> int:
-        """Add the weight to a program; every program of this store shares the packed form."""
-        packed, ready = self._pack(weight)
+    def view(self, program: Program, weight: Tensor, pack: bool) -> int:
+        """Add the weight to a program; every program of this store shares the packed form (`pack`: it may have one)."""
+        packed, ready = self._pack(weight) if pack else (None, None)
         raw = weight.data.raw.reshape(-1)
         release = packed is not None and self.release and weight.name not in self._gathered
         return program.view(raw, weight.type, weight.shape, packed=packed, ready=ready, release=release)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyggml.graph import Shape
+if TYPE_CHECKING:
+    from pyggml.graph import Shape
 
 
 @dataclass(frozen=True)
