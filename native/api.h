@@ -49,6 +49,7 @@ typedef struct {
     int64_t  *claims;       // n_steps * 8: the next unclaimed chunk of each step, a cache line apart
     int64_t  *step_ns;      // NULL, or n_steps: time spent per step is added here (a barrier then follows each step)
     volatile int32_t *abort;// set to 1 from any thread: the run stops at the next chunk
+    int32_t   alone;        // 1: the caller computes this plan by itself, the pool keeps sleeping
     int64_t   act_bytes;    // private memory a worker needs for prepared activations (filled in by pyg_plan_sizes)
     int64_t   scratch;      // private memory a worker needs beside it (likewise)
 } pyg_plan;

@@ -79,7 +79,8 @@ class RandomGraph:
 
     def ffn(self) -> Tensor:
         x = self.norm()
-        h = self.g.glu(self.g.matmul(self.matrix(96), x), self.g.matmul(self.matrix(96), x), kind=self.draw(st.sampled_from(["silu", "gelu", "relu"])))
+        kind = self.draw(st.sampled_from(["silu", "gelu", "relu"]))
+        h = self.g.glu(self.g.matmul(self.matrix(96), x), self.g.matmul(self.matrix(96), x), kind=kind)
         return self.g.add(self.g.matmul(self.matrix(DIM, 96), h), self.pick())
 
     def experts(self) -> Tensor:
