@@ -51,7 +51,7 @@ class Model:
     def tokenizer(self) -> Any:
         from pyggml import tokenizers
 
-        return tokenizers.load(self.file.kv, path=self.file.path)
+        return tokenizers.load(self.file.kv)
 
     @property
     def n_params(self) -> int:
