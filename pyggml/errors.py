@@ -22,4 +22,4 @@ class ParameterError(PyggmlError, ValueError):
 
 
 class Cancelled(PyggmlError):
-    """The computation was stopped by `Context.cancel()`; the cache holds what it held before."""
+    """A running evaluation was stopped from outside (Ctrl-C, a closed request)."""
