@@ -78,7 +78,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact, release=self.file.mapped)
+            self._stores[key] = WeightStore(repack=repack, exact=exact)
         return self._stores[key]
 
 
