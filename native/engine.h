@@ -6,7 +6,7 @@
 #include "blocks.h"
 
 enum { TILE_ROWS = 16 };                // rows interleaved in the R16 layout
-enum { SMALL_COLS = 8 };                // up to this many columns a matmul prepares its activations privately
+enum { SMALL_COLS = PYG_SMALL_COLS };
 
 typedef struct {                        // the activations this worker prepared last (see kernels/act.h)
     int32_t id;                         // step attribute ACT_ID they were prepared for; -1 none
