@@ -222,9 +222,8 @@ def test_start_is_timed_to_the_first_byte_and_memory_is_watched():
 
 def test_one_benchmark_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(peers.tempfile, "gettempdir", lambda: str(tmp_path))
-    with peers.only_one():
-        with pytest.raises(BenchError, match="another benchmark"), peers.only_one():
-            pass
+    with peers.only_one(), pytest.raises(BenchError, match="another benchmark"), peers.only_one():
+        pass
     with peers.only_one():
         pass
 
