@@ -169,7 +169,8 @@ def test_names_are_llama_benchs():
     assert [Test(512, 0).name, Test(0, 128).name, Test(512, 0, 4096).name] == ["pp512", "tg128", "pp512 @ d4096"]
 
 
-def test_best_flags_are_swept_once_and_kept(fake, bench, tmp_path):
+def test_best_flags_are_swept_once_and_kept(fake, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "disturbances", lambda figures: [])
     model = tmp_path / "model.gguf"
     model.write_bytes(b"1234")
     for _ in range(2):              # the second book is read from the file
@@ -177,6 +178,16 @@ def test_best_flags_are_swept_once_and_kept(fake, bench, tmp_path):
         assert setting.flags == ["--repack", "1"] and setting.threads == 1
     assert len((tmp_path / "fake.runs").read_text().splitlines()) == 8      # 2 thread counts x 2 flag sets, forwards and back
     assert len(json.loads((tmp_path / "flags.json").read_text())) == 1
+
+
+def test_a_disturbed_sweep_is_not_kept(fake, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "disturbances", lambda figures: ["foreign 50.0% > 2.0%"])
+    (tmp_path / "model.gguf").touch()
+    book = peers.FlagBook(tmp_path / "flags.json")
+    for _ in range(2):              # but it serves this session
+        assert book.best(bench, fake, Test(8, 0), tmp_path / "model.gguf", [1]).flags == ["--repack", "1"]
+    assert len((tmp_path / "fake.runs").read_text().splitlines()) == 2 * 2 * 3
+    assert json.loads((tmp_path / "flags.json").read_text()) == {}
 
 
 def test_disturbed_rounds_are_run_again_and_left_out(fake, bench, tmp_path, monkeypatch):

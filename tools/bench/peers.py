@@ -84,10 +84,19 @@ class Bench:
             raise BenchError(f"{' '.join(run.command)} ends with status {run.status}: {run.output.strip()[-500:]}")
         return {"rate": contestant.read_rate(test, run.output), "wall": run.wall, "load": run.load, "quiet before": quiet, **run.figures}
 
+    def retried(self, contestant: Contestant, test: Test, model: Path, setting: Setting) -> tuple[dict, list[str]]:
+        """A run, again while it was disturbed, at most three; the last one and what disturbed it."""
+        for _ in range(3):
+            run = self.run(contestant, test, model, setting)
+            why = disturbances(run) if self.strict else []
+            if not why:
+                break
+        return run, why
+
 
 @dataclass
 class FlagBook:
-    """The best setting of each rival per model and test, found once and kept in a file."""
+    """The best setting of each rival per model and test, found once and kept in a file (a disturbed sweep only serves this session)."""
 
     path: Path
     entries: dict[str, dict] = field(default_factory=dict)
@@ -103,17 +112,20 @@ class FlagBook:
         if key not in self.entries:
             say(f"sweep of {key}")
             self.entries[key] = self._sweep(bench, contestant, test, model, thread_counts)
-            write_json(self.path, self.entries)
+            kept = {name: entry for name, entry in self.entries.items() if not entry["disturbed"]}
+            write_json(self.path, kept)
         return Setting(**self.entries[key]["best"])
 
     @staticmethod
     def _sweep(bench: Bench, contestant: Contestant, test: Test, model: Path, thread_counts: Sequence[int]) -> dict:
         settings = [Setting(threads, flags) for threads in thread_counts for flags in flag_sets(contestant.help_text)]
-        rates = dict.fromkeys(map(str, settings), 0.0)
+        rates, disturbed = dict.fromkeys(map(str, settings), 0.0), []
         for setting in [*settings, *reversed(settings)]:              # the better of two runs: noise only ever slows down
-            rates[str(setting)] = max(rates[str(setting)], bench.run(contestant, test, model, setting)["rate"])
-            say(f"  {setting}: {rates[str(setting)]:.2f} t/s")
-        return {"best": asdict(max(settings, key=lambda setting: rates[str(setting)])), "tried": rates}
+            run, why = bench.retried(contestant, test, model, setting)
+            rates[str(setting)] = max(rates[str(setting)], run["rate"])
+            disturbed += [f"{setting}: {reason}" for reason in why]
+            say(f"  {setting}: {run['rate']:.2f} t/s  {'; '.join(why)}")
+        return {"best": asdict(max(settings, key=lambda setting: rates[str(setting)])), "tried": rates, "disturbed": disturbed}
 
 
 def measure_rounds(bench: Bench, settings: dict[Contestant, Setting], test: Test, model: Path, pairs: int) -> list[dict]:
