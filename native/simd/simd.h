@@ -43,6 +43,10 @@ INLINE vi vi_set4(const void *p) { int32_t x; memcpy(&x, p, 4); return vi_set(x)
 INLINE vf vf_from_i(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }     // mask lanes are 0 or -1
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+INLINE vi vi_trunc(vf a) { return __builtin_convertvector(a, vi); }
+INLINE vi vi_roundf(vf a) {                // as roundf: halves away from zero (0.5 itself added would round 0.49999997 up)
+    return vi_trunc(a + (vf)(((vi)a & (int32_t)0x80000000) | (vi)vf_set(0x1.fffffep-2f)));
+}
 
 INLINE u8x16 u8x16_load(const void *p) { u8x16 v; memcpy(&v, p, 16); return v; }
 INLINE u8x32 u8x32_load(const void *p) { u8x32 v; memcpy(&v, p, 32); return v; }
