@@ -51,7 +51,7 @@ class Model:
     def tokenizer(self) -> Any:
         from pyggml import tokenizers
 
-        return tokenizers.load(self.file.kv, path=self.file.path)
+        return tokenizers.load(self.file.kv)
 
     @property
     def n_params(self) -> int:
@@ -78,7 +78,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact, release=self.file.mapped)
+            self._stores[key] = WeightStore(repack=repack, exact=exact)
         return self._stores[key]
 
 
