@@ -74,3 +74,8 @@ int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 f
 int pyg_dequantize(int type, int64_t n, const void *src, float *dst);
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance);
 int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result);
+
+// ---- Metadata: `count` strings, each a length (8 bytes, or 4 when !wide; byte-swapped when swap) and its bytes ------------------
+// Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.
+// Returns the position after the last string, or -1 - position of the first one that is longer than `limit` or does not fit.
+int64_t pyg_scan_strings(const uint8_t *data, int64_t pos, int64_t end, int64_t count, int wide, int swap, int64_t limit, int64_t *starts);

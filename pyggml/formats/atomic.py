@@ -1,0 +1,187 @@
+"""The one routine that puts a file on disk: whole or not at all.
+
+A temporary file is written beside the target, flushed to disk, read back and checked, and only then renamed over the target; the
+folder is flushed last. Whatever fails before the rename leaves the old file as it was and removes the temporary one; what a killed
+run leaves behind is removed by the next writer of the same file. Assumptions: rename within a folder is atomic, and after fsync
+returns the bytes survive power loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pyggml.errors import PyggmlError
+
+CHUNK = 1 << 20
+_YOUNG = 60           # seconds in which a temporary file without a lock may still be about to be locked
+
+
+class Output:
+    """A file being written: `write` buffers and checks short writes, `tell` is the position in bytes."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd, self.path = fd, path
+        self._pending, self._done = bytearray(), 0
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        if len(self._pending) + len(view) > CHUNK:
+            self.flush()
+        if len(view) > CHUNK:
+            self._write(view)
+        else:
+            self._pending += view
+
+    def pad(self, alignment: int) -> None:
+        self.write(bytes(-self.tell() % alignment))
+
+    def tell(self) -> int:
+        return self._done + len(self._pending)
+
+    def flush(self) -> None:
+        pending, self._pending = self._pending, bytearray()
+        self._write(memoryview(pending))
+
+    def _write(self, view: memoryview) -> None:
+        while view:
+            n = os.write(self.fd, view)
+            self._done += n
+            view = view[n:]
+
+    def read(self, offset: int, n: int) -> bytes:
+        """Bytes already written and flushed, read back from the file."""
+        parts = []
+        while n:
+            part = os.pread(self.fd, n, offset)
+            if not part:
+                raise PyggmlError(f"{self.path}: what was written cannot be read back; the disk or its file system is damaged")
+            parts.append(part)
+            offset, n = offset + len(part), n - len(part)
+        return b"".join(parts)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Output], None] | None = None) -> Iterator[Output]:
+    """Write a new version of `path` (or a new file): the body writes to the Output; leaving it normally puts the file in place.
+
+    size: bytes that will be written, where known: too little room is reported before anything is written.
+    check: called with the flushed file before the rename; raises when what it reads back is not what was written.
+    A symbolic link is followed: what it points to is replaced. Mode and owner of an old file are kept.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    try:
+        with _locked(target) as old:
+            _remove_stale(folder, name)
+            _check_room(folder, size, target)
+            temporary = os.path.join(folder, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666 if old is None else 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                if old is not None:
+                    _copy_owner(fd, old)
+                out = Output(fd, target)
+                yield out
+                out.flush()
+                os.fsync(fd)
+                if check is not None:
+                    check(out)
+                os.replace(temporary, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            finally:
+                os.close(fd)
+            _sync_folder(folder)
+    except OSError as error:
+        raise PyggmlError(f"{target}: cannot write: {error.strerror or error}{_room(folder, size)}; the old file is unchanged") from error
+
+
+def _room(folder: str, size: int) -> str:
+    try:
+        free = os.statvfs(folder)
+    except OSError:
+        return ""
+    return f" ({size} bytes needed, {free.f_bavail * free.f_frsize} free)" if size else f" ({free.f_bavail * free.f_frsize} bytes free)"
+
+
+def _check_room(folder: str, size: int, target: str) -> None:
+    free = os.statvfs(folder)
+    if size > free.f_bavail * free.f_frsize:
+        raise PyggmlError(f"{target}: cannot write: {size} bytes needed, {free.f_bavail * free.f_frsize} free in {folder}; "
+                          "write to another disk with --output")
+
+
+@contextlib.contextmanager
+def _locked(target: str) -> Iterator[os.stat_result | None]:
+    """Hold the lock of an existing target, so that a second writer waits; yields its state, or None for a new file."""
+    while True:
+        try:
+            fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            yield None
+            return
+        try:
+            state = os.fstat(fd)
+            if not stat.S_ISREG(state.st_mode):
+                raise PyggmlError(f"{target}: is not a regular file; give another path to write to")
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                same = os.path.samestat(state, os.stat(target))
+            except FileNotFoundError:
+                same = False
+            if same:                            # else another writer replaced it while this one waited: lock the new file
+                yield state
+                return
+        finally:
+            os.close(fd)
+
+
+def _copy_owner(fd: int, old: os.stat_result) -> None:
+    with contextlib.suppress(PermissionError):  # only root may give a file away; the writer then owns it
+        os.fchown(fd, old.st_uid, old.st_gid)
+    os.fchmod(fd, stat.S_IMODE(old.st_mode))
+
+
+def _remove_stale(folder: str, name: str) -> None:
+    """Remove temporary files of this target whose writer is gone: nobody holds their lock."""
+    pattern = re.compile(re.escape("." + name) + r"\.(\d+)\.[0-9a-f]{8}\.tmp")
+    for entry in os.listdir(folder):
+        match = pattern.fullmatch(entry)
+        if not match:
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(os.path.join(folder, entry), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _alive(int(match[1])) or time.time() - os.fstat(fd).st_mtime > _YOUNG:
+                    os.unlink(os.path.join(folder, entry))
+            finally:
+                os.close(fd)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
