@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +82,35 @@ class Model:
         return self._stores[key]
 
 
+class Crew:
+    """Decides whether a token is computed by the whole pool or by one thread, which is faster for small models.
+
+    Both are tried in turn for the first tokens, and the one with the fastest run is kept. A number of threads that the user
+    gave is never second-guessed, and large models always take the pool.
+    """
+
+    TRIALS = 12
+    SMALL_MODEL = 64 << 20          # bytes of weights: beyond it the pool wins by so much that trying is a waste
+
+    def __init__(self, undecided: bool) -> None:
+        self.alone = False
+        self._best = {False: float("inf"), True: float("inf")}
+        self._left = self.TRIALS if undecided else 0
+
+    def run(self, run: Callable[[bool], bool]) -> bool:
+        """Call `run(alone)` for one token."""
+        if not self._left:
+            return run(self.alone)
+        self._left -= 1
+        trial = self._left % 2 == 1
+        start = time.perf_counter()
+        done = run(trial)
+        if self._left < self.TRIALS - 2:        # the first of each packs weights and touches memory
+            self._best[trial] = min(self._best[trial], time.perf_counter() - start)
+        self.alone = self._best[True] < self._best[False]
+        return done
+
+
 class Context:
     """One sequence of tokens with its cache. Not for two threads at once; `cancel` may come from anywhere.
 
@@ -111,6 +141,7 @@ class Context:
             from pyggml.backends.cpu import Pool
 
             self.pool = Pool(n_threads)
+        self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
         self._logits = np.empty((0, model.n_vocab), np.float32)
 
     # ---- plans ---------------------------------------------------------------------------------------------------------------
@@ -186,7 +217,11 @@ class Context:
             inputs["pos"][:n] = inputs["cell"][:n] = np.arange(self.n_past, self.n_past + n)
         inputs["wanted"][:m] = wanted
         plan.program.aborted[0] = self._cancelled
-        plan.run(self.pool, {TOKENS: n, OUTPUTS: m})
+        sizes = {TOKENS: n, OUTPUTS: m}
+        if n == 1:
+            self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
+        else:
+            plan.run(self.pool, sizes)
         return plan.output[:m]
 
     def cancel(self) -> None:

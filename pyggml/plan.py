@@ -404,8 +404,8 @@ class Plan:
         count = int(np.prod(shape))
         self.output = array(root(output))[: 4 * count].view(np.float32).reshape(shape)
 
-    def run(self, pool: Pool, values: dict[Symbol, int]) -> bool:
-        """One native call for these sizes. False when it was aborted."""
+    def run(self, pool: Pool, values: dict[Symbol, int], alone: bool = False) -> bool:
+        """One native call for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
         for symbol, value in values.items():
             self.program.slots[symbol.slot] = value
-        return self.program.run(pool)
+        return self.program.run(pool, alone)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyggml.graph import Tensor
 
 OPS: dict[str, int] = {ffi.string(lib.pyg_op_name(i)).decode(): i for i in range(lib.pyg_op_count())} if lib else {}
-_NUMPY_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.int8): "I8", np.dtype(np.uint8): "I8"}
+_NUMPY_TYPES = {np.dtype(d): name for d, name in ((np.float32, "F32"), (np.int32, "I32"), (np.float16, "F16"), (np.int8, "I8"), (np.uint8, "I8"))}
 
 
 def physical_cores() -> int:
@@ -156,9 +156,10 @@ class Program:
         lib.pyg_plan_sizes(self._plan)
         return self
 
-    def run(self, pool: Pool) -> bool:
-        """One native call. False when it was aborted."""
+    def run(self, pool: Pool, alone: bool = False) -> bool:
+        """One native call, by the pool or by the calling thread alone. False when it was aborted."""
         self.native_calls += 1
+        self._plan.alone = alone
         status = lib.pyg_run(pool._pool, self._plan)
         if status == 2:
             raise PyggmlError(f"no memory for {self._plan.act_bytes + self._plan.scratch} bytes of scratch per thread; use a smaller -ub")
