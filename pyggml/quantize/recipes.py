@@ -102,6 +102,7 @@ class Recipe:
     needs_imatrix: bool = False   # Q2_K in this recipe is too coarse without an importance matrix
     rest: str = ""                # a rule for every tensor that is neither output nor embedding
     rules: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, str] = field(default_factory=dict)   # types of single tensors: a recipe made for one model (allocate.py)
     counts_tensors: bool = False  # a layer's place is counted by tensors even where experts share a layer
     raises_values: bool = True    # SHARED_VALUES apply
 

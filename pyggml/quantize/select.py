@@ -162,6 +162,8 @@ def _by_recipe(name: str, shape: tuple[int, ...], role: str, recipe: Recipe, fac
                wishes: Wishes) -> str:
     """The recipe's type for a tensor, before its shape is considered."""
     base = recipe.base
+    if name in recipe.tensors:
+        return recipe.tensors[name]
     if any(part in name for part in recipes.AT_LEAST_Q8_0.get(facts.arch, ())):
         return "Q8_0"
     if role == "output" or tied and role == "embedding":
