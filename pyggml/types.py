@@ -97,6 +97,9 @@ TYPES: tuple[TensorType, ...] = (
     TensorType(34, "TQ1_0", 256, "block_tq1_0", "Q8_K"),
     TensorType(35, "TQ2_0", 256, "block_tq2_0", "Q8_K"),
     TensorType(39, "MXFP4", 32, "block_mxfp4", "Q8_0"),
+    TensorType(40, "NVFP4", 64, "block_nvfp4", "Q8_0"),
+    TensorType(41, "Q1_0", 128, "block_q1_0", "Q8_0"),
+    TensorType(42, "Q2_0", 64, "block_q2_0", "Q8_0"),
 )
 
 # Types that once had an id and were taken out of the format: named in errors, never decoded.
