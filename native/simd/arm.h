@@ -27,3 +27,12 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {
     int32x4_t q = vmull_high_s16((int16x8_t)w, (int16x8_t)a);
     return acc + (vi)vpaddq_s32(p, q);
 }
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 32 };
+static inline vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)vld1q_dup_f32(p);
+    if (n == 2) return (vf)vcombine_f32(vld1_f32(p), vld1_f32(p));
+    return (vf)vld1q_f32(p);
+}
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf)vrev64q_f32((float32x4_t)v) : (vf)vextq_f32((float32x4_t)v, (float32x4_t)v, 2); }
