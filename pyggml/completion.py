@@ -188,8 +188,8 @@ class TextAnswer:
             if part.text:
                 yield {**self.head, "choices": [self._choice(part, None)]}
             if part.finish_reason:
-                yield {**self.head, "choices": [self._choice(Part(), part.finish_reason)]}
+                yield {**self.head, "choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": part.finish_reason}]}
 
     def _choice(self, part: Part, finish_reason: str | None) -> dict[str, Any]:
-        logprobs = logprobs_dict(part.entries) if self.with_logprobs and (part.entries or not part.finish_reason) else None
+        logprobs = logprobs_dict(part.entries) if self.with_logprobs else None
         return {"text": part.text, "index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
