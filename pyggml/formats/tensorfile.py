@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import mmap
 import weakref
@@ -200,6 +199,8 @@ class TensorFile:
         return f"<{self.format} file {printable(self.path)}: {len(self.kv)} keys, {len(self.tensors)} tensors, {self.nbytes / 1e6:.1f} MB>"
 
     def _repr_html_(self) -> str:
+        import html
+
         def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
             cells = "".join("<tr>" + "".join(f"<td>{html.escape(printable(c))}</td>" for c in row) + "</tr>" for row in rows)
             return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + f"</tr>{cells}</table>"
