@@ -76,22 +76,23 @@ int pyg_dequantize(int type, int64_t n, const void *src, float *dst);
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance);
 int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result);
 
-// ---- Metadata: `count` strings, each a length (8 bytes, or 4 when !wide; byte-swapped when swap) and its bytes ------------------
-// Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.
-// Returns the position after the last string, or -1 - position of the first one that is longer than `limit` or does not fit.
-int64_t pyg_scan_strings(const uint8_t *data, int64_t pos, int64_t end, int64_t count, int wide, int swap, int64_t limit, int64_t *starts);
 // ---- Text to tokens (tokenize.c): a table of texts, and merging by score (SPM) or by rank (BPE) -------------------------------
 typedef struct pyg_table pyg_table;
 typedef struct pyg_merger pyg_merger;
-// n texts, the i-th at bytes[offsets[i] .. offsets[i + 1]]; byte_level: spelled in GPT-2's byte alphabet. NULL: no memory.
+// n texts, the i-th at bytes[offsets[i] + prefix .. offsets[i + 1]]; byte_level: spelled in GPT-2's byte alphabet. NULL: no memory.
 // *duplicate: the first id whose text an earlier one has, or -1.
-pyg_table  *pyg_table_new(const char *bytes, const int64_t *offsets, int32_t n, int byte_level, int32_t *duplicate);
+pyg_table  *pyg_table_new(const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n, int byte_level, int32_t *duplicate);
 void        pyg_table_free(pyg_table *table);
 int32_t     pyg_table_find(const pyg_table *table, const char *text, int64_t n);                       // id or -1
 // A merger refers to its table, which must outlive it. fallback[256]: the token of a byte that is in no token, or -1.
 pyg_merger *pyg_merger_spm(const pyg_table *table, const float *scores, const int32_t *fallback);
-pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int32_t n_merges, int byte_level, int whole_words,
-                           const int32_t *fallback);                                                   // merges: "left right", best first
+pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n_merges, int byte_level,
+                           int whole_words, const int32_t *fallback);                                  // merges: "left right", best first
 void        pyg_merger_free(pyg_merger *merger);
 // ids has room for n. BPE: words are lengths in characters of UTF-8 text; SPM finds its words itself. Ids written, or -1: no memory.
 int64_t     pyg_merge(const pyg_merger *merger, const char *text, int64_t n, const int32_t *words, int64_t n_words, int32_t *ids);
+
+// ---- Metadata: `count` strings, each a length (8 bytes, or 4 when !wide; byte-swapped when swap) and its bytes ------------------
+// Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.
+// Returns the position after the last string, or -1 - position of the first one that is longer than `limit` or does not fit.
+int64_t pyg_scan_strings(const uint8_t *data, int64_t pos, int64_t end, int64_t count, int wide, int swap, int64_t limit, int64_t *starts);

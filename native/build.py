@@ -84,7 +84,7 @@ class BuildNative(build_ext):
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for objects in pool.map(compile_isa, isas.items()):
                 ext.extra_objects += objects
-        ext.sources = [*ext.sources, str(glue)]
+        ext.sources = [*(os.path.relpath(p) for p in sorted(HERE.glob("*.c")) if p.name != "kernels.c"), str(glue)]
         ext.include_dirs += include
         ext.define_macros += [("ISA_LIST(X)", " ".join(f"X({isa})" for isa in isas))]
         ext.depends += [str(p) for p in HERE.rglob("*.h")]

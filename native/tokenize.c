@@ -9,7 +9,7 @@
 #include "api.h"
 
 // ---- a table of texts ------------------------------------------------------------------------------------------------------
-typedef struct { uint32_t hash; int32_t id; } table_slot;            // id -1: free
+typedef struct { uint32_t hash; int32_t id; uint32_t start, size; } table_slot;      // id -1: free; text at bytes[start]
 
 struct pyg_table {
     char       *bytes;                  // the texts, one after another
@@ -17,7 +17,7 @@ struct pyg_table {
     int32_t     n, room;                // texts held, texts there is room for
     int64_t     bytes_room;
     table_slot *slots;
-    uint32_t    mask;                   // slots - 1; at least twice the texts
+    uint32_t    mask;                   // slots - 1; at least a third of the slots is free
 };
 
 static uint32_t hash_text(const char *text, int64_t n) {
@@ -40,28 +40,33 @@ static table_slot *find_slot(const pyg_table *t, const char *text, int64_t n, ui
     for (uint32_t i = hash & t->mask;; i = (i + 1) & t->mask) {
         table_slot *s = &t->slots[i];
         if (s->id < 0) return s;
-        if (s->hash == hash && t->start[s->id + 1] - t->start[s->id] == n && !memcmp(t->bytes + t->start[s->id], text, n)) return s;
+        if (s->hash == hash && s->size == n && !memcmp(t->bytes + s->start, text, n)) return s;
     }
 }
 
 int32_t pyg_table_find(const pyg_table *t, const char *text, int64_t n) { return find_slot(t, text, n, hash_text(text, n))->id; }
 
+// Enter text `id`, which the table holds: the id of an equal text that came before it, or -1.
+static int32_t enter(pyg_table *t, int32_t id) {
+    int64_t start = t->start[id], n = t->start[id + 1] - start;
+    if (!n) return -1;
+    uint32_t hash = hash_text(t->bytes + start, n);
+    table_slot *s = find_slot(t, t->bytes + start, n, hash);
+    if (s->id >= 0) return s->id;
+    *s = (table_slot){hash, id, (uint32_t)start, (uint32_t)n};
+    return -1;
+}
+
 static int resize_slots(pyg_table *t, int64_t texts) {
     uint64_t size = 16;
-    while (size < 2 * (uint64_t)texts) size *= 2;
+    while (2 * size < 3 * (uint64_t)texts) size *= 2;
     table_slot *slots = malloc(size * sizeof *slots);
     if (!slots) return 0;
     memset(slots, -1, size * sizeof *slots);
     free(t->slots);
     t->slots = slots;
     t->mask = (uint32_t)(size - 1);
-    for (int32_t id = 0; id < t->n; id++) {
-        const char *text = t->bytes + t->start[id];
-        int64_t n = t->start[id + 1] - t->start[id];
-        uint32_t hash = hash_text(text, n);
-        table_slot *s = find_slot(t, text, n, hash);
-        if (n && s->id < 0) *s = (table_slot){hash, id};
-    }
+    for (int32_t id = 0; id < t->n; id++) enter(t, id);
     return 1;
 }
 
@@ -83,15 +88,13 @@ static int32_t add_text(pyg_table *t, const char *text, int64_t n) {
     memcpy(t->bytes + end, text, n);
     t->start[t->n + 1] = end + n;
     int32_t id = t->n++;
-    if (2 * (uint64_t)t->n > (uint64_t)t->mask + 1) return resize_slots(t, 2 * (int64_t)t->n) ? id : -1;
-    uint32_t hash = hash_text(text, n);
-    table_slot *s = find_slot(t, text, n, hash);
-    if (s->id < 0) *s = (table_slot){hash, id};
+    if (3 * (uint64_t)t->n > 2 * ((uint64_t)t->mask + 1)) return resize_slots(t, 2 * (int64_t)t->n) ? id : -1;
+    enter(t, id);
     return id;
 }
 
-static int32_t find_or_add(pyg_table *t, const char *text, int64_t n) {
-    int32_t id = pyg_table_find(t, text, n);
+static int32_t find_or_add(pyg_table *t, const char *text, int64_t n, uint32_t hash) {
+    int32_t id = find_slot(t, text, n, hash)->id;
     return id >= 0 ? id : add_text(t, text, n);
 }
 
@@ -122,7 +125,7 @@ static int64_t from_alphabet(const uint8_t *of_char, const uint8_t *known, const
     return m;
 }
 
-pyg_table *pyg_table_new(const char *bytes, const int64_t *offsets, int32_t n, int byte_level, int32_t *duplicate) {
+pyg_table *pyg_table_new(const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n, int byte_level, int32_t *duplicate) {
     pyg_table *t = calloc(1, sizeof *t);
     *duplicate = -1;
     if (!t) return NULL;
@@ -135,8 +138,8 @@ pyg_table *pyg_table_new(const char *bytes, const int64_t *offsets, int32_t n, i
     byte_alphabet(of_char, known);
     t->start[0] = 0;
     for (int32_t id = 0; id < n; id++) {
-        const char *text = bytes + offsets[id];
-        int64_t size = offsets[id + 1] - offsets[id];
+        const char *text = bytes + offsets[id] + prefix;
+        int64_t size = offsets[id + 1] - offsets[id] - prefix;
         char *to = t->bytes + t->start[id];
         if (byte_level) {
             size = from_alphabet(of_char, known, text, size, to);
@@ -146,11 +149,7 @@ pyg_table *pyg_table_new(const char *bytes, const int64_t *offsets, int32_t n, i
         }
         t->start[id + 1] = t->start[id] + size;
         t->n = id + 1;
-        if (!size) continue;
-        uint32_t hash = hash_text(to, size);
-        table_slot *s = find_slot(t, to, size, hash);
-        if (s->id < 0) *s = (table_slot){hash, id};
-        else if (*duplicate < 0) *duplicate = id;
+        if (enter(t, id) >= 0 && *duplicate < 0) *duplicate = id;
     }
     return t;
 }
@@ -215,43 +214,76 @@ pyg_merger *pyg_merger_spm(const pyg_table *table, const float *scores, const in
     return m;
 }
 
-pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int32_t n, int byte_level, int whole_words,
-                           const int32_t *fallback) {
+// The two texts of a merge, and their joined text: hashed first and looked up later, so that the memory is on its way.
+typedef struct { const char *text; int64_t left, right; uint32_t hash[3]; } spelled_merge;
+enum { AHEAD = 16 };
+
+static spelled_merge spell_merge(const pyg_table *t, const char *merge, int64_t n, const uint8_t *of_char, const uint8_t *known, char *to) {
+    spelled_merge m = {.text = to};
+    const char *space = n > 2 ? memchr(merge + 1, ' ', n - 1) : NULL;
+    if (!space) return m;
+    m.left = space - merge;
+    m.right = n - m.left - 1;
+    if (of_char) {
+        m.left = from_alphabet(of_char, known, merge, m.left, to);
+        m.right = m.left < 0 ? -1 : from_alphabet(of_char, known, space + 1, m.right, to + m.left);
+    } else {
+        memcpy(to, merge, m.left);
+        memcpy(to + m.left, space + 1, m.right);
+    }
+    if (m.left <= 0 || m.right <= 0) { m.left = 0; return m; }
+    m.hash[0] = hash_text(to, m.left);
+    m.hash[1] = hash_text(to + m.left, m.right);
+    m.hash[2] = hash_text(to, m.left + m.right);
+    for (int i = 0; i < 3; i++) __builtin_prefetch(&t->slots[m.hash[i] & t->mask]);
+    return m;
+}
+
+pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n, int byte_level,
+                           int whole_words, const int32_t *fallback) {
     pyg_merger *m = new_merger(table, table->n, fallback);
     uint64_t size = 16;
-    while (size < 2 * (uint64_t)n) size *= 2;
-    int64_t longest = 0;
+    while (2 * size < 3 * (uint64_t)n) size *= 2;
+    int64_t longest = 1;
     for (int32_t i = 0; i < n; i++)
         if (offsets[i + 1] - offsets[i] > longest) longest = offsets[i + 1] - offsets[i];
-    char *text = malloc(2 * longest + 1);
-    if (!m || !text || !(m->pairs = malloc(size * sizeof *m->pairs))) { free(text); pyg_merger_free(m); return NULL; }
+    char *text = malloc(AHEAD * longest);
+    if (!m || !text || !(m->pairs = malloc(size * sizeof *m->pairs))) goto no_memory;
     memset(m->pairs, -1, size * sizeof *m->pairs);
     m->mask = (uint32_t)(size - 1);
     m->by_char = !byte_level;
     m->whole_words = whole_words;
     uint8_t of_char[0x200], known[0x200];
     byte_alphabet(of_char, known);
-    for (int32_t rank = 0; rank < n; rank++) {
-        const char *merge = bytes + offsets[rank];
-        int64_t length = offsets[rank + 1] - offsets[rank];
-        const char *space = length > 2 ? memchr(merge + 1, ' ', length - 1) : NULL;
-        if (!space) continue;
-        int64_t a = space - merge, b = length - a - 1;
-        if (byte_level) {
-            a = from_alphabet(of_char, known, merge, a, text);
-            b = a < 0 ? -1 : from_alphabet(of_char, known, space + 1, b, text + a);
-        } else {
-            memcpy(text, merge, a);
-            memcpy(text + a, space + 1, b);
+    for (int32_t first = 0; first < n; first += AHEAD) {
+        int32_t here = n - first < AHEAD ? n - first : AHEAD;
+        spelled_merge spelled[AHEAD];
+        pair found[AHEAD];
+        for (int32_t i = 0; i < here; i++) {
+            int64_t at = offsets[first + i] + prefix, size = offsets[first + i + 1] - at;
+            spelled[i] = spell_merge(table, bytes + at, size, byte_level ? of_char : NULL, known, text + i * longest);
         }
-        if (a <= 0 || b <= 0) continue;         // spells no text
-        int32_t left = find_or_add(table, text, a), right = find_or_add(table, text + a, b), result = find_or_add(table, text, a + b);
-        if (left < 0 || right < 0 || result < 0) { free(text); pyg_merger_free(m); return NULL; }
-        pair *p = find_pair(m, left, right);
-        if (p->left < 0) *p = (pair){left, right, rank, result};
+        for (int32_t i = 0; i < here; i++) {
+            const spelled_merge *s = &spelled[i];
+            found[i].left = -1;
+            if (!s->left) continue;             // spells no text
+            found[i] = (pair){find_or_add(table, s->text, s->left, s->hash[0]), find_or_add(table, s->text + s->left, s->right, s->hash[1]),
+                              first + i, find_or_add(table, s->text, s->left + s->right, s->hash[2])};
+            if (found[i].left < 0 || found[i].right < 0 || found[i].result < 0) goto no_memory;
+            __builtin_prefetch(&m->pairs[hash_pair(found[i].left, found[i].right) & m->mask], 1);
+        }
+        for (int32_t i = 0; i < here; i++) {
+            if (found[i].left < 0) continue;
+            pair *p = find_pair(m, found[i].left, found[i].right);
+            if (p->left < 0) *p = found[i];
+        }
     }
     free(text);
     return m;
+no_memory:
+    free(text);
+    pyg_merger_free(m);
+    return NULL;
 }
 
 void pyg_merger_free(pyg_merger *m) {

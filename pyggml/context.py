@@ -80,7 +80,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact, release=self.file.map is not None)
+            self._stores[key] = WeightStore(repack=repack, exact=exact)
         return self._stores[key]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from pyggml.arch.config import Config
 from pyggml.errors import ModelError
+from pyggml.formats.tensorfile import OpaqueType
 from pyggml.graph import OUTPUTS, TOKENS, Graph, Shape, Tensor
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Builder(Graph):
         tensor = self.file.tensors[name]
         if tuple(tensor.shape) != shape:
             raise ModelError(f'{self.file.path}: the tensor "{name}" has shape {list(tensor.shape)}; the keys of this model ask for {list(shape)}')
+        if isinstance(tensor.type, OpaqueType):
+            raise ModelError(f'{self.file.path}: the tensor "{name}" cannot be computed with: {tensor.type.why()}')
         if not tensor.type.activation:
             raise ModelError(f'{self.file.path}: the tensor "{name}" has type {tensor.type.name}, which cannot be computed with; '
                              "quantize the file to another type")

@@ -56,8 +56,8 @@ class WeightStore:
     pages behind it are released. `exact` keeps every weight raw and multiplies decoded weights with float activations.
     """
 
-    def __init__(self, *, repack: bool = True, exact: bool = False, release: bool = True) -> None:
-        self.repack, self.exact, self.release = repack and not exact, exact, release
+    def __init__(self, *, repack: bool = True, exact: bool = False) -> None:
+        self.repack, self.exact = repack and not exact, exact
         self._packed: dict[str, tuple[Any, np.ndarray] | None] = {}
         self._gathered: set[str] = set()
 
@@ -79,7 +79,7 @@ class WeightStore:
         """Add the weight to a program; every program of this store shares the packed form (`pack`: it may have one)."""
         packed, ready = self._pack(weight) if pack else (None, None)
         raw = weight.data.raw.reshape(-1)
-        release = packed is not None and self.release and weight.name not in self._gathered
+        release = packed is not None and weight.data.mapped and weight.name not in self._gathered
         return program.view(raw, weight.type, weight.shape, packed=packed, ready=ready, release=release)
 
     def _pack(self, weight: Tensor) -> tuple[Any, np.ndarray | None]:

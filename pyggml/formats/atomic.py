@@ -92,6 +92,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
+    state = "the old file is unchanged" if os.path.lexists(target) else "nothing was written"
     try:
         with _locked(target) as old:
             _remove_stale(folder, name)
@@ -117,6 +118,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
                 if check is not None:
                     check(out)
                 os.replace(temporary, target)
+                state = "the new file is in place, but may not survive a power cut"
             except BaseException as error:
                 if resume and isinstance(error, Cancelled | KeyboardInterrupt):
                     out.flush()
@@ -128,7 +130,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
                 os.close(fd)
             _sync_folder(folder)
     except OSError as error:
-        raise PyggmlError(f"{target}: cannot write: {error.strerror or error}{_room(folder, size)}; the old file is unchanged") from error
+        raise PyggmlError(f"{target}: cannot write: {error.strerror or error}{_room(folder, size)}; {state}") from error
 
 
 def _room(folder: str, size: int) -> str:

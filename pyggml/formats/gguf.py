@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
     type: ValueType
     element: ValueType | None       # of an array
-    count: int
+    length: int                     # of an array
     start: int
     end: int
     key_start: int                  # of the whole pair: key length, key, type id, value
@@ -108,7 +108,8 @@ class _Cursor:
         if value > limit:
             self.fail(f"{what} is {value} (limit {limit})", start)
         if value > (self.size - self.pos) // each:
-            self.fail(f"{what} is {value}, more than the {self.size - self.pos} bytes left in the file can hold; it is cut short or damaged", start)
+            left = self.size - self.pos
+            self.fail(f"{what} is {value}, more than the {left} bytes left in the file can hold; it is cut short or damaged", start)
         return value
 
     def text(self, what: str, limit: int) -> str:
@@ -189,8 +190,8 @@ class _Values:
         self.buffer, self.order, self.prefix = cursor.buffer, cursor.order, cursor.prefix
 
     def __call__(self, entry: Entry) -> Typed:
-        if entry.type is ARRAY:
-            return self.array(entry.element, entry.count, entry.start, entry.end)[0]
+        if entry.element is not None:
+            return self.array(entry.element, entry.length, entry.start, entry.end)[0]
         if entry.type is STRING:
             return Typed("str", bytes(self.buffer[entry.start + self.prefix:entry.end]).decode("utf-8", "surrogateescape"))
         return Typed(entry.type.name, struct.unpack_from(self.order + entry.type.code, self.buffer, entry.start)[0])
@@ -238,7 +239,8 @@ def _read(c: _Cursor, source: Source) -> TensorFile:
     infos = _read_infos(c, n_tensors)
     data = -(-c.pos // alignment) * alignment
     tensors = _place(c, source, infos, data, alignment, warnings)
-    return TensorFile([source], kv, tensors, format=f"GGUF v{c.version}", alignment=alignment, data_offset=data, order=c.order, warnings=warnings)
+    return TensorFile([source], kv, tensors, format=f"GGUF v{c.version}", alignment=alignment, data_offset=data, order=c.order,
+                      warnings=warnings)
 
 
 def _read_header(c: _Cursor) -> tuple[int, int]:
@@ -283,11 +285,13 @@ class _Info(NamedTuple):
     dims: tuple[int, ...]       # innermost first
     type: int
     offset: int                 # in the data
-    at: int                     # of this entry in the file
+    dims_at: int                # where these fields lie in the file
+    offset_at: int
 
 
 def _read_infos(c: _Cursor, n_tensors: int) -> dict[str, _Info]:
     infos: dict[str, _Info] = {}
+    offset_of = struct.Struct(c.order + "Q").unpack_from
     for i in range(n_tensors):
         c.where, at = f"tensor {i} of {n_tensors}", c.pos
         name = c.text("tensor name", c.limits.name)
@@ -297,53 +301,44 @@ def _read_infos(c: _Cursor, n_tensors: int) -> dict[str, _Info]:
         start, n_dims = c.pos, c.u32("n_dims")
         if n_dims > c.limits.dims:
             c.fail(f"n_dims is {n_dims} (limit {c.limits.dims})", start)
-        start, dims, elements = c.pos, [], 1
+        dims_at, dims, elements = c.pos, [], 1
         for k in range(n_dims):
             dims.append(c.count(f"dimension {k}"))
             elements *= max(1, dims[-1])
             if elements > INT64_MAX:
-                c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^63 - 1)", start)
+                c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^63 - 1)", dims_at)
         start, kind = c.pos, c.u32("type")
         if kind > c.limits.type_id:
             c.fail(f"type is {kind} (limit {c.limits.type_id})", start)
         end = c.need(1, 8, "offset")
-        infos[name] = _Info(name, tuple(dims), kind, struct.unpack_from(c.order + "Q", c.buffer, c.pos)[0], at)
+        infos[name] = _Info(name, tuple(dims), kind, offset_of(c.buffer, c.pos)[0], dims_at, c.pos)
         c.pos = end
     return infos
 
 
 def _place(c: _Cursor, source: Source, infos: dict[str, _Info], data: int, alignment: int, warnings: list[str]) -> dict[str, Tensor]:
     """Tensors with their place in the file: aligned, inside it, apart from each other."""
-    room = source.size - data
+    room = max(0, source.size - data)           # the data may start past the end of a file that has none
     sizes = {info.name: _bytes_of(c, info) for info in infos.values()}
-    for info in infos.values():
-        c.where, c.pos = f'tensor "{printable(info.name)}"', info.at
-        size = sizes[info.name] or 0
-        if info.offset % alignment:
-            c.fail(f"offset {info.offset} is not a multiple of the alignment {alignment}")
-        if size and room < 0:
-            c.fail(f"the tensor data would start at {data}, but the file ends at {source.size}; it is cut short")
-        if info.offset > max(room, 0) and size == 0 and info.offset > -(-max(room, 0) // alignment) * alignment:
-            c.fail(f"offset {info.offset} is past the end of the data ({max(room, 0)} bytes)")
-        if size and (info.offset > room or size > room - info.offset):
-            short = info.offset + size - room
-            c.fail(f"data at offset {info.offset} with {size} bytes ends {short} bytes past the end of the file; "
-                   "the download may be incomplete, or the entry is damaged")
     order = sorted(infos.values(), key=lambda info: (info.offset, sizes[info.name] or 0))
     tensors, covered, owner = {}, 0, ""
     for k, info in enumerate(order):
+        c.where, c.pos = f'tensor "{printable(info.name)}"', info.offset_at
+        type = BY_ID.get(info.type) or OpaqueType(info.type)
         size = sizes[info.name]
         if size is None:                        # the bytes up to the next tensor; without knowing the type there is no better bound
-            following = next((later.offset for later in order[k + 1:] if later.offset >= info.offset), max(room, 0))
-            size = max(0, following - info.offset)
+            size = max(0, (order[k + 1].offset if k + 1 < len(order) else room) - info.offset)
             warnings.append(f'tensor "{printable(info.name)}": {OpaqueType(info.type).why()}')
+        if info.offset % alignment:
+            c.fail(f"offset {info.offset} is not a multiple of the alignment {alignment}")
+        if info.offset + size > (room if size else -(-room // alignment) * alignment):
+            c.fail(f"offset {info.offset} with {size} bytes of data ends {data + info.offset + size - source.size} bytes past the end "
+                   "of the file; the download is incomplete, or the entry is damaged")
         if size and info.offset < covered:
-            c.where, c.pos = f'tensor "{printable(info.name)}"', info.at
-            c.fail(f'data at offset {info.offset} overlaps tensor "{printable(owner)}", which ends at {covered}')
+            c.fail(f'offset {info.offset} overlaps tensor "{printable(owner)}", which ends at {covered}')
         if info.offset + size > covered:
             covered, owner = info.offset + size, info.name
-        tensors[info.name] = Tensor(source, info.name, BY_ID.get(info.type) or OpaqueType(info.type), info.dims[::-1], data + info.offset, size,
-                                    swapped=c.order == ">")
+        tensors[info.name] = Tensor(source, info.name, type, info.dims[::-1], data + info.offset, size, swapped=c.order == ">")
     return {name: tensors[name] for name in infos}
 
 
@@ -355,7 +350,7 @@ def _bytes_of(c: _Cursor, info: _Info) -> int | None:
     row = info.dims[0] if info.dims else 1
     if row % t.block:
         c.where = f'tensor "{printable(info.name)}"'
-        c.fail(f"rows of {row} weights do not divide into {t.name} blocks of {t.block}", info.at)
+        c.fail(f"rows of {row} weights do not divide into {t.name} blocks of {t.block}", info.dims_at)
     size = t.row_bytes(row)
     for n in info.dims[1:]:
         size *= n

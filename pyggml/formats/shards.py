@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from pyggml.errors import GGUFError
-from pyggml.formats.tensorfile import Metadata, TensorFile
+from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
 from pyggml.formats.values import printable
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -36,16 +36,18 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
     path, count = opened.path, opened.kv[COUNT]
     paths = parts_of(path)
     if len(paths) == 1:
-        raise GGUFError(f'{printable(path)}: key "{COUNT}" says it is one of {count} parts; name them {part_path("NAME", 1, count)} and so on')
+        raise GGUFError(f'{printable(path)}: key "{COUNT}" says it is one of {count} parts; '
+                        f'name them {part_path("NAME", 1, count)} and so on')
     missing = [p for p in paths if not os.path.exists(p)]
     if missing:
         raise GGUFError(f"{printable(path)}: the model has {len(paths)} parts, missing: {', '.join(printable(p) for p in missing)}")
     files = [opened if p == path else open_one(p) for p in paths]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, file in enumerate(files):
         for key, expected in ((COUNT, len(paths)), (NUMBER, i)):
             if key not in file.kv or file.kv[key] != expected:
-                raise GGUFError(f'{printable(file.path)}: key "{key}" is {file.kv.get(key)}, by its name it should be {expected}; is the file renamed?')
+                raise GGUFError(f'{printable(file.path)}: key "{key}" is {file.kv.get(key)}, by the file name it should be {expected}; '
+                                'was the file renamed?')
         for name, tensor in file.tensors.items():
             if name in tensors:
                 raise GGUFError(f'{printable(file.path)}: tensor "{printable(name)}" is also in {printable(tensors[name].source.name)}')
@@ -55,5 +57,6 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
     if expected != len(tensors):
         raise GGUFError(f'{printable(first.path)}: key "{TENSORS}" is {expected}, the parts hold {len(tensors)} tensors')
     entries = {key: first.kv.entry(key) for key in first.kv if key not in (COUNT, NUMBER, TENSORS)}
-    return TensorFile([f.sources[0] for f in files], Metadata(entries, first.kv._decode), tensors, format=first.format, alignment=first.alignment,
-                      data_offset=first.data_offset, order=first.order, warnings=[w for f in files for w in f.warnings])
+    return TensorFile([f.sources[0] for f in files], Metadata(entries, first.kv.decode), tensors, format=first.format,
+                      alignment=first.alignment, data_offset=first.data_offset, order=first.order,
+                      warnings=[w for f in files for w in f.warnings])

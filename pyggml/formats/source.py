@@ -89,9 +89,12 @@ class PlainFile(_LocalFile):
 
     def array(self, offset: int, n: int) -> np.ndarray:
         data = np.empty(n, np.uint8)
-        view, done = memoryview(data), 0
+        view, done = memoryview(data.data), 0
         while done < n:
-            got = os.preadv(self.fd, [view[done:]], offset + done)
+            try:
+                got = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise GGUFError(f"{self.name}: offset 0x{offset + done:x}: cannot read: {error.strerror}") from None
             if not got:
                 raise GGUFError(f"{self.name}: the file was cut to {offset + done} bytes while it was read; open it again")
             done += got
@@ -104,13 +107,14 @@ class Memory:
     map = None
 
     def __init__(self, data: Any, name: str = "<memory>") -> None:
-        self.name, self._data, self.size = name, memoryview(data).cast("B"), memoryview(data).nbytes
+        self.name, self._data = name, memoryview(data).cast("B")
+        self.size, self._bytes = self._data.nbytes, np.frombuffer(self._data, np.uint8)
 
     def head(self, n: int) -> Any:
         return self._data
 
     def array(self, offset: int, n: int) -> np.ndarray:
-        return np.frombuffer(self._data, np.uint8, n, offset)
+        return self._bytes[offset:offset + n]
 
 
 def local(path: str | os.PathLike[str], use_mmap: bool = True) -> MappedFile | PlainFile:

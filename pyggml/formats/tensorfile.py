@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import mmap
 import weakref
@@ -39,6 +38,13 @@ class OpaqueType:
         return self.name
 
 
+def swap(type: TensorType | OpaqueType, data: np.ndarray, label: str) -> np.ndarray:
+    """Blocks (uint8) in the other byte order. `label` names the tensor in the error for a type whose layout is unknown."""
+    if isinstance(type, OpaqueType):
+        raise PyggmlError(f"{label}: {type.why()}, so its byte order cannot be changed")
+    return np.ascontiguousarray(data).view(type.layout.newbyteorder(">")).astype(type.layout).view(np.uint8)
+
+
 class Metadata(Mapping[str, Any]):
     """Read-only metadata: numbers, bools and text as Python values, numeric arrays as numpy views, arrays of text decoded lazily.
 
@@ -46,10 +52,10 @@ class Metadata(Mapping[str, Any]):
     """
 
     def __init__(self, entries: Mapping[str, Any], decode: Callable[[Any], Typed]) -> None:
-        self._entries, self._decode = entries, decode
+        self._entries, self.decode = entries, decode
 
     def __getitem__(self, key: str) -> Any:
-        value = self._decode(self._entries[key])
+        value = self.decode(self._entries[key])
         return _plain(value)
 
     def __iter__(self) -> Iterator[str]:
@@ -62,10 +68,10 @@ class Metadata(Mapping[str, Any]):
         return key in self._entries
 
     def type(self, key: str) -> str:
-        return self._decode(self._entries[key]).type
+        return self.decode(self._entries[key]).type
 
     def typed(self) -> dict[str, Typed]:
-        return {key: self._decode(entry) for key, entry in self._entries.items()}
+        return {key: self.decode(entry) for key, entry in self._entries.items()}
 
     def entry(self, key: str) -> Any:
         """Where the value lies in its file, as the reader of the format keeps it."""
@@ -99,6 +105,16 @@ class Tensor:
         return math.prod(self.shape)
 
     @property
+    def mapped(self) -> bool:
+        """`raw` is a view of the file's map, so its pages can be given back and come again."""
+        return self.source.map is not None and not self.swapped
+
+    @property
+    def label(self) -> str:
+        """File and name, for errors."""
+        return f'{printable(self.source.name)}: tensor "{printable(self.name)}"'
+
+    @property
     def stored(self) -> np.ndarray:
         """The bytes as they lie in the file: uint8 (nbytes,); a view of the map, or a copy where the file is not mapped."""
         return self.source.array(self.offset, self.nbytes)
@@ -109,11 +125,11 @@ class Tensor:
 
         Without a map the copy is made once and shared by whoever holds it.
         """
-        if self.source.map is not None and not self.swapped:
+        if self.mapped:
             return self._rows(self.stored)
         data = self._cached() if self._cached is not None else None
         if data is None:
-            data = self._rows(self.swap(self.stored) if self.swapped else self.stored)
+            data = self._rows(swap(self.type, self.stored, self.label) if self.swapped else self.stored)
             self._cached = weakref.ref(data)
         return data
 
@@ -122,28 +138,22 @@ class Tensor:
             return data.reshape(1, self.nbytes)
         return data.reshape(math.prod(self.shape[:-1]), self.type.row_bytes(self.shape[-1] if self.shape else 1))
 
-    def swap(self, data: np.ndarray) -> np.ndarray:
-        """`data` (uint8 blocks of this tensor's type) in the other byte order."""
-        if isinstance(self.type, OpaqueType):
-            raise PyggmlError(f"{self.source.name}: tensor \"{printable(self.name)}\": {self.type.why()}, so its byte order cannot be changed")
-        layout = self.type.layout
-        return np.ascontiguousarray(data).view(layout.newbyteorder(">")).astype(layout).view(np.uint8)
-
     def numpy(self) -> np.ndarray:
         """The numbers of an unblocked type, in `shape`, without a copy where the file is mapped. BF16 comes as its uint16 bits."""
         if isinstance(self.type, OpaqueType) or self.type.quantized:
-            raise PyggmlError(f"{self.source.name}: tensor \"{printable(self.name)}\" is {self.type}; use .dequantize() for floats or .raw for its blocks")
+            raise PyggmlError(f"{self.label} is {self.type}; use .dequantize() for floats or .raw for its blocks")
         return self.raw.view(self.type.layout).reshape(self.shape)
 
     def dequantize(self) -> np.ndarray:
         """The weights as float32, in `shape`."""
         if isinstance(self.type, OpaqueType):
-            raise PyggmlError(f"{self.source.name}: tensor \"{printable(self.name)}\": {self.type.why()}")
+            raise PyggmlError(f"{self.label}: {self.type.why()}")
         from pyggml.quants import dequantize
         return dequantize(self.raw, self.type).reshape(self.shape)
 
     def __repr__(self) -> str:
-        return f"<{printable(self.name)} {self.type} {'x'.join(map(str, self.shape)) or 'scalar'}, {self.nbytes} bytes at 0x{self.offset:x}>"
+        shape = " x ".join(map(str, self.shape)) or "scalar"
+        return f"<{printable(self.name)} {self.type} {shape}, {self.nbytes} bytes at 0x{self.offset:x}>"
 
 
 class TensorFile:
@@ -189,11 +199,14 @@ class TensorFile:
         return f"<{self.format} file {printable(self.path)}: {len(self.kv)} keys, {len(self.tensors)} tensors, {self.nbytes / 1e6:.1f} MB>"
 
     def _repr_html_(self) -> str:
+        import html
+
         def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
             cells = "".join("<tr>" + "".join(f"<td>{html.escape(printable(c))}</td>" for c in row) + "</tr>" for row in rows)
             return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + f"</tr>{cells}</table>"
 
         keys = [(k, self.kv.type(k), repr(self.kv[k])[:120]) for k in list(self.kv)[:100]]
         tensors = [(t.name, t.type, " x ".join(map(str, t.shape)), t.nbytes) for t in list(self.tensors.values())[:300]]
-        return (f"<b>{html.escape(repr(self))}</b><details><summary>{len(self.kv)} keys</summary>{table(('key', 'type', 'value'), keys)}</details>"
-                f"<details><summary>{len(self.tensors)} tensors</summary>{table(('tensor', 'type', 'shape', 'bytes'), tensors)}</details>")
+        parts = ((f"{len(self.kv)} keys", table(("key", "type", "value"), keys)),
+                 (f"{len(self.tensors)} tensors", table(("tensor", "type", "shape", "bytes"), tensors)))
+        return f"<b>{html.escape(repr(self))}</b>" + "".join(f"<details><summary>{head}</summary>{body}</details>" for head, body in parts)

@@ -175,9 +175,12 @@ def typed(value: Any) -> Typed:
     raise PyggmlError(f"a metadata value cannot be a {type(value).__name__}; use a number, text, or a list of one of them")
 
 
+# Python classes of array elements; bool stands first because it is an int too
+_KINDS = ((bool, (bool, np.bool_)), (int, (int, np.integer)), (float, (float, np.floating)), (str, (str, bytes)))
+
+
 def _typed_list(values: list[Any]) -> Typed:
-    kinds = {bool if isinstance(v, bool | np.bool_) else int if isinstance(v, int | np.integer) else float if isinstance(v, float | np.floating)
-             else str if isinstance(v, str | bytes) else list for v in values}
+    kinds = {next((kind for kind, classes in _KINDS if isinstance(v, classes)), list) for v in values}
     if kinds <= {int, float} and float in kinds:
         return Typed("f32[]", values)
     if kinds == {int}:

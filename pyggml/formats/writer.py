@@ -15,7 +15,7 @@ import numpy as np
 from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import Output, replacing
 from pyggml.formats.gguf import DEFAULT_ALIGNMENT, INT64_MAX, MAGIC, VERSIONS, Limits
-from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor
+from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, swap
 from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed
 from pyggml.types import TYPES, TensorType, tensor_type
 
@@ -37,7 +37,7 @@ class NewTensor:
         parts = self.data() if callable(self.data) else (self.data,)
         for part in parts:
             part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-            yield part if order == "<" else swap(self.type, part, self.name)
+            yield part if order == "<" else swap(self.type, part, f'tensor "{printable(self.name)}"')
 
 
 def new_tensor(name: str, data: Any, type: str | int | TensorType | None = None, shape: Iterable[int] | None = None) -> NewTensor:
@@ -79,13 +79,6 @@ def _nbytes(name: str, row: TensorType, shape: tuple[int, ...]) -> int:
         raise PyggmlError(f'tensor "{printable(name)}": {error}') from None
 
 
-def swap(type: TensorType | OpaqueType, data: np.ndarray, name: str) -> np.ndarray:
-    """Blocks (uint8) in the other byte order."""
-    if isinstance(type, OpaqueType):
-        raise PyggmlError(f'tensor "{printable(name)}": {type.why()}, so its byte order cannot be changed')
-    return data.view(type.layout.newbyteorder(">")).astype(type.layout).view(np.uint8)
-
-
 def _existing(t: Tensor) -> NewTensor:
     """A tensor of an open file, copied in pieces; a byte order is changed where needed."""
     def pieces() -> Iterable[np.ndarray]:
@@ -93,7 +86,7 @@ def _existing(t: Tensor) -> NewTensor:
         step = max(1, CHUNK // unit) * unit
         for start in range(0, t.nbytes, step):
             part = t.source.array(t.offset + start, min(step, t.nbytes - start))
-            yield swap(t.type, part, t.name) if t.swapped else part
+            yield swap(t.type, part, t.label) if t.swapped else part
     return NewTensor(t.name, t.type, t.shape, pieces, t.nbytes)
 
 
@@ -102,8 +95,9 @@ Tensors = Mapping[str, Any] | Iterable[Tensor | NewTensor]
 
 def _normal(tensors: Tensors) -> list[NewTensor]:
     """Tensors of any accepted form as NewTensor, with unique names of legal length."""
-    items = [v if isinstance(v, Tensor | NewTensor) else new_tensor(k, v) for k, v in tensors.items()] if isinstance(tensors, Mapping) else tensors
-    result = [_existing(t) if isinstance(t, Tensor) else t for t in items]
+    if isinstance(tensors, Mapping):
+        tensors = [v if isinstance(v, Tensor | NewTensor) else new_tensor(k, v) for k, v in tensors.items()]
+    result = [_existing(t) if isinstance(t, Tensor) else t for t in tensors]
     limits, seen = Limits(), set()
     for t in result:
         size = len(t.name.encode("utf-8", "surrogateescape"))
@@ -165,5 +159,5 @@ def write(path: str | os.PathLike[str], kv: Mapping[str, Any], tensors: Tensors 
             for chunk in t.chunks(order):
                 out.write(chunk)
             if out.tell() - start != t.nbytes:
-                raise PyggmlError(f'tensor "{printable(t.name)}": {out.tell() - start} bytes were given, its shape and type take {t.nbytes}')
+                raise PyggmlError(f'tensor "{printable(t.name)}": got {out.tell() - start} bytes, its shape and type take {t.nbytes}')
             out.pad(alignment)

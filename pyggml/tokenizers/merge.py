@@ -151,8 +151,7 @@ def bpe_merger(tokens: Strings, merges: Strings, fallback: Sequence[int], *, byt
     """
     if native:
         table = NativeTable(tokens, byte_level)
-        pointer = lib.pyg_merger_bpe(table.pointer, ffi.from_buffer(merges.buffer), ffi.cast("int64_t *", merges.offsets.ctypes.data),
-                                     len(merges), int(byte_level), int(whole_words), ffi.new("int32_t[256]", fallback))
+        pointer = lib.pyg_merger_bpe(table.pointer, *merges.native(), int(byte_level), int(whole_words), ffi.new("int32_t[256]", fallback))
         return NativeMerger(pointer, table)
     spell = from_byte_alphabet if byte_level else bytes
     symbols: dict[bytes, int] = {}
@@ -173,8 +172,6 @@ def bpe_merger(tokens: Strings, merges: Strings, fallback: Sequence[int], *, byt
                 next_id += 1
         ranks.setdefault((symbols[left], symbols[right]), (rank, symbols[left + right]))
     return PythonMerger(symbols, n_vocab, fallback, by_char=not byte_level, whole_words=whole_words, merges=ranks)
-
-
 
 
 def _cut(text: bytes, lengths: Iterable[int]) -> Iterable[bytes]:

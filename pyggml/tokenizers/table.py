@@ -14,12 +14,27 @@ import numpy as np
 from pyggml.errors import ModelError, PyggmlError
 from pyggml.native import ffi, lib
 
+MAX_BYTES = 1 << 30         # of all texts of one list: native positions are 32-bit
+
 
 class Strings(Sequence[bytes]):
-    """n texts: the i-th is `buffer[offsets[i]:offsets[i + 1]]`. buffer: bytes; offsets: int64 (n + 1,), rising."""
+    """n texts: the i-th is `buffer[offsets[i] + prefix:offsets[i + 1]]`. buffer: bytes; offsets: int64 (n + 1,), rising.
 
-    def __init__(self, buffer: bytes, offsets: np.ndarray) -> None:
-        self.buffer, self.offsets = buffer, np.ascontiguousarray(offsets, np.int64)
+    With a prefix of 8 (each text's length) this is an array of strings as it lies in a GGUF file.
+    """
+
+    def __init__(self, buffer: bytes, offsets: np.ndarray, prefix: int = 0) -> None:
+        self.buffer, self.offsets, self.prefix = buffer, np.ascontiguousarray(offsets, np.int64), prefix
+        if len(buffer) > MAX_BYTES:
+            raise ModelError(f"{len(self)} texts of a vocabulary take {len(buffer)} bytes, more than {MAX_BYTES}; the vocabulary is damaged")
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each text, int64 (n,)."""
+        return np.diff(self.offsets) - self.prefix
+
+    def native(self) -> tuple[Any, Any, int, int]:
+        """The arguments (bytes, offsets, prefix, n) of a C function. They point into this object."""
+        return ffi.from_buffer("char[]", self.buffer), ffi.cast("int64_t *", self.offsets.ctypes.data), self.prefix, len(self)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -29,11 +44,11 @@ class Strings(Sequence[bytes]):
             return [self[j] for j in range(*i.indices(len(self)))]
         if not 0 <= i < len(self):
             raise IndexError(f"no text {i} among {len(self)}")
-        return self.buffer[self.offsets[i]:self.offsets[i + 1]]
+        return self.buffer[self.offsets[i] + self.prefix:self.offsets[i + 1]]
 
     def tolist(self) -> list[bytes]:
         ends = self.offsets.tolist()
-        return [self.buffer[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        return [self.buffer[a + self.prefix:b] for a, b in zip(ends, ends[1:], strict=False)]
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self.tolist())
@@ -43,6 +58,8 @@ def strings(texts: Any, name: str) -> Strings:
     """Any sequence of str (surrogateescape for bytes that are no UTF-8) or bytes as Strings; `name` is for the error."""
     if isinstance(texts, Strings):
         return texts
+    if hasattr(texts, "encoded") and hasattr(texts, "starts"):          # a file's string array: its bytes serve as they are
+        return Strings(texts.encoded(), texts.starts - texts.start, texts.prefix)
     if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence):
         raise ModelError(f"{name} is {type(texts).__name__}, not a list of texts; the vocabulary is damaged")
     texts = list(texts)
@@ -71,8 +88,7 @@ class NativeTable:
 
     def __init__(self, texts: Strings, byte_level: bool = False) -> None:
         duplicate = ffi.new("int32_t *")
-        self.pointer = ffi.gc(lib.pyg_table_new(ffi.from_buffer(texts.buffer), ffi.cast("int64_t *", texts.offsets.ctypes.data), len(texts),
-                                                int(byte_level), duplicate), lib.pyg_table_free)
+        self.pointer = ffi.gc(lib.pyg_table_new(*texts.native(), int(byte_level), duplicate), lib.pyg_table_free)
         if self.pointer == ffi.NULL:
             raise PyggmlError(f"no memory for a vocabulary of {len(texts)} tokens")
         self.duplicate = int(duplicate[0])

@@ -119,7 +119,7 @@ class Vocab:
 
     def _read_tokens(self) -> Strings:
         tokens = strings(self.array("tokens", "the file has no vocabulary"), PREFIX + "tokens")
-        empty = np.flatnonzero(np.diff(tokens.offsets) == 0)
+        empty = np.flatnonzero(tokens.sizes() == 0)
         if len(empty):                              # an empty text cannot be told from its neighbours: give it a name of its own
             named = tokens.tolist()
             for i in empty.tolist():

@@ -26,6 +26,7 @@ class Weight:
     type: TensorType
     shape: tuple[int, ...]
     raw: np.ndarray
+    mapped = False
 
     def dequantize(self) -> np.ndarray:
         return quants.dequantize(self.raw, self.type.name).reshape(self.shape)
