@@ -30,10 +30,6 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {
 }
 
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) {
-    int8x8_t b = vmovn_s16(vcombine_s16(vmovn_s32((int32x4_t)v), vdup_n_s16(0)));
-    memcpy(p, &b, 4);
-}
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
 

@@ -57,7 +57,6 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {   // pairs of int16
 }
 
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) { int8_t *b = p; for (int i = 0; i < VL; i++) b[i] = (int8_t)v[i]; }       // lanes fit a byte
 static inline vi vi_pairs_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0] | b[1] << 16, b[2] | b[3] << 16, b[4] | b[5] << 16, b[6] | b[7] << 16}; }
 static inline vi vi_lookup(const int8_t table[16], vi index) {     // each byte of index (0..15) replaced by its entry
     int8_t x[16]; memcpy(x, &index, 16);

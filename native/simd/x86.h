@@ -28,7 +28,6 @@ static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32(
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi16(_mm256_loadu_si256(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)index);
@@ -77,10 +76,6 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) {
 }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) {
-    __m128i h = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-    _mm_storel_epi64(p, _mm_packs_epi16(h, h));
-}
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
