@@ -147,8 +147,8 @@ def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
 
 
 def temperature(c: Candidates, temp: float) -> Candidates:
-    """Logits divided by `temp`; 0 leaves only the likeliest candidate."""
-    if temp == 0.0:
+    """Logits divided by `temp`; 0 (and what is so near to it that the division overflows) leaves only the likeliest candidate."""
+    if temp < 1e-6:
         return c.take(np.array([c.logits.argmax()]), True)
     return c if temp == 1.0 else c._replace(logits=c.logits / np.float32(temp))
 
@@ -160,12 +160,20 @@ def greedy(logits: np.ndarray) -> int:
     return int(logits.argmax())
 
 
+_BLOCK = 512
+
+
 def draw(c: Candidates, u: float) -> tuple[int, float]:
     """The (token, its probability) that the number `u` in [0, 1) falls on when probabilities are laid end to end."""
-    cumulative = np.cumsum(np.exp(c.logits - c.logits.max()), dtype=np.float64)
-    i = min(int(cumulative.searchsorted(u * cumulative[-1], side="right")), cumulative.size - 1)
-    p = (cumulative[i] - (cumulative[i - 1] if i else 0.0)) / cumulative[-1]
-    return (i if c.ids is None else int(c.ids[i])), float(p)
+    weights = np.exp(c.logits - c.logits.max())
+    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64)     # a running sum over 128k is slow
+    ends = blocks.cumsum()
+    point = u * ends[-1]
+    b = min(int(ends.searchsorted(point, side="right")), ends.size - 1)
+    inside = weights[b * _BLOCK:(b + 1) * _BLOCK].cumsum(dtype=np.float64)
+    i = int(inside.searchsorted(point - (ends[b - 1] if b else 0.0), side="right"))
+    i = b * _BLOCK + i if i < inside.size else int(weights.argmax())        # rounding put the point behind the end
+    return (i if c.ids is None else int(c.ids[i])), float(weights[i] / ends[-1])
 
 
 def mirostat_v2(c: Candidates, mu: float, tau: float, eta: float, u: float) -> tuple[int, float]:
@@ -253,7 +261,7 @@ class Sampler:
         self.seed: int = random.SystemRandom().randrange(RANDOM_SEED) if p.seed in (None, -1, RANDOM_SEED) else p.seed  # type: ignore[assignment]
         self.random = random.Random(self.seed)
         self.recent: deque[int] = deque(maxlen=None if p.repeat_last_n < 0 else p.repeat_last_n)
-        self.counts: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()       # of the recent tokens
         self.mu = 2.0 * p.mirostat_tau
 
     def accept(self, *tokens: int) -> None:
@@ -268,6 +276,11 @@ class Sampler:
                     del self.counts[oldest]
             self.recent.append(token)
             self.counts[token] += 1
+
+    def forget(self) -> None:
+        """Forget the recent tokens."""
+        self.recent.clear()
+        self.counts.clear()
 
     def sample(self, logits: np.ndarray) -> int:
         """A token for `logits`, float32 (n_vocab), which are left as they are. Greedy when temp is 0, whatever else is set."""

@@ -20,6 +20,7 @@ static inline int32_t vi_sum(vi a) { return vaddvq_s32((int32x4_t)a); }
 static inline vi vi_from_i8(const void *p) { int8x8_t b = vcreate_s8(0); memcpy(&b, p, 4); return (vi)vmovl_s16(vget_low_s16(vmovl_s8(b))); }
 static inline vi vi_from_u8(const void *p) { uint8x8_t b = vcreate_u8(0); memcpy(&b, p, 4); return (vi)vmovl_u16(vget_low_u16(vmovl_u8(b))); }
 static inline vi vi_from_i16(const void *p) { int16x4_t b; memcpy(&b, p, 8); return (vi)vmovl_s16(b); }
+static inline void vi_to_i8(void *p, vi v) { int16x4_t h = vmovn_s32((int32x4_t)v); int8x8_t b = vmovn_s16(vcombine_s16(h, h)); memcpy(p, &b, 4); }
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)a); }
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, (vi)veorq_u8((uint8x16_t)w, vdupq_n_u8(0x80)), a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) {
@@ -29,10 +30,6 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {
 }
 
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) {
-    int8x8_t b = vmovn_s16(vcombine_s16(vmovn_s32((int32x4_t)v), vdup_n_s16(0)));
-    memcpy(p, &b, 4);
-}
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
 
@@ -72,3 +69,12 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
 #undef LOW
 #undef HIGH
 #undef JOIN
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 32 };
+static inline vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)vld1q_dup_f32(p);
+    if (n == 2) return (vf)vcombine_f32(vld1_f32(p), vld1_f32(p));
+    return (vf)vld1q_f32(p);
+}
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf)vrev64q_f32((float32x4_t)v) : (vf)vextq_f32((float32x4_t)v, (float32x4_t)v, 2); }

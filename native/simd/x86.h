@@ -22,12 +22,12 @@ static inline int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32((__m512i)a);
 static inline vi vi_from_i8(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_from_i16(const void *p) { return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
+static inline void vi_to_i8(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
 // vpdpbusd takes unsigned x signed, so a biased signed byte needs no repair: the caller starts acc at -128 * sum(a)
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi16(_mm256_loadu_si256(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)index);
@@ -62,6 +62,10 @@ static inline int32_t vi_sum(vi a) {
 static inline vi vi_from_i8(const void *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
 static inline vi vi_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 static inline vi vi_from_i16(const void *p) { return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
+static inline void vi_to_i8(void *p, vi v) {    // values that fit
+    __m128i h = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    _mm_storel_epi64(p, _mm_packs_epi16(h, h));
+}
 // vpmaddubsw adds two products in 16 bits: 127 * 127 * 2 fits, a full unsigned byte does not, hence the sign trick in _s8
 static inline vi vi_dot_u7(vi acc, vi w, vi a) {
     return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1));
@@ -72,10 +76,6 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) {
 }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) {
-    __m128i h = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-    _mm_storel_epi64(p, _mm_packs_epi16(h, h));
-}
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
@@ -122,3 +122,39 @@ INLINE i32x8 i32x8_pairs_i16(const void *p) { return (i32x8)_mm256_madd_epi16(_m
 INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entries
     return (u8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
 }
+
+// ---- lanes repeated and swapped, for attention ------------------------------------------------------------------------------
+// vf_repeat(p, n): the n floats at p, again and again;  vf_swap(v, n): lane i gets lane i ^ n.  n is a constant power of two.
+#if defined __AVX512F__
+enum { VREGS = 32 };
+static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)_mm512_set1_ps(*p);
+    if (n == 2) return (vf)_mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if (n == 8) return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return (vf)_mm512_loadu_ps(p);
+}
+static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
+    if (n == 1) return (vf)_mm512_permute_ps((__m512)v, 0xb1);
+    if (n == 2) return (vf)_mm512_permute_ps((__m512)v, 0x4e);
+    if (n == 4) return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1);
+    return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
+}
+#if defined __AVX512BF16__
+#define NATIVE_BF16 1
+static inline vf vf_dot_bf16(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+#endif
+#else
+enum { VREGS = 16 };
+static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)_mm256_set1_ps(*p);
+    if (n == 2) return (vf)_mm256_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 4) return (vf)_mm256_broadcast_ps((const __m128 *)p);
+    return (vf)_mm256_loadu_ps(p);
+}
+static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
+    if (n == 1) return (vf)_mm256_permute_ps((__m256)v, 0xb1);
+    if (n == 2) return (vf)_mm256_permute_ps((__m256)v, 0x4e);
+    return (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+}
+#endif
