@@ -12,7 +12,7 @@ import quiet
 import runs
 import startup
 from agreement import distance
-from contestants import BenchError, Contestant, Test, flag_sets, json_lines, json_rows, rate, rival
+from contestants import BenchError, Contestant, Test, flag_sets, json_lines, json_rows, ourselves, rate, rival
 from report import markdown
 
 Test.__test__ = False       # pytest: not a test class
@@ -73,6 +73,10 @@ def test_noise_around_one_claims_nothing():
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.03, "ahead"), (1.015, "no claim"), (0.985, "no claim"), (0.97, "behind")])
 def test_claims_need_more_than_two_percent(ratio, verdict):
     assert pairing.compare([ratio] * 9, [1.0] * 9).verdict == verdict
+
+
+def test_few_pairs_claim_nothing():
+    assert pairing.compare([2.0] * 5, [1.0] * 5).verdict == "no claim" and pairing.compare([2.0] * 6, [1.0] * 6).verdict == "ahead"
 
 
 def test_bootstrap_interval_covers_the_median_about_as_often_as_it_says():
@@ -224,6 +228,14 @@ def test_logit_distance():
 
 def test_memory_fields_of_proc():
     assert startup.kilobyte_fields("Name:\tpython\nVmHWM:\t  20 kB\nRssAnon:  3 kB\n") == {"VmHWM": 20480, "RssAnon": 3072}
+
+
+def test_a_completing_program_is_looked_for_beside_llama_bench(tmp_path):
+    contestant = Contestant("rival", (str(tmp_path / "llama-bench"),))
+    assert startup.completion_command(contestant, Path("m"), 2) is None
+    (tmp_path / "llama-cli").touch()
+    assert startup.completion_command(contestant, Path("m"), 2)[:3] == [str(tmp_path / "llama-cli"), "-m", "m"]
+    assert startup.completion_command(ourselves(), Path("m"), 2)[1:4] == ["-m", "pyggml", "run"]
 
 
 def test_start_is_timed_to_the_first_byte_and_memory_is_watched():
