@@ -153,15 +153,13 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def words(text: str, patterns: Sequence[str]) -> np.ndarray:
-    """The lengths in characters of the words of `text`, int32 (n,); they cover it. Some may be 0."""
-    pieces = [text]
-    lengths = np.array([len(text)], np.int32)
+    """The lengths in characters of the words of `text`, int32 (n,); they cover it."""
+    pieces = _compiled(patterns[0]).findall(text)
+    if sum(map(len, pieces)) != len(text):              # its matches do not cover the text: what is between them counts too
+        pieces = [text]
+    else:
+        patterns = patterns[1:]
     for pattern in patterns:
-        expression = _compiled(pattern)
-        for cut in (expression.findall, expression.split):      # matches alone when they cover the text, which is faster
-            parts = [part for piece in pieces for part in cut(piece)]
-            lengths = np.fromiter(map(len, parts), np.int32, len(parts))
-            if lengths.sum() == len(text):
-                break
-        pieces = parts
-    return lengths
+        cut = _compiled(pattern).split
+        pieces = [part for piece in pieces for part in (cut(piece) if len(piece) > 1 else (piece,)) if part]
+    return np.fromiter(map(len, pieces), np.int32, len(pieces))
