@@ -131,7 +131,8 @@ _ROWS: dict[str, PreTokenizer] = {
     "poro-chat": _row(SENTENCES),
     "bloom gpt3-finnish": _row(SENTENCES, clean_spaces=True),
     "viking": _row(SENTENCES, r"\p{N}"),
-    "chameleon": _row(r"<sentinel:[0-9]+>", r"IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", GPT2, adds=("add_bos",)),
+    "chameleon": _row(r"<sentinel:[0-9]+>", r"IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", GPT2,
+                      adds=("add_bos",)),
     "superbpe": _row(r"\p{N}+", ASCII_THOUSANDS),
     "gemma4 granite-embed-multi-311m": _row(LINES, clean_spaces=True, byte_level=False, escape_spaces=True),
     "sarvam-moe": _row(LINES, byte_level=False, escape_spaces=True),
@@ -143,7 +144,8 @@ def pre_tokenizer(name: str | None) -> PreTokenizer:
     """The row for a file's `tokenizer.ggml.pre`; a file without one gets "default", as in llama.cpp."""
     row = PRE_TOKENIZERS.get(name or "default")
     if row is None:
-        raise ModelError(f"tokenizer.ggml.pre is {name!r}, a pre-tokenizer that pyggml does not know; it knows {', '.join(sorted(PRE_TOKENIZERS))}")
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise ModelError(f"tokenizer.ggml.pre is {name!r}, a pre-tokenizer that pyggml does not know; it knows {known}")
     return row
 
 
