@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,8 @@ from pyggml.arch.config import Config
 from pyggml.cache import KVCache
 from pyggml.errors import Cancelled, ContextOverflow, ModelError, PyggmlError
 from pyggml.formats import open as open_file
-from pyggml.graph import OUTPUTS, TOKENS, Tensor
+from pyggml.graph import OUTPUTS, TOKENS, Tensor, walk
+from pyggml.ops import OPS
 
 log = logging.getLogger("pyggml")
 
@@ -82,6 +84,25 @@ class Model:
         return self._stores[key]
 
 
+@dataclass(frozen=True)
+class Site:
+    """A place where values meet weights: `x` is the input that the matrices `weights` multiply; `ids` picks experts, where there are any."""
+
+    weights: tuple[str, ...]
+    x: Tensor
+    ids: Tensor | None
+
+
+def find_sites(output: Tensor) -> list[Site]:
+    """Every input of a matrix product in a graph, each once."""
+    found: dict[tuple[int, int], list[Any]] = {}
+    for node in walk([output]):
+        if not node.is_leaf and node.op != "reshape" and OPS[node.op].matmul:
+            weight, x, *ids = node.srcs
+            found.setdefault((id(x), id(ids[0]) if ids else 0), [x, ids[0] if ids else None]).append(weight.name)  # type: ignore[union-attr]
+    return [Site(tuple(names), x, ids) for x, ids, *names in found.values()]
+
+
 class Crew:
     """Decides whether a token is computed by the whole pool or by one thread, which is faster for small models.
 
@@ -118,10 +139,12 @@ class Context:
     n_batch     longest piece that `eval` takes at once (longer input is cut into such pieces)
     n_ubatch    tokens that one native call computes
     exact       decoded weights, float activations: the definition of the model, slow
+    watch       called after every batch with each input of a matrix product and its values (see Site)
     """
 
     def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
-                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False) -> None:
+                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False,
+                 watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
         for name, value in (("n_ctx", n_ctx + 1), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("n_threads", n_threads or 1)):
             if value < 1:
                 raise PyggmlError(f"{name} is {value}; it must be positive")
@@ -131,7 +154,7 @@ class Context:
         self.n_batch, self.n_ubatch = n_batch, min(n_ubatch, n_batch, self.n_ctx)
         self.n_past = 0
         self.cache = KVCache(c.n_layers, list(c.n_kv), c.head_dim, c.head_dim_v, self.n_ctx, type_k, type_v)
-        self._repack, self._exact, self._timing = repack, exact, timing
+        self._repack, self._exact, self._timing, self._watch = repack, exact, timing, watch
         self._plans: dict[tuple[int, int], Any] = {}
         self._cancelled = False
         if native.lib is None:
@@ -151,6 +174,20 @@ class Context:
         """The logits node of this model's graph."""
         return self.model.graph(Builder(self.model.file, self.model.config, self.cache, self.n_ctx))
 
+    @cached_property
+    def _sites(self) -> list[Site]:
+        return find_sites(self.output) if self._watch is not None else []
+
+    @property
+    def _captured_nodes(self) -> list[Tensor]:
+        return list({id(t): t for site in self._sites for t in (site.x, site.ids) if t is not None}.values())
+
+    def _tell(self, values: Sequence[np.ndarray], sizes: dict[Any, int]) -> None:
+        """Call `watch` with the values of every site, cut to this batch."""
+        by_node = {id(t): v[:sizes[t.shape[0]]] for t, v in zip(self._captured_nodes, values, strict=True)}
+        for site in self._sites:
+            self._watch(site, by_node[id(site.x)], by_node[id(site.ids)] if site.ids is not None else None)  # type: ignore[misc]
+
     def _plan(self, n_tokens: int, n_outputs: int) -> Any:
         """The plan for a batch of this size: small batches, batches with few logits, batches with all of them."""
         from pyggml.plan import SMALL, Plan
@@ -158,14 +195,15 @@ class Context:
         limits = (SMALL, SMALL) if n_tokens <= SMALL else (self.n_ubatch, SMALL if n_outputs <= SMALL else self.n_ubatch)
         if limits not in self._plans:
             store = self.model.weights(repack=self._repack, exact=self._exact)
-            self._plans[limits] = Plan(self.output, store, {TOKENS: limits[0], OUTPUTS: limits[1]}, self._timing)
+            self._plans[limits] = Plan(self.output, store, {TOKENS: limits[0], OUTPUTS: limits[1]}, self._timing,
+                                        self._captured_nodes)
         return self._plans[limits]
 
     @cached_property
     def _reference(self) -> Any:
         from pyggml.backends.reference import ReferencePlan
 
-        return ReferencePlan([self.output])
+        return ReferencePlan([self.output, *self._captured_nodes])
 
     # ---- evaluation -----------------------------------------------------------------------------------------------------------
 
@@ -202,26 +240,49 @@ class Context:
         self._logits = rows[0] if len(rows) == 1 else np.concatenate(rows) if rows else self._logits[:0]
         return self._logits
 
+    def sequences(self, tokens: np.ndarray, start: int, wanted: Sequence[int]) -> np.ndarray:
+        """Evaluate the tokens start..start+n of several independent sequences at once: tokens (sequences, n) -> logits (rows, n_vocab).
+
+        Sequence s lives in its own share of the context, n_ctx // sequences tokens long. wanted: which of the n tokens of each
+        sequence get a row of logits. The view is overwritten by the next call; Cancelled after `cancel()`.
+        """
+        count, n = tokens.shape
+        share = self.n_ctx // count
+        if start + n > share or tokens.size > self.n_ubatch:
+            raise ContextOverflow(f"{count} sequences of {start + n} tokens do not fit into {self.n_ctx} cells and batches of {self.n_ubatch}")
+        pos = np.tile(np.arange(start, start + n), count)
+        first = np.repeat(np.arange(count) * share, n)
+        rows = (np.arange(count)[:, None] * n + np.asarray(wanted, np.int64)).reshape(-1)
+        self._cancelled = False
+        out = self._batch(tokens.reshape(-1), pos, first + pos, first, rows)
+        if self._cancelled:
+            raise Cancelled(f"stopped in tokens {start} to {start + n}")
+        return out
+
     def _run(self, ids: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+        """The tokens that follow n_past."""
+        cells = self.n_past if len(ids) == 1 else np.arange(self.n_past, self.n_past + len(ids))
+        return self._batch(ids, cells, cells, 0, wanted)
+
+    def _batch(self, ids: np.ndarray, pos: Any, cell: Any, first: Any, wanted: Any) -> np.ndarray:
+        """Token i at position pos[i] is stored in cell[i] and sees the cells first[i]..cell[i]; one native call."""
         n, m = len(ids), len(wanted)
-        if self.pool is None:
-            cells = np.arange(self.n_past, self.n_past + n, dtype=np.int32)
-            return self._reference.run({"tokens": ids, "pos": cells, "cell": cells, "first": np.zeros(n, np.int32),
-                                        "wanted": np.asarray(wanted, np.int32)})[0]
-        plan = self._plan(n, m)
-        inputs = plan.inputs
-        inputs["tokens"][:n] = ids
-        if n == 1:
-            inputs["pos"][0] = inputs["cell"][0] = self.n_past
-        else:
-            inputs["pos"][:n] = inputs["cell"][:n] = np.arange(self.n_past, self.n_past + n)
-        inputs["wanted"][:m] = wanted
-        plan.program.aborted[0] = self._cancelled
         sizes = {TOKENS: n, OUTPUTS: m}
+        given = {"tokens": ids, "pos": pos, "cell": cell, "first": first, "wanted": wanted}
+        if self.pool is None:
+            out, *captured = self._reference.run({k: np.broadcast_to(np.asarray(v, np.int32), m if k == "wanted" else n) for k, v in given.items()})
+            self._tell(captured, sizes)
+            return out
+        plan = self._plan(n, m)
+        for name, value in given.items():
+            plan.inputs[name][:m if name == "wanted" else n] = value
+        plan.program.aborted[0] = self._cancelled
         if n == 1:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
         else:
             plan.run(self.pool, sizes)
+        if self._watch is not None and not self._cancelled:
+            self._tell(plan.captured, sizes)
         return plan.output[:m]
 
     def cancel(self) -> None:

@@ -349,16 +349,19 @@ class Plan:
     """A graph ready to run on the CPU backend.
 
     `limits` gives the largest value of each symbol. Fill `inputs[name][:n]`, then `run({TOKENS: n, ...})`; `output` is an
-    array over memory that the next run overwrites.
+    array over memory that the next run overwrites. `capture` names further nodes whose values are wanted: they are kept apart
+    from fusions, and `captured` holds an array for each, likewise.
     """
 
-    def __init__(self, output: Tensor, store: WeightStore, limits: dict[Symbol, int], timing: bool = False) -> None:
+    def __init__(self, output: Tensor, store: WeightStore, limits: dict[Symbol, int], timing: bool = False,
+                 capture: Sequence[Tensor] = ()) -> None:
         self.limits = limits
+        wanted = [output, *capture]
 
         def sizes(t: Tensor) -> tuple[int, ...]:
             return tuple(limits[d] if isinstance(d, Symbol) else d for d in t.shape)
 
-        calls = Calls([output], small=max(limits.values()) <= SMALL)
+        calls = Calls(wanted, small=max(limits.values()) <= SMALL)
         fuse(calls)
         lowering = Lowering(store, lambda t: sizes(t)[0])
         for call in calls.list:
@@ -367,7 +370,7 @@ class Plan:
         for step in self.steps:
             if step.op == "get_rows" and (table := step.src[0]) is not None and table.op == "weight":
                 store.keep_rows(table.name)
-        offsets, total = assign_memory(self.steps, [output], lambda t: tensor_type(t.type).row_bytes(int(np.prod(sizes(t), dtype=np.int64))))
+        offsets, total = assign_memory(self.steps, wanted, lambda t: tensor_type(t.type).row_bytes(int(np.prod(sizes(t), dtype=np.int64))))
         self._memory = huge_zeros(total)
         self.inputs: dict[str, np.ndarray] = {}
         self.program = Program(len(SYMBOLS))
@@ -402,9 +405,12 @@ class Plan:
             self.program.step(s.op, view(s.out), [view(t) for t in s.src], s.i, s.f, sync=s.level != level)
             level = s.level
         self.program.finish(timing)
-        shape = sizes(output)
-        count = int(np.prod(shape))
-        self.output = array(root(output))[: 4 * count].view(np.float32).reshape(shape)
+
+        def value(t: Tensor) -> np.ndarray:
+            count = int(np.prod(sizes(t)))
+            return array(root(t))[: 4 * count].view(np.int32 if t.type == "I32" else np.float32).reshape(sizes(t))
+
+        self.output, *self.captured = map(value, wanted)
 
     def run(self, pool: Pool, values: dict[Symbol, int], alone: bool = False) -> bool:
         """One native call for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
