@@ -64,8 +64,6 @@ def run(args: argparse.Namespace) -> int:
     timing = Timing()
     _options.model_path(args)
     text = _options.prompt_text(args)
-    if text is None:
-        args.usage_error("there is no prompt; give -p TEXT or -f FILE, or pipe a text in")
     _options.sampling_params(args)                              # a bad value is told before a large model is opened
     timing.lap()
     model, context = _options.open_context(args)
