@@ -343,7 +343,13 @@ static void consider(workspace *w, int32_t left, int32_t right) {
     push(w, (candidate){better << 32 | (uint32_t)left, right, a->size + b->size, result});
 }
 
-static int32_t char_size(uint8_t lead) { return lead < 0xC0 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4; }
+// Bytes of the character at the start of n > 0 bytes: fewer than its first byte promises where it is cut short.
+static int32_t char_size(const char *text, int64_t n) {
+    uint8_t lead = (uint8_t)text[0];
+    int32_t promised = lead < 0xC0 ? 1 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4, size = 1;
+    while (size < promised && size < n && ((uint8_t)text[size] & 0xC0) == 0x80) size++;
+    return size;
+}
 
 static int reserve(workspace *w, int32_t symbols) {
     if (symbols <= w->room) return 1;
@@ -367,8 +373,7 @@ static int32_t merge_word(workspace *w, const char *text, int32_t n, int32_t *id
     w->n_heap = 0;
     int32_t count = 0;
     for (int32_t at = 0; at < n; count++) {
-        int32_t size = m->by_char ? char_size((uint8_t)text[at]) : 1;
-        if (size > n - at) size = n - at;
+        int32_t size = m->by_char ? char_size(text + at, n - at) : 1;
         w->symbols[count] = (symbol){count - 1, at + size < n ? count + 1 : -1, at, size, pyg_table_find(m->table, text + at, size)};
         at += size;
     }
@@ -417,8 +422,7 @@ int64_t pyg_merge(const pyg_merger *m, const char *text, int64_t n, const int32_
             size = spm_word(m, text + at, n - at);
         } else {
             int32_t chars = word < n_words ? words[word++] : INT32_MAX;
-            for (size = 0; chars && at + size < n; chars--) size += char_size((uint8_t)text[at + size]);
-            if (size > n - at) size = n - at;
+            for (size = 0; chars && at + size < n; chars--) size += char_size(text + at + size, n - at - size);
         }
         if (!size) continue;
         int32_t more = merge_word(&w, text + at, (int32_t)size, ids + written);

@@ -91,15 +91,18 @@ class Pieces:
         return self._tokenizer.piece(token).decode("utf-8", "backslashreplace")
 
 
-def prompt_logprobs(pieces: Pieces, tokens: Sequence[int], rows: Iterable[np.ndarray], n: int) -> list[TokenLogprobs]:
-    """Entries for a prompt. rows: float32 (n_vocab) logits after each of the tokens, each read before the next is asked for."""
+def prompt_logprobs(pieces: Pieces, tokens: Sequence[int], rows: Iterable[np.ndarray], n: int, end: int) -> list[TokenLogprobs]:
+    """Entries for a prompt of `end` characters. rows: float32 (n_vocab) logits after each token, each read before the next is asked for.
+
+    Offsets are counted from the end, as the first token may begin with a space that is not in the text.
+    """
     entries: list[TokenLogprobs] = []
-    offset, before = 0, None
-    for token, row in zip(tokens, rows, strict=True):
-        piece = pieces.bytes(token)
-        if piece:                       # bos and its like are no part of the text
-            entries.append(TokenLogprobs.of(pieces, token, offset, before, n))
-            offset += len(piece.decode("utf-8", "ignore"))
+    lengths = [len(pieces.bytes(token).decode("utf-8", "ignore")) for token in tokens]
+    offset, before = end - sum(lengths), None
+    for token, length, row in zip(tokens, lengths, rows, strict=True):
+        if pieces.bytes(token):             # bos and its like are no part of the text
+            entries.append(TokenLogprobs.of(pieces, token, max(0, offset), before, n))
+        offset += length
         before = row.copy()
     return entries
 
@@ -188,8 +191,8 @@ class TextAnswer:
             if part.text:
                 yield {**self.head, "choices": [self._choice(part, None)]}
             if part.finish_reason:
-                yield {**self.head, "choices": [self._choice(Part(), part.finish_reason)]}
+                yield {**self.head, "choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": part.finish_reason}]}
 
     def _choice(self, part: Part, finish_reason: str | None) -> dict[str, Any]:
-        logprobs = logprobs_dict(part.entries) if self.with_logprobs and (part.entries or not part.finish_reason) else None
+        logprobs = logprobs_dict(part.entries) if self.with_logprobs else None
         return {"text": part.text, "index": 0, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -325,16 +325,16 @@ class Llama:
         room = self.n_ctx() - len(tokens)
         limit = min(room, max_tokens) if max_tokens and max_tokens > 0 else room
         if echo:
-            yield completion.Part(text, self._prompt_logprobs(tokens, logprobs) if logprobs is not None else [])
+            yield completion.Part(text, self._prompt_logprobs(tokens, logprobs, len(text)) if logprobs is not None else [])
         generator = self._generate(tokens, True, sampler, processor, stopping)
         yield from completion.parts(((token, self._newest()) for token in generator), self._pieces, self._tokenizer.eog, stops, limit,
                                     logprobs, len(text))
 
-    def _prompt_logprobs(self, tokens: list[int], n: int) -> list[completion.TokenLogprobs]:
-        """Entries for the prompt, whose logits are computed for this; the cache then holds the prompt."""
+    def _prompt_logprobs(self, tokens: list[int], n: int, end: int) -> list[completion.TokenLogprobs]:
+        """Entries for a prompt of `end` characters, whose logits are computed for this; the cache then holds the prompt."""
         self.reset()
         rows = (row for at in range(0, len(tokens), self.n_batch) for row in self._append(tokens[at:at + self.n_batch], every=True))
-        return completion.prompt_logprobs(self._pieces, tokens, rows, n)
+        return completion.prompt_logprobs(self._pieces, tokens, rows, n, end)
 
     # ---- states ----
 

@@ -220,12 +220,14 @@ class Lowering:
         a = c.attrs
         simple: dict[str, tuple[list[int], list[float]]] = {
             "get_rows": ([], [a.get("scale", 1.0)]), "rms_norm": ([], [a.get("eps", 0)]), "add": ([], []), "mul": ([], []),
-            "scale": ([], [a.get("factor", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]), "store": ([], []),
+            "scale": ([], [a.get("factor", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]),
             "attention": ([a.get("window", 0)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
         }
         if c.op in simple:
             i, f = simple[c.op]
             self.emit(c, c.srcs, i, f)
+        elif c.op == "store":
+            self.emit(c, c.srcs[1:])
         elif c.op == "glu":
             self.emit(c, c.srcs, [basic.GLU.index(a["kind"])])
         elif c.op == "rope":

@@ -147,8 +147,8 @@ def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
 
 
 def temperature(c: Candidates, temp: float) -> Candidates:
-    """Logits divided by `temp`; 0 leaves only the likeliest candidate."""
-    if temp == 0.0:
+    """Logits divided by `temp`; 0 (and what is so near to it that the division overflows) leaves only the likeliest candidate."""
+    if temp < 1e-6:
         return c.take(np.array([c.logits.argmax()]), True)
     return c if temp == 1.0 else c._replace(logits=c.logits / np.float32(temp))
 

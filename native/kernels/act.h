@@ -99,17 +99,6 @@ enum { ACT_PIECE = 256 };      // floats normalized and rounded at a time, on th
 
 typedef struct { const float *weight; float eps; } act_norm;       // weight NULL: x as it is
 
-static float rms_scale(const float *x, int64_t k, float eps) {
-    vf sum[4] = {{0}};
-    int64_t i = 0;
-    for (; i + 4 * VL <= k; i += 4 * VL)
-        for (int j = 0; j < 4; j++) { vf v = vf_load(x + i + j * VL); sum[j] = vf_fma(v, v, sum[j]); }
-    float rest = 0;
-    for (; i < k; i++) rest += x[i] * x[i];
-    float total = vf_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
-    return 1.0f / sqrtf(total / (float)k + eps);
-}
-
 // Column x of k floats into column n of a tile of N (row layouts: N = 1, the row starts at `tile`).
 static void act_column(int layout, const float *x, act_norm norm, int64_t k, char *tile, int N, int n) {
     float scale = norm.weight ? rms_scale(x, k, norm.eps) : 0, piece[ACT_PIECE];

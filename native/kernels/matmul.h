@@ -109,16 +109,9 @@ static chunking chunks_of(const worker *w, int64_t tiles, int64_t bytes, int64_t
 // ---- what happens to a finished tile -------------------------------------------------------------------------------------------------
 typedef struct {
     int glu;                                     // -1, or GLU_*: act(first matrix) * second matrix
-    float scale;                                 // of the product and its bias
+    float scale;                                 // of the product
     const float *bias[2];
 } epilogue;
-
-INLINE vf glu_gate(int kind, vf x) {
-    if (kind == GLU_RELU) return vf_max(x, vf_set(0));
-    // both others are x * sigmoid(u): u = x, or the tanh form of GELU with tanh(z) = 2 sigmoid(2z) - 1
-    vf u = kind == GLU_SILU ? x : x * 1.5957691216057308f * (0.044715f * x * x + 1.0f);
-    return x / (1.0f + vf_exp(-u));
-}
 
 // One column of a tile: 16 sums of each matrix to `rows` floats of dst.
 INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t row, int rows, const float *residual, float *dst) {
@@ -126,6 +119,7 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
     const int whole = rows == TILE_ROWS;
     for (int v = 0; v < TILE_ROWS; v += VL) {
         vf x = vf_load(a + v);
+        if (e->scale != 1.0f) x *= e->scale;
         if (e->bias[0]) {
             if (!whole) memcpy(bias, e->bias[0] + row, rows * sizeof(float));
             x += vf_load((whole ? e->bias[0] + row : bias) + v);
@@ -136,9 +130,8 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
                 if (!whole) memcpy(bias, e->bias[1] + row, rows * sizeof(float));
                 up += vf_load((whole ? e->bias[1] + row : bias) + v);
             }
-            x = glu_gate(e->glu, x) * up;
+            x = vf_glu(e->glu, x, up);
         }
-        if (e->scale != 1.0f) x *= e->scale;
         if (residual) {
             if (!whole) memcpy(old, residual, rows * sizeof(float));
             x += vf_load((whole ? residual : old) + v);

@@ -69,3 +69,12 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
 #undef LOW
 #undef HIGH
 #undef JOIN
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 32 };
+static inline vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)vld1q_dup_f32(p);
+    if (n == 2) return (vf)vcombine_f32(vld1_f32(p), vld1_f32(p));
+    return (vf)vld1q_f32(p);
+}
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf)vrev64q_f32((float32x4_t)v) : (vf)vextq_f32((float32x4_t)v, (float32x4_t)v, 2); }

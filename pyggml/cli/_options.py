@@ -87,8 +87,9 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
     group.add_argument("-b", "--batch-size", type=int, default=2048, metavar="N", help="tokens of prompt taken at once (default: %(default)s)")
     group.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="tokens computed in one go (default: %(default)s)")
-    group.add_argument("-ctk", "--cache-type-k", default="f16", choices=CACHE_TYPES, metavar="TYPE", help="type of cached keys (default: %(default)s)")
-    group.add_argument("-ctv", "--cache-type-v", default="f16", choices=CACHE_TYPES, metavar="TYPE", help="type of cached values (default: %(default)s)")
+    for letter, what in (("k", "keys"), ("v", "values")):
+        group.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", choices=CACHE_TYPES, metavar="TYPE",
+                           help=f"type of cached {what} (default: %(default)s)")
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     group.add_argument("-nr", "--no-repack", action="store_true", help="compute on the weights as they lie in the file")
 

@@ -18,11 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_model(parser)
     _options.add_prompt(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("-n", "--predict", "--n-predict", type=int, default=-1, metavar="N", help="tokens at most (default: -1, until the context is full)")
+    group.add_argument("-n", "--predict", "--n-predict", type=int, default=-1, metavar="N",
+                       help="tokens at most (default: -1, until the context is full)")
     group.add_argument("--ignore-eos", action="store_true", help="go on where the model would end")
     group.add_argument("--display-prompt", action=argparse.BooleanOptionalAction, default=False, help="print the prompt before its continuation")
     group.add_argument("-sp", "--special", action="store_true", help="print control tokens too")
-    group.add_argument("-co", "--color", choices=("on", "off", "auto"), default="auto", help="show the prompt in another colour (default: on a terminal)")
+    group.add_argument("-co", "--color", choices=("on", "off", "auto"), default="auto",
+                       help="show the prompt in another colour (default: on a terminal)")
     group.add_argument("-v", "--verbose", action="store_true", help="tell about the model, the prompt and the sampling")
     _options.add_context(parser)
     _options.add_sampling(parser)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         tell(args, model, context, sampler, tokens)
     if args.display_prompt:
         color = args.color == "on" or (args.color == "auto" and sys.stdout.isatty())
-        print(f"\033[33m{text}\033[0m" if color else text, end="", flush=True)
+        print(f"\033[33m{text}\033[0m" if color else text, end="", flush=True)        # llama-cli's yellow
 
     with on_interrupt(context.cancel) as interrupted:
         try:

@@ -16,6 +16,8 @@ from pyggml.formats.source import Source
 from pyggml.formats.values import Typed, printable
 from pyggml.types import REMOVED, TensorType
 
+PIECE = 1 << 20         # bytes of a tensor that are looked at together: stays in the processor's cache
+
 
 @dataclass(frozen=True)
 class OpaqueType:
@@ -55,8 +57,7 @@ class Metadata(Mapping[str, Any]):
         self._entries, self.decode = entries, decode
 
     def __getitem__(self, key: str) -> Any:
-        value = self.decode(self._entries[key])
-        return _plain(value)
+        return _plain(self.typed_value(key))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -67,11 +68,14 @@ class Metadata(Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
+    def typed_value(self, key: str) -> Typed:
+        return self.decode(self._entries[key])
+
     def type(self, key: str) -> str:
-        return self.decode(self._entries[key]).type
+        return self.typed_value(key).type
 
     def typed(self) -> dict[str, Typed]:
-        return {key: self.decode(entry) for key, entry in self._entries.items()}
+        return {key: self.typed_value(key) for key in self}
 
     def entry(self, key: str) -> Any:
         """Where the value lies in its file, as the reader of the format keeps it."""
@@ -132,6 +136,14 @@ class Tensor:
             data = self._rows(swap(self.type, self.stored, self.label) if self.swapped else self.stored)
             self._cached = weakref.ref(data)
         return data
+
+    def pieces(self, limit: int = PIECE) -> Iterator[np.ndarray]:
+        """The blocks from first to last in uint8 arrays of whole blocks, about `limit` bytes each, little-endian."""
+        unit = 1 if isinstance(self.type, OpaqueType) else self.type.bytes
+        step = max(1, limit // unit) * unit
+        for start in range(0, self.nbytes, step):
+            piece = self.source.array(self.offset + start, min(step, self.nbytes - start))
+            yield swap(self.type, piece, self.label) if self.swapped else piece
 
     def _rows(self, data: np.ndarray) -> np.ndarray:
         if isinstance(self.type, OpaqueType):

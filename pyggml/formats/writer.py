@@ -19,8 +19,6 @@ from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, swap
 from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed
 from pyggml.types import TYPES, TensorType, tensor_type
 
-CHUNK = 8 << 20
-
 
 @dataclass(frozen=True)
 class NewTensor:
@@ -81,13 +79,7 @@ def _nbytes(name: str, row: TensorType, shape: tuple[int, ...]) -> int:
 
 def _existing(t: Tensor) -> NewTensor:
     """A tensor of an open file, copied in pieces; a byte order is changed where needed."""
-    def pieces() -> Iterable[np.ndarray]:
-        unit = 1 if isinstance(t.type, OpaqueType) else t.type.bytes
-        step = max(1, CHUNK // unit) * unit
-        for start in range(0, t.nbytes, step):
-            part = t.source.array(t.offset + start, min(step, t.nbytes - start))
-            yield swap(t.type, part, t.label) if t.swapped else part
-    return NewTensor(t.name, t.type, t.shape, pieces, t.nbytes)
+    return NewTensor(t.name, t.type, t.shape, t.pieces, t.nbytes)
 
 
 Tensors = Mapping[str, Any] | Iterable[Tensor | NewTensor]

@@ -72,7 +72,8 @@ class Tokenizer(ABC):
         """The ids of `text`.
 
         add_special: with the tokens that the vocabulary wants before and after a text. parse_special: texts of control
-        tokens become those tokens; otherwise they are plain text. Bytes that are no UTF-8 are taken as they are.
+        tokens become those tokens; otherwise they are plain text. A byte that is no UTF-8 is taken as it is by vocabularies
+        that have byte tokens, as U+FFFD by byte-level BPE.
         """
         if isinstance(text, str):
             text = text.encode("utf-8", "surrogatepass")

@@ -6,11 +6,10 @@ import codecs
 from collections.abc import Mapping
 from typing import Any
 
-from pyggml.native import lib
 from pyggml.tokenizers.base import SPACE, Tokenizer
 from pyggml.tokenizers.merge import CHAR_BYTES, bpe_merger
 from pyggml.tokenizers.pretokenize import pre_tokenizer, words
-from pyggml.tokenizers.table import strings
+from pyggml.tokenizers.table import NativeTable, strings
 from pyggml.tokenizers.vocab import PREFIX
 
 # A byte that is no UTF-8 counts as one U+FFFD, so that patterns can be matched
@@ -32,7 +31,7 @@ class ByteBPE(Tokenizer):
             fallback = [self._id(b"<0x%02X>" % byte) for byte in range(256)]
         merges = strings(self.vocab.array("merges", "byte-level BPE needs its merges"), PREFIX + "merges")
         self._merger = bpe_merger(self.vocab.tokens, merges, fallback, byte_level=self.pre.byte_level, whole_words=self.pre.whole_words,
-                                  native=lib is not None)
+                                  native=isinstance(self.vocab.table, NativeTable))
 
     def _id(self, text: bytes) -> int:
         id = self.vocab.find(text)

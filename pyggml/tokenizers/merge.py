@@ -38,9 +38,13 @@ def from_byte_alphabet(text: bytes) -> bytes | None:
         return None
 
 
-def char_size(lead: int) -> int:
-    """Bytes of the UTF-8 character that starts with `lead`."""
-    return 1 if lead < 0xC0 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+def char_size(text: bytes, at: int) -> int:
+    """Bytes of the UTF-8 character at text[at]: fewer than its first byte promises where it is cut short."""
+    promised = 1 if text[at] < 0xC0 else 2 if text[at] < 0xE0 else 3 if text[at] < 0xF0 else 4
+    size = 1
+    while size < promised and at + size < len(text) and text[at + size] & 0xC0 == 0x80:
+        size += 1
+    return size
 
 
 class NativeMerger:
@@ -96,7 +100,7 @@ class PythonMerger:
         parts: list[bytes | None] = []             # None: merged into its left neighbour
         at = 0
         while at < len(word):
-            size = char_size(word[at]) if self.by_char else 1
+            size = char_size(word, at) if self.by_char else 1
             parts.append(word[at:at + size])
             at += size
         ids = [self.symbols.get(part, -1) for part in parts if part is not None]

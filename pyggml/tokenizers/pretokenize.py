@@ -21,7 +21,7 @@ ENGLISH = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"                 # contra
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"                                    # a word and the one character before it
 SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"                                     # the last space before a word stays with the word
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = rf"{ENGLISH}|{LETTERS}|\p{{N}}{{1,3}}|{SYMBOLS}|{SPACES}"
 QWEN2 = rf"{ENGLISH}|{LETTERS}|\p{{N}}|{SYMBOLS}|{SPACES}"
 # A run of upper case then a run of lower case; letters outside ASCII count as both
@@ -37,17 +37,27 @@ GPT4O_REST = rf"\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}"
 GPT4O = rf"{_camel(UPPER, LOWER, f'(?:{ENGLISH})?')}|{GPT4O_REST}"
 ANY_CASE = r"[\p{L}\p{M}]"
 PUNCTUATION_WORD = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-DEEPSEEK3 = [r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", rf"{PUNCTUATION_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"]
+KANJI_KANA = r"[\u4e00-\u9fa5\u3040-\u30ff]+"
+DEEPSEEK3 = [r"\p{N}{1,3}", KANJI_KANA, rf"{PUNCTUATION_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"]
 # Digits in threes counted from the right; what stands before the first group stays with it until the next expression
 THOUSANDS = r"(?:(?<!\p{N})|\P{N}++)\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\P{N}*+\p{N}{1,3}|\P{N}+"
 LINES = r"[^\n]+|\n+"
-SENTENCES = r" ?[^(\s|.,!?…。，、।۔،)]+"
+SENTENCES = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 HAN = r"[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ebef\uf900-\ufaff\U0002f800-\U0002fa1f]"
 NOT_HAN = rf"[\p{{L}}--{HAN}]"
-CYRILLIC_AND_LATIN = (          # cased letters, as deepseek-llm lists them
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝ"
-    "ℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃")
-ASIAN_SCRIPTS = "[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+"
+CASED = (                       # Latin, Greek, Cyrillic, Georgian, Cherokee and other cased letters, as deepseek-llm lists them
+    r"A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f"
+    r"\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba"
+    r"\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d"
+    r"\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-\u1ff4\u1ff6-\u1ffc"
+    r"\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184"
+    r"\u2c00-\u2c7b\u2c7e-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06"
+    r"\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
+    r"\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943")
+ASIAN_SCRIPTS = (
+    r"[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff"
+    r"\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+")
+HANGUL_KANJI = r"[[\u0800-\u9fa5\uac00-\ud7ff]--\s]+"        # white space is never part of a range
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------------------
@@ -104,10 +114,12 @@ _ROWS: dict[str, PreTokenizer] = {
     "granite-embed-multi-97m": _row(rf"{_camel(UPPER_M, LOWER_M, f'(?:{ENGLISH})?')}|{GPT4O_REST}", whole_words=True),
     "tekken": _row(rf"{_camel(UPPER, LOWER)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}", whole_words=True, adds=("add_bos",)),
     "tiny_aya cohere2moe": _row(THOUSANDS, rf"{_camel(ANY_CASE, ANY_CASE, f'(?:{ENGLISH})?')}|{GPT4O_REST}"),
-    "youtu": _row(r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+    "youtu": _row(r"[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
+                  rf"|[\u3105-\u312f]+|{KANJI_KANA}",
                   rf"{_camel(ANY_CASE, ANY_CASE, f'(?:{ENGLISH})?')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}", whole_words=True),
-    "deepseek-llm": _row(r"[\r\n]", rf"\s?[{CYRILLIC_AND_LATIN}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}+"),
-    "deepseek-coder": _row(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+    "deepseek-llm": _row(r"[\r\n]", rf"\s?[{CASED}]+", r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001-\u3002]+", r"\s+$",
+                         HANGUL_KANJI, r"\p{N}+"),
+    "deepseek-coder": _row(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HANGUL_KANJI, r"\p{N}"),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": _row(*DEEPSEEK3),
     "spark2_5": _row(*DEEPSEEK3[:2], rf"{PUNCTUATION_WORD}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+", r"\p{N}"),
     "afmoe": _row(THOUSANDS, ASIAN_SCRIPTS, DEEPSEEK3[2]),
@@ -137,9 +149,15 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def words(text: str, patterns: Sequence[str]) -> np.ndarray:
-    """The lengths in characters of the words of `text`, int32 (n,); they cover it."""
-    pieces: list[str] = [text]
+    """The lengths in characters of the words of `text`, int32 (n,); they cover it. Some may be 0."""
+    pieces = [text]
+    lengths = np.array([len(text)], np.int32)
     for pattern in patterns:
-        split = _compiled(pattern).split
-        pieces = [part for piece in pieces for part in split(piece)]
-    return np.fromiter(map(len, pieces), np.int32, len(pieces))
+        expression = _compiled(pattern)
+        for cut in (expression.findall, expression.split):      # matches alone when they cover the text, which is faster
+            parts = [part for piece in pieces for part in cut(piece)]
+            lengths = np.fromiter(map(len, parts), np.int32, len(parts))
+            if lengths.sum() == len(text):
+                break
+        pieces = parts
+    return lengths

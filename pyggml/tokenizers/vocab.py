@@ -130,16 +130,17 @@ class Vocab:
         return tokens
 
     def _numbers(self, key: str, kinds: str, dtype: type, default: float) -> np.ndarray:
-        """An optional array of one number per token. kinds: numpy kinds and sizes that are allowed, as in `f4 i4`."""
+        """An optional array of one number per token. kinds: numpy types that the file's array may have, as in `f4 i4`."""
         value = self.kv.get(PREFIX + key)
         n = len(self.tokens)
         if value is None:
             return np.full(n, default, dtype)
         array = np.asarray(value)
-        if array.dtype in (np.int64, np.float64) and not isinstance(value, np.ndarray):
-            array = array.astype(dtype)             # a plain Python list
-        if array.ndim != 1 or array.dtype.newbyteorder("=").str[1:] not in kinds.split():
-            raise ModelError(f"{PREFIX}{key} holds {array.dtype} values, not {kinds.replace(' ', ' or ')}; the vocabulary is damaged")
+        found = array.dtype.newbyteorder("=").str[1:]
+        allowed = kinds.split() if isinstance(value, np.ndarray) else [kind[0] + "8" for kind in kinds.split()]     # a list has 8-byte numbers
+        if array.ndim != 1 or found not in allowed:
+            raise ModelError(f"{PREFIX}{key} holds {array.dtype} values, not one number per token ({kinds.replace(' ', ' or ')}); "
+                             "the vocabulary is damaged")
         if len(array) < n:
             raise ModelError(f"{PREFIX}{key} has {len(array)} entries for {n} tokens; the vocabulary is damaged")
         return np.ascontiguousarray(array[:n].astype(dtype))
