@@ -77,8 +77,8 @@ def divergence(args: argparse.Namespace, model: Any) -> int:
             print("chunk             PPL               ln(PPL(Q)/PPL(base))          KL Divergence              Δp RMS            Same top p")
         s = summary(tokens)
         ppl, ratio, kld, rms, top = (s[k] for k in ("Mean PPL(Q)", "Mean ln(PPL(Q)/PPL(base))", "Mean KLD", "RMS Δp", "Same top p"))
-        print(f"{done:4d}    {ppl.value:9.4f} ± {ppl.error:9.4f}    {ratio.value:10.5f} ± {ratio.error:10.5f}    {kld.value:10.5f} ± {kld.error:10.5f}"
-              f"    {rms.value:6.3f} ± {rms.error:6.3f} %    {top.value:6.3f} ± {top.error:6.3f} %", flush=True)
+        print(f"{done:4d}    {ppl.value:9.4f} ± {ppl.error:9.4f}    {ratio.value:10.5f} ± {ratio.error:10.5f}"
+              f"    {kld.value:10.5f} ± {kld.error:10.5f}    {rms.value:6.3f} ± {rms.error:6.3f} %    {top.value:6.3f} ± {top.error:6.3f} %", flush=True)
     print(report(summary(tokens)) if tokens is not None and len(tokens) >= 100 else f"{mean(tokens.kld).value:.6f} mean KLD")
     return 0
 

@@ -55,9 +55,10 @@ class Evaluator:
         for at in range(0, len(chunks), self.at_once):
             yield chunks[at:at + self.at_once]
 
-    def logits(self, group: np.ndarray, first: int, *, bos: bool = True) -> np.ndarray:
+    def logits(self, group: np.ndarray, first: int, *, bos: bool = True, last: bool = False) -> np.ndarray:
         """Logits after the tokens first..n_ctx - 2 of each chunk of a group: float32 (chunks, n_ctx - 1 - first, n_vocab).
 
+        bos: put the vocabulary's first token in front, where it has one. last: one row more, after the last token.
         The array is overwritten by the next call.
         """
         count, n = group.shape
@@ -68,10 +69,11 @@ class Evaluator:
         parts = []
         for start in range(0, n, room):
             end = min(n, start + room)
-            wanted = range(max(first - start, 0), min(n - 1, end) - start)
+            wanted = range(max(first - start, 0), min(n - (not last), end) - start)
             out = self.context.sequences(tokens[:, start:end], start, wanted)
             if len(wanted):
-                parts.append(out.reshape(count, len(wanted), -1) if end == n or end >= n - 1 else out.reshape(count, len(wanted), -1).copy())
+                rows = out.reshape(count, len(wanted), -1)
+                parts.append(rows if end == n else rows.copy())
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def targets(self, group: np.ndarray, first: int) -> np.ndarray:
