@@ -70,6 +70,8 @@ def best_scale(x: np.ndarray, w: np.ndarray, v: np.ndarray) -> np.ndarray:
 def fit_scale(x: np.ndarray, w: np.ndarray, project: Projection, polish: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Scale (n, 1) and values (n, k) of least weighted squared error of scale * values."""
     top = largest(x)
+    if len(project.extremes) == 1:                            # signs are in the values: the scale is positive
+        top = np.abs(top)
     best_d, best_gain = np.zeros_like(top), np.zeros_like(top)
 
     def consider(v: np.ndarray) -> None:
