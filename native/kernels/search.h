@@ -79,7 +79,8 @@ static float fit_scale(const projection *p, int n, const float *x, const float *
     int steps = effort ? 2 * p->steps : p->steps;
     for (int a = 0; a < p->n_anchors; a++) {
         for (int i = 0; i <= steps; i++) {
-            float factor = (p->anchors[a] - p->below + (p->below + p->above) * i / steps) / top;
+            // from the largest factor down: of equally good scales the smallest leaves other groups of a block the finest steps
+            float reach = p->anchors[a] < 0 ? -1 : 1, factor = (p->anchors[a] + reach * (p->above - (p->below + p->above) * i / steps)) / top;
             (exact ? p->project : p->relaxed)(p, n, x, w, factor, v);
             moments m = moments_of(n, x, w, v);
             if (m.vv <= 0) continue;
@@ -88,7 +89,7 @@ static float fit_scale(const projection *p, int n, const float *x, const float *
                 d = half_rounded(d);
                 gain = d * (2 * m.xv - d * m.vv);
             }
-            if (gain > best_gain) best_gain = gain, best = d;
+            if (gain > best_gain * 1.000001f) best_gain = gain, best = d;
         }
     }
     if (!exact) best_gain = 0;                               // a rough gain is no measure for an exact one
@@ -104,6 +105,13 @@ static float fit_scale(const projection *p, int n, const float *x, const float *
     }
     return best;
 }
+// An error this small beside the energy of the weights comes from rounding the half-float scale: then it pays to try many of them.
+enum { MANY_SCALES = 24 };
+INLINE int nearly_exact(int n, const float *x, const float *w, float error) {
+    static const float zeros[MAX_BLOCK];
+    return error < 1e-5f * error_of(n, x, w, zeros, 0, 0);
+}
+
 // The same for a half-float scale that is stored as it is; fills in the values.
 static float fit_direct(const projection *p, int n, const float *x, const float *w, int effort, float *v) {
     float start = fit_scale(p, n, x, w, 1, effort), d = start, best = INFINITY;
@@ -111,6 +119,12 @@ static float fit_direct(const projection *p, int n, const float *x, const float 
     memset(v, 0, n * sizeof *v);
     for (int step = -1; step <= 1; step++) {                 // the neighbouring half floats may fit better after projection
         float candidate = start == 0 ? 0 : half_step(start, step);
+        p->project(p, n, x, w, inverse(candidate), u);
+        float error = error_of(n, x, w, u, candidate, 0);
+        if (error < best) best = error, d = candidate, memcpy(v, u, n * sizeof *v);
+    }
+    for (int i = 1; i < MANY_SCALES && start != 0 && nearly_exact(n, x, w, best); i++) {
+        float candidate = half_rounded(p->anchors[0] * start / (p->anchors[0] + (p->anchors[0] < 0 ? 0.25f : -0.25f) * i));
         p->project(p, n, x, w, inverse(candidate), u);
         float error = error_of(n, x, w, u, candidate, 0);
         if (error < best) best = error, d = candidate, memcpy(v, u, n * sizeof *v);
@@ -126,6 +140,19 @@ INLINE int nearest_multiplier(multipliers f, float ratio) {
     return s < f.low ? f.low : s > f.high ? f.high : (int)s;
 }
 
+// Of all the multipliers the one that a rough projection likes best.
+static int likely_multiplier(const projection *p, multipliers f, int n, const float *x, const float *w, float d) {
+    int found = f.low;
+    float v[MAX_BLOCK], least = INFINITY;
+    for (int s = f.low; s <= f.high; s++) {
+        float scale = d * (f.step * s + f.offset);
+        p->relaxed(p, n, x, w, inverse(scale), v);
+        float error = error_of(n, x, w, v, scale, 0);
+        if (error < least) least = error, found = s;
+    }
+    return found;
+}
+
 // Fills in s (n / group) and the values v (n); returns d, a half float.
 static float fit_scaled(const projection *p, multipliers f, int n, int group, const float *x, const float *w, int effort, int8_t *s, float *v) {
     int groups = n / group, cheap = p->project == p->relaxed;
@@ -138,7 +165,8 @@ static float fit_scaled(const projection *p, multipliers f, int n, int group, co
     }
     float low = f.step * f.low + f.offset, high = f.step * f.high + f.offset, extreme = -low > high ? low : high;
     int anchors = cheap ? (effort ? 16 : 6) : effort ? 6 : 2, rounds = effort ? 8 : 3;
-    for (int a = 0; a < anchors; a++) {                      // the largest scale gets the extreme multiplier, or one of its neighbours
+    // the largest scale gets the extreme multiplier, or one of its neighbours
+    for (int a = 0; a < anchors || (cheap && a < MANY_SCALES && nearly_exact(n, x, w, best)); a++) {
         float scale[MAX_GROUPS], d = top / (extreme + (extreme > 0 ? -f.step : f.step) * a * 0.5f);
         memcpy(scale, start, sizeof scale);
         float last = INFINITY;
@@ -149,8 +177,10 @@ static float fit_scaled(const projection *p, multipliers f, int n, int group, co
             for (int g = 0; g < groups; g++) {
                 const float *xg = x + g * group, *wg = w + g * group;
                 int middle = nearest_multiplier(f, scale[g] * inverse(d)), reach = cheap || effort ? 1 : 0;
+                int likely = cheap ? middle : likely_multiplier(p, f, group, xg, wg, d);
                 float least = INFINITY, t[32];
-                for (int c = middle - reach; c <= middle + reach; c++) {
+                for (int i = -reach; i <= reach + (likely != middle); i++) {
+                    int c = i > reach ? likely : middle + i;
                     if (c < f.low || c > f.high) continue;
                     float factor = f.step * c + f.offset;
                     p->project(p, group, xg, wg, inverse(d * factor), t);
@@ -191,7 +221,7 @@ INLINE affine_sums affine_sums_of(int n, const float *x, const float *w, const f
 INLINE void solve_affine(affine_sums s, int negative, float *scale, float *minimum) {
     double det = s.qq * s.w - s.q * s.q;
     double a = s.qq > 0 ? s.xq / s.qq : 0, m = 0;
-    if (det > 1e-9 * s.qq * s.w) {
+    if (det > 1e-6 * s.qq * s.w) {
         double m2 = (s.qq * s.x - s.q * s.xq) / det;
         if (!negative || m2 <= 0) m = m2, a = (s.xq * s.w - s.x * s.q) / det;
     } else if (s.qq == 0) m = s.w > 0 && (!negative || s.x < 0) ? s.x / s.w : 0;
@@ -255,8 +285,10 @@ static void fit_scaled_affine(int n, int group, int top, int most, const float *
     memset(m, 0, groups);
     memset(q, 0, n * sizeof *q);
     int anchors = effort ? 12 : 3, rounds = effort ? 8 : 3;
-    for (int a = 0; a < anchors; a++) {
-        float scale[MAX_GROUPS], minimum[MAX_GROUPS], d = top_s / (most - a * 0.5f), dmin = top_m / (most - a * 0.5f), last = INFINITY;
+    for (int a = 0; a < anchors || (a < MANY_SCALES && nearly_exact(n, x, w, best)); a++) {
+        // the largest scale and minimum get the largest integer, or one below; past the usual candidates the two go separate ways
+        float below = a * 0.5f, apart = a < anchors ? below : a * 5 % MANY_SCALES * 0.5f;
+        float scale[MAX_GROUPS], minimum[MAX_GROUPS], d = top_s / (most - below), dmin = top_m / (most - apart), last = INFINITY;
         memcpy(scale, scale0, sizeof scale);
         memcpy(minimum, min0, sizeof minimum);
         for (int round = 0; round < rounds; round++) {
@@ -301,7 +333,7 @@ static void fit_scaled_affine(int n, int group, int top, int most, const float *
             if (total >= last) break;
             last = total;
             double det = aa * bb - ab * ab;
-            if (det > 1e-9 * aa * bb) d = (xa * bb - xb * ab) / det, dmin = (xb * aa - xa * ab) / det;
+            if (det > 1e-6 * aa * bb) d = (xa * bb - xb * ab) / det, dmin = (xb * aa - xa * ab) / det;
             else if (aa > 0) d = xa / aa;
         }
     }

@@ -96,7 +96,7 @@ def solve_affine(x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray) -> 
     aa, ab, bb = ((w * u * v).sum(axis=1, keepdims=True, dtype=np.float64) for u, v in ((a, a), (a, b), (b, b)))
     xa, xb = ((w * x * u).sum(axis=1, keepdims=True, dtype=np.float64) for u in (a, b))
     det = aa * bb - ab * ab
-    sound = det > 1e-9 * aa * bb
+    sound = det > 1e-6 * aa * bb
     p = np.where(sound, (xa * bb - xb * ab) * inverse(det), xa * inverse(aa))
     q = np.where(sound, (xb * aa - xa * ab) * inverse(det), 0)
     return p.astype(np.float32), q.astype(np.float32)
