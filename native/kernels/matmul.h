@@ -167,35 +167,29 @@ static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts
 }
 
 // ---- the steps --------------------------------------------------------------------------------------------------------------------------
-// One group of row tiles x one block of column tiles, for one matrix or a gate/up pair.
+// One group of row tiles x one block of column tiles, for one matrix or a gate/up pair. A column tile stays in the first-level
+// cache while the weights pass, and the results of neighbouring row tiles fall on neighbouring cache lines.
 static void run_chunk(worker *w, const matrix *m, int n_matrices, const epilogue *e, const target *to,
-                      int64_t group, int64_t first_tile, int64_t last_tile, int layout, const char *acts, int64_t cols, int64_t first, int64_t last) {
-    (void)group;
+                      int64_t first_tile, int64_t last_tile, int layout, const char *acts, int64_t cols, int64_t first, int64_t last) {
     _Alignas(64) float out[2][SMALL_COLS * TILE_ROWS];
-    int rows_layout = ACT_LAYOUT[layout].row_type != 0;
-    int64_t column_bytes = act_column_bytes(layout, m->k);
+    const int64_t column_bytes = act_column_bytes(layout, m->k);
     for (int i = 0; i < n_matrices; i++)
         if (m[i].packed) pack_tiles(&m[i], first_tile, last_tile);
-    for (int64_t t = first_tile; t < last_tile; t++) {
-        const char *tile[2] = {NULL, NULL};
-        char *scratch = w->scratch;
-        for (int i = 0; i < n_matrices && !rows_layout; i++) {
-            tile[i] = tile_at(&m[i], t, scratch);
-            if (!m[i].packed) scratch += m[i].bytes;
-        }
-        for (int64_t c = first; c < last; c++) {
-            int N = act_tile_cols(cols, c);
-            const char *a = acts + c * SMALL_COLS * column_bytes;
+    for (int64_t c = first; c < last; c++) {
+        const int N = act_tile_cols(cols, c);
+        const char *a = acts + c * SMALL_COLS * column_bytes;
+        for (int64_t t = first_tile; t < last_tile; t++) {
+            for (int n = 0; n < N; n++) __builtin_prefetch(column_at(to->dst, c * SMALL_COLS + n) + t * TILE_ROWS * sizeof(float), 1);
             for (int i = 0; i < n_matrices; i++) {
-                if (rows_layout) row_tile(&m[i], t, layout, a, N, out[i]);
-                else TILE_KERNELS[m[i].tile][N - 1](tile[i], a, m[i].k, out[i]);
+                if (ACT_LAYOUT[layout].row_type) row_tile(&m[i], t, layout, a, N, out[i]);
+                else TILE_KERNELS[m[i].tile][N - 1](tile_at(&m[i], t, w->scratch + i * m[0].bytes), a, m[i].k, out[i]);
             }
             store_tile(e, to, out[0], out[1], t * TILE_ROWS, tile_rows(m, t), c * SMALL_COLS, N);
         }
     }
 }
 
-// mul_mat and glu_mat: second_weight is the source of Wup, or -1.
+// mul_mat, or glu_mat with its second weight.
 static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogue e, const pyg_view *residual) {
     const pyg_view *dst = view_of(w, s->dst), *weight = view_of(w, s->src[0]);
     int64_t cols = dst->ne[1] * dst->ne[2];
@@ -209,7 +203,7 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
     for (int64_t i; (i = claim(w)) < c.groups * c.blocks;) {
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
-        run_chunk(w, m, second ? 2 : 1, &e, &to, g, g * c.group, least((g + 1) * c.group, m[0].tiles), layout, acts, cols,
+        run_chunk(w, m, second ? 2 : 1, &e, &to, g * c.group, least((g + 1) * c.group, m[0].tiles), layout, acts, cols,
                   b * c.block, least((b + 1) * c.block, tiles));
     }
 }
@@ -227,8 +221,7 @@ static void op_glu_mat(worker *w, const pyg_step *s) {
 }
 
 static int64_t scratch_mul_mat(const pyg_plan *plan, const pyg_step *s) {
-    int64_t bytes = tile_scratch(&plan->views[s->src[0]], s->i[1]);
-    return s->op == OP_glu_mat ? bytes + tile_scratch(&plan->views[s->src[3]], s->i[1]) : bytes;
+    return most(tile_scratch(&plan->views[s->src[0]], s->i[1]), s->op == OP_glu_mat ? tile_scratch(&plan->views[s->src[3]], s->i[1]) : 0);
 }
 static void op_mul_mat_id(worker *w, const pyg_step *s) { (void)w; (void)s; }
 static void op_glu_mat_id(worker *w, const pyg_step *s) { (void)w; (void)s; }
