@@ -141,6 +141,7 @@ pyg_pool *pyg_pool_new(int n_threads) {
     for (int i = 0; i < n_threads; i++) {
         worker *w = &pool->workers[i];
         w->pool = pool;
+        w->team = pool->workers;
         w->ith = i;
         w->nth = n_threads;
         if (i > 0 && pthread_create(&pool->threads[i], NULL, helper, w)) { pyg_pool_free(pool); return NULL; }

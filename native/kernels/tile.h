@@ -1,4 +1,4 @@
-// Tile kernels: one R16 tile (16 weight rows) times one column tile (1 .. SMALL_COLS columns), added to out[column][16].
+// Tile kernels: one R16 tile (16 weight rows) times one column tile (1 .. SMALL_COLS columns) -> out[column][16].
 //
 // lane = row. An activation quad is broadcast from memory and multiplied with a line of weight quads, so a block costs nothing
 // but its dot products and one scaling per column; no sum crosses lanes. Bodies below are templates: `d`, `N` and the pass shape
@@ -75,7 +75,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
     const int N = s.N, vecs = s.vecs, cols = s.cols;
     const int half = TILE_ROWS * 2, lane = VL * 2;
     vf f[PASS_ACC];
-    EACH(v, vecs) EACH(n, cols) f[v * cols + n] = vf_load(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL);
+    EACH(i, vecs * cols) f[i] = vf_set(0);
     for (int64_t b = 0; b < k / 32; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A32].column_bytes * N) {
         vi c[PASS_ACC];
         EACH(n, cols) {
@@ -85,7 +85,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
         dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
-            vf scale = d.scales == F_E8M0 ? (vf)(vi_from_u8(w + VL * (s.v0 + v)) << 23) * 0.5f : vf_from_f16(w + lane * (s.v0 + v));
+            vf scale = d.scales == SCALES_E8M0 ? (vf)(vi_from_u8(w + VL * (s.v0 + v)) << 23) * 0.5f : vf_from_f16(w + lane * (s.v0 + v));
             EACH(n, cols) f[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale * vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
             if (d.mins) {
                 vf m = vf_from_f16(w + half + lane * (s.v0 + v));
@@ -103,7 +103,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
     const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
     const int quads = d.sub / 4;                             // per sub-block
     vf f[PASS_ACC];
-    EACH(v, vecs) EACH(n, cols) f[v * cols + n] = vf_load(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL);
+    EACH(i, vecs * cols) f[i] = vf_set(0);
     for (int64_t b = 0; b < k / 256; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
         const char *scales = w + half * (1 + d.mins), *mins = scales + pairs * pair_line, *planes = w + header_bytes(d), *q = a + 4 * 29 * N;
         vi sum[PASS_ACC];
@@ -151,17 +151,47 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
     EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
 }
 
+// ---- codes with a float scale per 16, for either activation format ------------------------------------------------------------------
+INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+    const int N = s.N, vecs = s.vecs, cols = s.cols, layout = d.block == 32 ? ACT_A32 : ACT_A256, dwords = d.block == 32 ? 3 : 29;
+    vf f[PASS_ACC];
+    EACH(i, vecs * cols) f[i] = vf_set(0);
+    for (int64_t b = 0; b < k / d.block; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[layout].column_bytes * N) {
+        vf sum[PASS_ACC];
+        EACH(i, vecs * cols) sum[i] = vf_set(0);
+        UNROLL(1) for (int g = 0; g < d.block / 32; g++) EACH(h, 2) {
+            const char *quad = a + 4 * (dwords + 8 * g + 4 * h) * N;
+            vi c[PASS_ACC];
+            EACH(n, cols) {
+                vi start = vi_set(0);
+                if (S8_BIAS && d.block == 256) start = vi_set4_shift(a + 4 * ((1 + 2 * g + h) * N + s.n0 + n), d.zero);
+                if (S8_BIAS && d.block == 32) {              // A32 has no sums of 16: take them here
+                    EACH(t, 4) start = vi_dot_u7(start, vi_set((int32_t)0x80808080), vi_set4(quad + 4 * (t * N + s.n0 + n)));
+                    start = -start;
+                }
+                EACH(v, vecs) c[v * cols + n] = start;
+            }
+            dot_lines(d, s, 4 * h, 4, w + header_bytes(d) + g * planes_bytes(d), quad, c);
+            EACH(v, vecs) {
+                vf scale = vf_load((const float *)w + (2 * g + h) * TILE_ROWS + VL * (s.v0 + v));
+                EACH(n, cols) sum[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale, sum[v * cols + n]);
+            }
+        }
+        EACH(v, vecs) EACH(n, cols) f[v * cols + n] = vf_fma(sum[v * cols + n], vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
+    }
+    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+}
+
 // ---- floats x ACT_F32 -------------------------------------------------------------------------------------------------------------
 INLINE vf float_line(const tile_type d, const char *p) {
-    return d.id == TYPE_F32 ? vf_load(p) : d.id == TYPE_F16 ? vf_from_f16(p) : vf_from_bf16(p);
+    return d.id == TYPE_f32 ? vf_load(p) : d.id == TYPE_f16 ? vf_from_f16(p) : vf_from_bf16(p);
 }
 INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
     // a narrow pass needs more independent sums to hide the latency of fma
     const int phases = vecs * cols <= 2 ? 4 : vecs * cols <= 4 ? 2 : 1, step = tile_block_bytes(d);
     vf f[4][FLOAT_ACC];
-    EACH(p, phases) EACH(v, vecs) EACH(n, cols)
-        f[p][v * cols + n] = p ? vf_set(0) : vf_load(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL);
+    EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
         EACH(p, phases) {
@@ -186,6 +216,7 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
 // ---- instances: a function per type and number of columns ---------------------------------------------------------------------------
 INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     if (d.block == 1) pass_1(d, s, w, a, k, out);
+    else if (d.scales == SCALES_F32) pass_codes(d, s, w, a, k, out);
     else if (d.block == 32) pass_32(d, s, w, a, k, out);
     else pass_256(d, s, w, a, k, out);
 }
@@ -203,10 +234,10 @@ INLINE void passes(const tile_type d, const int N, const char *w, const char *a,
     SPECIALIZED void passes_##type(const int N, const char *w, const char *a, int64_t k, float *out) { passes(TILE_TYPES[TYPE_##type], N, w, a, k, out); } \
     TILE_KERNEL(type, 1) TILE_KERNEL(type, 2) TILE_KERNEL(type, 3) TILE_KERNEL(type, 4) \
     TILE_KERNEL(type, 5) TILE_KERNEL(type, 6) TILE_KERNEL(type, 7) TILE_KERNEL(type, 8)
-FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #undef T
-static tile_fn *const TILE_KERNELS[N_TYPES][SMALL_COLS] = {
-#define T(type, number, ...) [number] = {tile_##type##_1, tile_##type##_2, tile_##type##_3, tile_##type##_4, tile_##type##_5, tile_##type##_6, tile_##type##_7, tile_##type##_8},
-    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+static tile_fn *const TILE_KERNELS[N_TILES][SMALL_COLS] = {
+#define T(type, ...) [TYPE_##type] = {tile_##type##_1, tile_##type##_2, tile_##type##_3, tile_##type##_4, tile_##type##_5, tile_##type##_6, tile_##type##_7, tile_##type##_8},
+    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #undef T
 };

@@ -67,10 +67,6 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
 #undef JOIN
 
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) {
-    int8x8_t b = vmovn_s16(vcombine_s16(vmovn_s32((int32x4_t)v), vdup_n_s16(0)));
-    memcpy(p, &b, 4);
-}
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
 static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return x * (1 << n) - (vi){0}; }     // 4 bytes << n in every lane
@@ -79,3 +75,12 @@ static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
 static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 32 };
+static inline vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)vld1q_dup_f32(p);
+    if (n == 2) return (vf)vcombine_f32(vld1_f32(p), vld1_f32(p));
+    return (vf)vld1q_f32(p);
+}
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf)vrev64q_f32((float32x4_t)v) : (vf)vextq_f32((float32x4_t)v, (float32x4_t)v, 2); }

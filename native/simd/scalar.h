@@ -32,7 +32,7 @@ static inline vf vf_from_bf16(const void *p) { uint16_t h[4]; memcpy(h, p, 8); r
 static inline vf vf_max(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
 static inline vf vf_min(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-static inline vf vf_round(vf a) { vf r; for (int i = 0; i < VL; i++) r[i] = nearbyintf(a[i]); return r; }
+static inline vf vf_round(vf a) { for (int i = 0; i < VL; i++) a[i] = nearbyintf(a[i]); return a; }
 static inline vi vi_round(vf a) { vi r; for (int i = 0; i < VL; i++) r[i] = (int32_t)nearbyintf(a[i]); return r; }
 static inline float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 static inline float vf_hmax(vf a) { float m = a[0]; for (int i = 1; i < VL; i++) m = a[i] > m ? a[i] : m; return m; }
@@ -79,7 +79,6 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
 }
 
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline void vi_to_i8(void *p, vi v) { int8_t *b = p; for (int i = 0; i < VL; i++) b[i] = (int8_t)v[i]; }       // lanes fit a byte
 static inline vi vi_pairs_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0] | b[1] << 16, b[2] | b[3] << 16, b[4] | b[5] << 16, b[6] | b[7] << 16}; }
 static inline vi vi_lookup(const int8_t table[16], vi index) {     // each byte of index (0..15) replaced by its entry
     int8_t x[16]; memcpy(x, &index, 16);
@@ -93,3 +92,8 @@ static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
 static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 16 };
+static inline vf vf_repeat(const float *p, int n) { return (vf){p[0], p[n > 1], p[n > 2 ? 2 : 0], p[n > 2 ? 3 : n > 1]}; }
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf){v[1], v[0], v[3], v[2]} : (vf){v[2], v[3], v[0], v[1]}; }

@@ -96,3 +96,43 @@ INLINE vf vf_exp(vf x) {
     vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
     return (vf)((vi)(p * (vf)scale) & ~dead);
 }
+
+// ---- activation functions ---------------------------------------------------------------------------------------------------
+INLINE vf vf_sigmoid(vf x) { return 1.0f / (1.0f + vf_exp(-x)); }
+INLINE vf vf_tanh(vf x) { return 2.0f * vf_sigmoid(2.0f * x) - 1.0f; }
+
+// ---- the first n lanes (n < VL): for the end of a row -------------------------------------------------------------------------
+INLINE vf vf_load_first(const void *p, int64_t n) { vf v = {0}; memcpy(&v, p, n * sizeof(float)); return v; }
+INLINE void vf_store_first(void *p, vf v, int64_t n) { memcpy(p, &v, n * sizeof(float)); }
+
+// ---- groups of `rep` neighbouring lanes (a power of two, a constant where these are called); vf_swap is per ISA ------------------
+INLINE vf vf_group_sum(vf v, int rep) {         // every lane gets the sum over its group
+    if (rep > 1) v += vf_swap(v, 1);
+    if (rep > 2) v += vf_swap(v, 2);
+    if (rep > 4) v += vf_swap(v, 4);
+    if (rep > 8) v += vf_swap(v, 8);
+    return v;
+}
+
+// ---- pairs of bf16, the even one in the lower half of a lane ------------------------------------------------------------------------
+INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 whose upper half is the bf16 (lower half is noise)
+    vi u = (vi)v;
+    return u + 0x7fff + ((u >> 16) & 1);
+}
+INLINE vf vf_pair_bf16(vf even, vf odd) {
+    return (vf)(((vi_round_bf16(even) >> 16) & 0xffff) | (vi_round_bf16(odd) & (int32_t)0xffff0000));
+}
+typedef int16_t vi_half __attribute__((vector_size(2 * VL)));
+INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
+    vi u = vi_round_bf16(v), nan = v != v;
+    u = (u & ~nan) | (((vi)v | 0x400000) & nan);
+    vi_half h = __builtin_convertvector(u >> 16, vi_half);
+    memcpy(p, &h, sizeof h);
+}
+#ifndef NATIVE_BF16
+enum { NATIVE_BF16 = 0 };
+INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd * b.odd
+    acc = vf_fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
+    return vf_fma((vf)((vi)a & (int32_t)0xffff0000), (vf)((vi)b & (int32_t)0xffff0000), acc);
+}
+#endif
