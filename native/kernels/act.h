@@ -25,9 +25,9 @@ static const act_layout_row ACT_LAYOUT[] = {
     [ACT_F32]      = {.block = 1, .column_bytes = 4, .interleaved = ACT_F32},
     [ACT_A32]      = {.block = 32, .column_bytes = 4 + 4 + 4 + 32, .interleaved = ACT_A32},
     [ACT_A256]     = {.block = 256, .column_bytes = 4 + 4 * 16 + 4 * 8 + 4 * 4 + 256, .interleaved = ACT_A256},
-    [ACT_ROW_Q8_0] = {.block = 32, .column_bytes = sizeof(block_q8_0), .interleaved = ACT_A32, .row_type = 8},
-    [ACT_ROW_Q8_1] = {.block = 32, .column_bytes = sizeof(block_q8_1), .interleaved = ACT_A32, .row_type = 9},
-    [ACT_ROW_Q8_K] = {.block = 256, .column_bytes = sizeof(block_q8_K), .interleaved = ACT_A256, .row_type = 15},
+    [ACT_ROW_Q8_0] = {.block = 32, .column_bytes = sizeof(block_q8_0), .interleaved = ACT_A32, .row_type = TYPE_q8_0},
+    [ACT_ROW_Q8_1] = {.block = 32, .column_bytes = sizeof(block_q8_1), .interleaved = ACT_A32, .row_type = TYPE_q8_1},
+    [ACT_ROW_Q8_K] = {.block = 256, .column_bytes = sizeof(block_q8_K), .interleaved = ACT_A256, .row_type = TYPE_q8_K},
 };
 
 // The layout that `format` takes for this many columns.
@@ -41,12 +41,6 @@ static int64_t act_bytes(int format, int64_t k, int64_t cols) {
 }
 
 // ---- one block of one column: x is 32 or 256 floats, the column is number n of N ------------------------------------------
-INLINE float amax32(const float *x) {
-    vf m = vf_abs(vf_load(x));
-    for (int i = VL; i < 32; i += VL) m = vf_max(m, vf_abs(vf_load(x + i)));
-    return vf_hmax(m);
-}
-
 // Rounds 32 floats times `scale` to bytes; returns the sum of the first and of the last 16.
 INLINE void round32(const float *x, float scale, int8_t q[32], int32_t sum[2]) {
     for (int h = 0; h < 2; h++) {
@@ -61,10 +55,10 @@ INLINE void round32(const float *x, float scale, int8_t q[32], int32_t sum[2]) {
 }
 
 static inline void act_a32(const float *x, char *block, int N, int n) {
-    float amax = amax32(x), d = amax / 127.0f;
+    float d = abs_max(32, x) / 127.0f;
     int8_t q[32];
     int32_t sum[2];
-    round32(x, d != 0 ? 1.0f / d : 0, q, sum);
+    round32(x, inverse(d), q, sum);
     float *f = (float *)block;
     f[n] = d;
     f[N + n] = d * (float)(sum[0] + sum[1]);
@@ -73,17 +67,14 @@ static inline void act_a32(const float *x, char *block, int N, int n) {
 }
 
 static inline void act_a256(const float *x, char *block, int N, int n) {
-    vf high = vf_load(x), low = high;
-    for (int i = VL; i < 256; i += VL) { high = vf_max(high, vf_load(x + i)); low = vf_min(low, vf_load(x + i)); }
-    float max = vf_hmax(high), min = -vf_hmax(-low), extreme = max > -min ? max : min;
     // the value of largest magnitude becomes -127, so that the scale takes its sign with it
-    float inverse = extreme != 0 ? -127.0f / extreme : 0;
+    float extreme = signed_max(256, x), factor = extreme != 0 ? -127.0f / extreme : 0;
     int32_t *dword = (int32_t *)block;
-    ((float *)block)[n] = extreme != 0 ? 1.0f / inverse : 0;
+    ((float *)block)[n] = inverse(factor);
     int32_t sum[16];
     for (int b = 0; b < 8; b++) {
         int8_t q[32];
-        round32(x + 32 * b, inverse, q, sum + 2 * b);
+        round32(x + 32 * b, factor, q, sum + 2 * b);
         for (int t = 0; t < 8; t++) memcpy(&dword[(29 + 8 * b + t) * N + n], q + 4 * t, 4);
     }
     for (int i = 0; i < 16; i++) dword[(1 + i) * N + n] = -sum[i];
