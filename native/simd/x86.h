@@ -86,6 +86,12 @@ static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
 }
 #if defined __AVX512BF16__
 #define NATIVE_BF16 1
+static inline vf vf_pack_bf16(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+static inline vf vf_pair_bf16(vf even, vf odd) {
+    vi i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __m512i zip = (__m512i)(i | (i + 16) << 16);            // halves i and 16 + i side by side
+    return (vf)_mm512_permutexvar_epi16(zip, (__m512i)vf_pack_bf16(even, odd));
+}
 static inline vf vf_dot_bf16(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #endif
 #else

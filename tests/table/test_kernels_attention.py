@@ -7,7 +7,7 @@ from kernel_case import ISAS, ROPE_NEOX, ROPE_NORM, THREADS, nmse, run
 from rope_reference import rope, rope_table
 
 CACHES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-EXACT, BF16_DOT = 2e-12, 2e-5           # NMSE of float arithmetic; of operands rounded to bf16
+EXACT, BF16_DOT = 2e-12, 4e-5           # NMSE of float arithmetic; of operands rounded to bf16
 
 PREFILL = [
     sequences("one", (0, 0, 1)),
