@@ -73,7 +73,7 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_e
 enum { VREGS = 32 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm512_set1_ps(*p);
-    if (n == 2) return (vf)_mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 2) { double pair; memcpy(&pair, p, 8); return (vf)_mm512_set1_pd(pair); }
     if (n == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if (n == 8) return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
     return (vf)_mm512_loadu_ps(p);
@@ -98,7 +98,7 @@ static inline vf vf_dot_bf16(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((
 enum { VREGS = 16 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm256_set1_ps(*p);
-    if (n == 2) return (vf)_mm256_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 2) { double pair; memcpy(&pair, p, 8); return (vf)_mm256_set1_pd(pair); }
     if (n == 4) return (vf)_mm256_broadcast_ps((const __m128 *)p);
     return (vf)_mm256_loadu_ps(p);
 }
