@@ -128,22 +128,24 @@ INLINE void load_group(const attention_args *a, attention_memory *m, query_group
 // Cells first .. first + cells of one KV head, converted once for every group of the unit. `type` is what the loops read: the
 // cache itself where its rows are whole vectors of floats, or with `through` a row that was turned into floats first.
 INLINE void load_keys(const attention_args *a, attention_memory *m, int type, int through, int64_t kv_head) {
-    for (int c = 0; c < m->tile.cells; c++) {
-        const char *row = row_at(a->k, m->tile.first + c, kv_head, 0);
-        if (through) row = float_row(a->k->type, a->D, 2 * a->padded, row, m->row);
-        key_row(type, a->pair, a->words, row, m->tile.k + c * a->words);
+    const char *cell = row_at(a->k, m->tile.first, kv_head, 0);
+    float *to = m->tile.k;
+    for (int c = 0; c < m->tile.cells; c++, cell += a->k->nb[1], to += a->words) {
+        const char *row = through ? float_row(a->k->type, a->D, 2 * a->padded, cell, m->row) : cell;
+        key_row(type, a->pair, a->words, row, to);
     }
 }
 INLINE void load_values(const attention_args *a, attention_memory *m, int type, int through, int64_t kv_head) {
-    int last = m->tile.cells - 1;
-    for (int c = 0; c <= last; c += 1 + a->pair) {      // an odd last cell pairs with itself: its partner's probability is 0
-        const char *row = row_at(a->v, m->tile.first + c, kv_head, 0), *next = row;
-        if (a->pair && c < last) next = row_at(a->v, m->tile.first + c + 1, kv_head, 0);
+    const char *cell = row_at(a->v, m->tile.first, kv_head, 0);
+    float *to = m->tile.v;
+    for (int left = m->tile.cells; left > 0; left -= 1 + a->pair, cell += (1 + a->pair) * a->v->nb[1], to += a->padded) {
+        const char *row = cell, *next = cell;           // an odd last cell pairs with itself: its partner's probability is 0
+        if (a->pair && left > 1) next += a->v->nb[1];
         if (through) {
             row = float_row(a->v->type, a->D, a->padded, row, m->row);
             next = a->pair ? float_row(a->v->type, a->D, a->padded, next, m->row2) : row;
         }
-        value_rows(type, a->pair, a->padded, row, next, m->tile.v + c / (1 + a->pair) * a->padded);
+        value_rows(type, a->pair, a->padded, row, next, to);
     }
 }
 INLINE void load_tile(const attention_args *a, attention_memory *m, int64_t kv_head, int first, int cells) {

@@ -41,8 +41,12 @@ def attention(cache_type: str, tokens: int, depth: int) -> Program:
     shape = (KV_HEADS, cells, HEAD)
     views = [program.view(floats(tokens, HEADS, HEAD))]
     for _ in "kv":
-        raw = floats(*shape).astype(np.float16) if cache_type == "F16" else np.zeros((*shape[:2], row.row_bytes(HEAD)), np.uint8)
-        views.append(program.view(raw, cache_type, shape))
+        size = KV_HEADS * cells * row.row_bytes(HEAD)
+        memory = np.zeros(size + 64, np.uint8)
+        cache = memory[-memory.ctypes.data % 64:][:size]
+        if cache_type == "F16":
+            cache.view(np.float16)[:] = floats(size // 2)
+        views.append(program.view(cache, cache_type, shape))
     views += [program.view(np.arange(depth, cells, dtype=np.int32)), program.view(np.zeros(tokens, np.int32))]
     dst = program.view(np.zeros((tokens, HEADS * HEAD), np.float32))
     if tokens <= 8:
