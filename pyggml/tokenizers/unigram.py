@@ -112,7 +112,8 @@ class CharsMap:
         blob = array.astype(np.uint8).tobytes()
         size = int.from_bytes(blob[:4], "little")
         if len(blob) < 4 or size % 4 or size + 4 >= len(blob):
-            raise ModelError(f"{PREFIX}precompiled_charsmap says its trie has {size} bytes, but is {len(blob)} bytes long; the vocabulary is damaged")
+            raise ModelError(f"{PREFIX}precompiled_charsmap says its trie has {size} bytes, but is {len(blob)} bytes long; "
+                             "the vocabulary is damaged")
         self._units = np.frombuffer(blob, "<u4", size // 4, 4).tolist()
         self._strings = blob[4 + size:]
 
@@ -146,7 +147,8 @@ class CharsMap:
                 start = self._unit(node) & 0x7FFFFFFF
                 stop = self._strings.find(b"\0", start)
                 if stop < 0:
-                    raise ModelError(f"{PREFIX}precompiled_charsmap points to a replacement at {start}, which is none; the vocabulary is damaged")
+                    raise ModelError(f"{PREFIX}precompiled_charsmap points to a replacement at {start}, where none is; "
+                                     "the vocabulary is damaged")
                 found = (end + 1 - at, self._strings[start:stop])
         return found
 
