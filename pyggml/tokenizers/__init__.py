@@ -9,10 +9,12 @@ from pyggml.errors import ModelError
 from pyggml.tokenizers.base import StreamDecoder, Tokenizer
 from pyggml.tokenizers.bpe import ByteBPE
 from pyggml.tokenizers.spm import SentencePiece
+from pyggml.tokenizers.unigram import Unigram
+from pyggml.tokenizers.wordpiece import WordPiece
 
 __all__ = ["MODELS", "StreamDecoder", "Tokenizer", "load"]
 
-MODELS: dict[str, type[Tokenizer]] = {"llama": SentencePiece, "gpt2": ByteBPE}
+MODELS: dict[str, type[Tokenizer]] = {"llama": SentencePiece, "gpt2": ByteBPE, "bert": WordPiece, "t5": Unigram}
 
 
 def load(kv: Mapping[str, Any]) -> Tokenizer:
