@@ -87,16 +87,12 @@ class Encoder:
 
 def decode(raw: np.ndarray, kind: TensorType) -> np.ndarray:
     """Rows of blocks as float32 (rows, columns); a view for F32."""
-    return raw.view(np.float32) if kind.name == "F32" else quants.dequantize(raw, kind.name)
+    return raw.view(np.float32) if kind.name == "F32" else quants.dequantize(raw, kind, threads=1)
 
 
 def encode_rows(rows: np.ndarray, kind: TensorType, importance: np.ndarray | None, search: bool) -> np.ndarray:
     """float32 (rows, columns) as blocks, uint8 (rows, bytes of a row)."""
-    if kind.name == "F32":
-        return np.ascontiguousarray(rows).view(np.uint8)
-    if importance is not None or search:
-        return quants.quantize(rows, kind.name, importance=importance, search=search)
-    return quants.quantize(rows, kind.name)
+    return quants.quantize(rows, kind, importance, threads=1)
 
 
 def check(rows: np.ndarray, kind: TensorType, tensor: Any, start: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml import formats
+from pyggml import __version__, formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import NewTensor, Typed
 from pyggml.formats.atomic import Output, replacing
@@ -321,4 +321,4 @@ def _key(job: Job, head: bytes) -> str:
     """Stands for everything that goes into the file: a part with the same key can be continued."""
     sources = [(os.path.realpath(s.name), s.size, os.stat(s.name).st_mtime_ns) for s in job.file.sources]
     imatrix = job.imatrix.sha256 if job.imatrix is not None else ""
-    return hashlib.sha256(repr((head, sources, imatrix, job.options.compat, provenance.version())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((head, sources, imatrix, job.options.compat, __version__)).encode()).hexdigest()[:16]

@@ -18,12 +18,11 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
-from pyggml import formats
+from pyggml import __version__, formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import Typed
 from pyggml.formats.source import local
@@ -38,20 +37,12 @@ _READ = 4 << 20
 _SAVED = [f.name for f in fields(Options) if f.name not in ("recipe", "imatrix", "compat", "n_threads", "keep_split")]
 
 
-def version() -> str:
-    """pyggml's version; "unknown" in a checkout that is not installed."""
-    try:
-        return metadata.version("pyggml")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def keys(options: Options, source: str, imatrix_sha256: str) -> dict[str, Typed]:
     """The provenance of a file that is about to be made; the source's hash is filled in later."""
     changed = {name: value for name, value in asdict(options).items() if name in _SAVED and value != getattr(Options(), name)}
     if isinstance(options.recipe, Recipe) and options.recipe.tensors:
         changed["tensors"], changed["base"] = options.recipe.tensors, options.recipe.base
-    found = {"version": version(), "recipe": options.recipe_name, "method": "search", "options": json.dumps(changed, sort_keys=True),
+    found = {"version": __version__, "recipe": options.recipe_name, "method": "search", "options": json.dumps(changed, sort_keys=True),
              "source": os.path.basename(source), "source.sha256": UNKNOWN}
     if imatrix_sha256:
         found["imatrix.sha256"] = imatrix_sha256

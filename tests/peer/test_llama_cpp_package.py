@@ -8,7 +8,7 @@ from agreement import distance
 from pyggml import Llama
 
 llama_cpp = pytest.importorskip("llama_cpp")
-llama_cpp_bench = pytest.importorskip("llama_cpp_bench")
+import llama_cpp_bench  # noqa: E402  (needs llama_cpp)
 
 N_TOKENS = 64
 # (relative L2, mean KL) of logits: both programs round activations to 8 bits, each in its own order of operations.

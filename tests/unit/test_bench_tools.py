@@ -9,9 +9,10 @@ import pairing
 import peers
 import pytest
 import quiet
+import runs
 import startup
 from agreement import distance
-from contestants import BenchError, Contestant, Test, flag_sets, json_lines, json_rows, rate, rival
+from contestants import BenchError, Contestant, Test, flag_sets, json_lines, json_rows, ourselves, rate, rival
 from report import markdown
 
 Test.__test__ = False       # pytest: not a test class
@@ -43,8 +44,8 @@ def fake(tmp_path):
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.setattr(peers, "wait_until_quiet", lambda patience: True)
-    return peers.Bench(prefix=[], patience=0, timeout=60, strict=True, repetitions=1)
+    monkeypatch.setattr(runs, "wait_until_quiet", lambda patience: True)
+    return runs.Bench(prefix=[], patience=0, timeout=60, strict=True, repetitions=1)
 
 
 def test_two_contestants_run_abba():
@@ -72,6 +73,10 @@ def test_noise_around_one_claims_nothing():
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.03, "ahead"), (1.015, "no claim"), (0.985, "no claim"), (0.97, "behind")])
 def test_claims_need_more_than_two_percent(ratio, verdict):
     assert pairing.compare([ratio] * 9, [1.0] * 9).verdict == verdict
+
+
+def test_few_pairs_claim_nothing():
+    assert pairing.compare([2.0] * 5, [1.0] * 5).verdict == "no claim" and pairing.compare([2.0] * 6, [1.0] * 6).verdict == "ahead"
 
 
 def test_bootstrap_interval_covers_the_median_about_as_often_as_it_says():
@@ -169,22 +174,33 @@ def test_names_are_llama_benchs():
     assert [Test(512, 0).name, Test(0, 128).name, Test(512, 0, 4096).name] == ["pp512", "tg128", "pp512 @ d4096"]
 
 
-def test_best_flags_are_swept_once_and_kept(fake, bench, tmp_path):
+def test_best_flags_are_swept_once_and_kept(fake, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "disturbances", lambda figures: [])
     model = tmp_path / "model.gguf"
     model.write_bytes(b"1234")
     for _ in range(2):              # the second book is read from the file
-        setting = peers.FlagBook(tmp_path / "flags.json").best(bench, fake, Test(8, 0), model, [1, 2])
+        setting = runs.FlagBook(tmp_path / "flags.json").best(bench, fake, Test(8, 0), model, [1, 2])
         assert setting.flags == ["--repack", "1"] and setting.threads == 1
     assert len((tmp_path / "fake.runs").read_text().splitlines()) == 8      # 2 thread counts x 2 flag sets, forwards and back
     assert len(json.loads((tmp_path / "flags.json").read_text())) == 1
 
 
+def test_a_disturbed_sweep_is_not_kept(fake, bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "disturbances", lambda figures: ["foreign 50.0% > 2.0%"])
+    (tmp_path / "model.gguf").touch()
+    book = runs.FlagBook(tmp_path / "flags.json")
+    for _ in range(2):              # but it serves this session
+        assert book.best(bench, fake, Test(8, 0), tmp_path / "model.gguf", [1]).flags == ["--repack", "1"]
+    assert len((tmp_path / "fake.runs").read_text().splitlines()) == 2 * 2 * 3
+    assert json.loads((tmp_path / "flags.json").read_text()) == {}
+
+
 def test_disturbed_rounds_are_run_again_and_left_out(fake, bench, tmp_path, monkeypatch):
     verdicts = iter([["steal 3.0% > 0.5%"], [], [], [], [], []])
-    monkeypatch.setattr(peers, "disturbances", lambda figures: next(verdicts))
+    monkeypatch.setattr(runs, "disturbances", lambda figures: next(verdicts))
     other = Contestant("other", fake.command)
-    settings = {fake: peers.Setting(1, ["--repack", "1"]), other: peers.Setting(1, ["--repack", "0"])}
-    rounds = peers.measure_rounds(bench, settings, Test(8, 0), tmp_path / "m", pairs=2)
+    settings = {fake: runs.Setting(1, ["--repack", "1"]), other: runs.Setting(1, ["--repack", "0"])}
+    rounds = runs.measure_rounds(bench, settings, Test(8, 0), tmp_path / "m", pairs=2)
     assert [bool(r["disturbed"]) for r in rounds] == [True, False, False]
     summary = peers.summarise(rounds, "fake", strict=True)
     assert (summary["rounds"], summary["counted"], summary["against"]["other"]["ratio"]) == (3, 2, 2.0)
@@ -192,8 +208,8 @@ def test_disturbed_rounds_are_run_again_and_left_out(fake, bench, tmp_path, monk
 
 
 def test_an_endless_disturbance_ends_and_says_so(fake, bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(peers, "disturbances", lambda figures: ["steal 3.0% > 0.5%"])
-    rounds = peers.measure_rounds(bench, {fake: peers.Setting(1, [])}, Test(8, 0), tmp_path / "m", pairs=2)
+    monkeypatch.setattr(runs, "disturbances", lambda figures: ["steal 3.0% > 0.5%"])
+    rounds = runs.measure_rounds(bench, {fake: runs.Setting(1, [])}, Test(8, 0), tmp_path / "m", pairs=2)
     assert len(rounds) == 4
     test = peers.summarise(rounds, "fake", strict=True) | {"settings": {}, "absent": {"ik": "no binary"}}
     model = {"model": "m", "tests": {"pp8": test}, "agreement": {"kl mean": 0.25}, "start": {"fake": {"cold s": 1.5, "peak MB": 20}}}
@@ -212,6 +228,14 @@ def test_logit_distance():
 
 def test_memory_fields_of_proc():
     assert startup.kilobyte_fields("Name:\tpython\nVmHWM:\t  20 kB\nRssAnon:  3 kB\n") == {"VmHWM": 20480, "RssAnon": 3072}
+
+
+def test_a_completing_program_is_looked_for_beside_llama_bench(tmp_path):
+    contestant = Contestant("rival", (str(tmp_path / "llama-bench"),))
+    assert startup.completion_command(contestant, Path("m"), 2) is None
+    (tmp_path / "llama-cli").touch()
+    assert startup.completion_command(contestant, Path("m"), 2)[:3] == [str(tmp_path / "llama-cli"), "-m", "m"]
+    assert startup.completion_command(ourselves(), Path("m"), 2)[1:4] == ["-m", "pyggml", "run"]
 
 
 def test_start_is_timed_to_the_first_byte_and_memory_is_watched():

@@ -14,6 +14,7 @@ import numpy as np
 
 BOOTSTRAP_DRAWS = 10_000
 CLAIM = 1.02            # a difference is claimed only when the whole interval lies beyond this ratio (or its inverse)
+PAIRS_FOR_A_CLAIM = 6   # with fewer, even a unanimous sign test stays above 3%
 
 
 def running_order(contestants: Sequence[str], turn: int) -> list[str]:
@@ -51,6 +52,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """ahead, behind, or no claim."""
+        if self.pairs < PAIRS_FOR_A_CLAIM:
+            return "no claim"
         if self.low > CLAIM:
             return "ahead"
         return "behind" if self.high < 1 / CLAIM else "no claim"

@@ -37,18 +37,16 @@ class Start:
     proportional: int
 
 
-def completion_command(contestant: Contestant, model: Path, threads: int) -> list[str]:
-    """The command that makes a contestant continue PROMPT."""
+def completion_command(contestant: Contestant, model: Path, threads: int) -> list[str] | None:
+    """The command that makes a contestant continue PROMPT; None for a llama-bench without a completing program beside it."""
     generate = ["-m", str(model), "-n", str(N_TOKENS), "-t", str(threads)]
     if contestant.name == "pyggml":
         return [contestant.command[0], "-m", "pyggml", "run", *generate, "-p", PROMPT, "--temp", "0"]
     if contestant.is_llama_cpp:
         return [*contestant.command, *generate, "--first-token", PROMPT]
-    for name in COMPLETERS:
-        program = Path(contestant.command[0]).with_name(name)
-        if program.exists():
-            return [str(program), *generate, "-p", PROMPT, "--temp", "0", *COMPLETE_ONLY]
-    raise BenchError(f"{contestant.name}: no {' or '.join(COMPLETERS)} beside {contestant.command[0]}")
+    programs = (Path(contestant.command[0]).with_name(name) for name in COMPLETERS)
+    program = next((p for p in programs if p.exists()), None)
+    return [str(program), *generate, "-p", PROMPT, "--temp", "0", *COMPLETE_ONLY] if program else None
 
 
 def drop_from_page_cache(path: Path) -> None:
@@ -106,8 +104,9 @@ def start_once(command: Sequence[str]) -> Start:
 
 
 def measure_starts(contestants: Sequence[Contestant], model: Path, threads: int, prefix: Sequence[str], rounds: int) -> dict[str, dict]:
-    """Medians per contestant: seconds cold and warm, and peak memory in MB (with a warm page cache)."""
-    commands = {c.name: [*prefix, *completion_command(c, model, threads)] for c in contestants}
+    """Medians per contestant that can complete a prompt: seconds cold and warm, and peak memory in MB (with a warm page cache)."""
+    possible = {c.name: completion_command(c, model, threads) for c in contestants}
+    commands = {name: [*prefix, *command] for name, command in possible.items() if command}
     starts: dict[tuple[str, str], list[Start]] = {(name, heat): [] for name in commands for heat in ("cold", "warm")}
     for turn in range(rounds):
         for heat, prepare in (("cold", drop_from_page_cache), ("warm", fill_page_cache)):
