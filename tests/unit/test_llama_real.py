@@ -1,6 +1,9 @@
 """Llama, run and bench on a real file: what the cache keeps makes no difference to what comes out."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -104,6 +107,12 @@ def test_bench_on_a_real_file(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [(row["n_prompt"], row["n_gen"], row["n_depth"]) for row in rows] == [(16, 0, 0), (0, 4, 0), (16, 0, 8), (0, 4, 8)]
     assert all(row["avg_ts"] > 0 and row["model_type"].startswith("llama") for row in rows)
+
+
+def test_a_terminal_without_unicode():
+    done = subprocess.run([sys.executable, "-m", "pyggml", "bench", MODEL, "-p", "2", "-n", "0", "-r", "2"], capture_output=True, timeout=60,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0 and b" ? " in done.stdout and not done.stderr
 
 
 def test_tokenize_on_a_real_file(llm, capsys):
