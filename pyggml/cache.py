@@ -49,4 +49,20 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.raw.nbytes for t in (*self.keys, *self.values))
+        return sum(t.raw.nbytes for t in self.tensors)
+
+    @property
+    def tensors(self) -> list[CacheTensor]:
+        return [*self.keys, *self.values]
+
+    def copy(self, n: int) -> list[np.ndarray]:
+        """The first `n` cells of every tensor, uint8 (n_kv, n, bytes of a row)."""
+        return [t.raw[:, :n].copy() for t in self.tensors]
+
+    def put(self, cells: list[np.ndarray]) -> None:
+        """Write what `copy` gave back into the first cells; PyggmlError when it came from a cache of another shape or type."""
+        shapes = [(rows.shape[0], rows.shape[2]) for rows in cells]
+        if shapes != [(t.raw.shape[0], t.raw.shape[2]) for t in self.tensors]:
+            raise PyggmlError("the saved cache is of another model or type; restore it where type_k, type_v and the model are the same")
+        for t, rows in zip(self.tensors, cells, strict=True):
+            t.raw[:, :rows.shape[1]] = rows

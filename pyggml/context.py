@@ -300,6 +300,18 @@ class Context:
     def reset(self) -> None:
         self.n_past = 0
 
+    def save(self) -> list[np.ndarray]:
+        """The cache of the tokens so far, for `restore`."""
+        return self.cache.copy(self.n_past)
+
+    def restore(self, saved: list[np.ndarray]) -> None:
+        """Go back to what `save` returned, here or in another context of the same model with the same cache types."""
+        n = saved[0].shape[1]
+        if n > self.n_ctx:
+            raise ContextOverflow(f"the saved {n} tokens do not fit into the context of {self.n_ctx}; use a larger one (-c)")
+        self.cache.put(saved)
+        self.n_past = n
+
     def op_times(self) -> list[tuple[str, str, int]]:
         """(step, what it writes, nanoseconds so far) of every step, when made with timing=True."""
         return [(s.op, _label(s), int(ns)) for plan in self._plans.values() if plan.program.step_ns is not None

@@ -71,9 +71,11 @@ def _refuse_others(given: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class LlamaState:
-    """What `save_state` keeps: the tokens; their cache is computed again when they are loaded."""
+    """What `save_state` keeps."""
 
-    tokens: tuple[int, ...]
+    input_ids: np.ndarray           # int32 (n)
+    cache: list[np.ndarray]         # the cells of these tokens
+    row: np.ndarray | None          # logits after the newest token, float32 (n_vocab)
 
 
 class Llama:
@@ -104,8 +106,8 @@ class Llama:
         self._pieces = completion.Pieces(self._tokenizer)
         if vocab_only:
             return
-        kinds = {name: tensor_type("F16" if kind is None else kind).name for name, kind in (("type_k", type_k), ("type_v", type_v))}
-        self._context = Context(self._model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(n_ubatch, n_batch), n_threads=n_threads, **kinds)
+        self._context = Context(self._model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(n_ubatch, n_batch), n_threads=n_threads,
+                                type_k=_type_name(type_k), type_v=_type_name(type_v))
         self.n_batch = n_batch
         self.input_ids = np.zeros(self._context.n_ctx, np.int32)
         self._all_scores = np.zeros((self._context.n_ctx, self.n_vocab()), np.float32) if logits_all else None
@@ -313,9 +315,10 @@ class Llama:
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         tokens = self.tokenize(prompt, special=True) if isinstance(prompt, str) else [int(t) for t in prompt]
-        if not tokens and self._tokenizer.bos is None:
-            raise ParameterError("the prompt is empty, and the vocabulary has no token to begin with; give it some text")
-        tokens = tokens or [self._tokenizer.bos]
+        if not tokens:
+            if self._tokenizer.bos is None:
+                raise ParameterError("the prompt is empty, and the vocabulary has no token to begin with; give it some text")
+            tokens = [self._tokenizer.bos]
         if len(tokens) >= self.n_ctx():
             raise ContextOverflow(f"the prompt of {len(tokens)} tokens leaves no room in the context of {self.n_ctx()}; make it larger with n_ctx")
         return tokens
@@ -339,12 +342,14 @@ class Llama:
     # ---- states ----
 
     def save_state(self) -> LlamaState:
-        return LlamaState(tuple(self.eval_tokens))
+        """The tokens so far with their cache and the newest logits."""
+        return LlamaState(self.input_ids[:self.n_tokens].copy(), self._ctx.save(), None if self._row is None else self._row.copy())
 
     def load_state(self, state: LlamaState) -> None:
-        """Continue from a saved state; tokens that the cache does not hold are computed again."""
-        tokens = list(state.tokens)
-        self.eval(tokens[self._reuse(tokens):])
+        """Go back to a saved state, which may come from another Llama of the same model and cache types."""
+        self._ctx.restore(state.cache)
+        self.input_ids[:len(state.input_ids)] = state.input_ids
+        self._row = state.row
 
     def close(self) -> None:
         """Let go of the model and its memory."""
@@ -367,6 +372,11 @@ class Llama:
 
 def _id(token: int | None) -> int:
     return -1 if token is None else token
+
+
+def _type_name(kind: int | str | None) -> str:
+    """The name of a cache type given by its number, its name or not at all."""
+    return "F16" if kind is None else tensor_type(kind).name
 
 
 def _callable(given: Any, kind: Callable[[Iterable], Any]) -> Any:

@@ -251,6 +251,8 @@ def _check(name: str, value, *, low: float, high: float, integer: bool, help: st
 class Sampler:
     """The chain with its memory. `sample(logits)` chooses, `accept(token)` remembers; prompts are accepted too."""
 
+    params: SamplingParams
+
     def __init__(self, params: SamplingParams | None = None) -> None:
         self.params = params or SamplingParams()
         self.reset()

@@ -45,8 +45,8 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
                        help=r"read \n, \t, \", \' , \\ and \xNN in -p as what they stand for (default: yes)")
 
 
-def prompt_text(args: argparse.Namespace) -> str | None:
-    """The prompt of -p, -f or piped standard input; None when there is none of them."""
+def prompt_text(args: argparse.Namespace) -> str:
+    """The text of -p, -f or piped standard input; ends with a usage error when there is none of them, or more than one."""
     if args.prompt is not None and args.file is not None:
         args.usage_error("give -p or -f, not both")
     if args.prompt is not None:
@@ -54,9 +54,9 @@ def prompt_text(args: argparse.Namespace) -> str | None:
     if args.file is not None and args.file != "-":
         with open(args.file, "rb") as file:
             return decode(file.read(), args.file)
-    if args.file == "-" or not sys.stdin.isatty():
-        return decode(sys.stdin.buffer.read(), "standard input")
-    return None
+    if args.file is None and sys.stdin.isatty():
+        args.usage_error("there is no text; give -p TEXT or -f FILE, or pipe one in")
+    return decode(sys.stdin.buffer.read(), "standard input")
 
 
 def decode(text: bytes, name: str) -> str:

@@ -130,7 +130,12 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error(f"-r {args.repetitions}: at least one repetition is needed")
     todo = tests(args)
     running: list[Any] = []             # the context at work
-    with on_interrupt(lambda: [context.cancel() for context in running]) as interrupted:
+
+    def cancel() -> None:
+        for context in running:
+            context.cancel()
+
+    with on_interrupt(cancel) as interrupted:
         FORMATS[args.output](results(todo, args, running, interrupted), todo)
     return INTERRUPTED if interrupted.is_set() else 0
 

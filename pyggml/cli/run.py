@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Timing:
-    """Tokens and seconds of the phases of a run."""
+    """Tokens and seconds of the phases of a run. A generation's first token comes from the prompt's logits."""
 
     load: float = 0.0
     prompt_tokens: int = 0
@@ -48,10 +48,12 @@ class Timing:
         return seconds
 
     def line(self) -> str:
-        def rate(n: int, seconds: float) -> str:
-            return f"{n} tokens in {seconds * 1e3:.0f} ms ({n / seconds:.1f} tokens/s)" if n and seconds else f"{n} tokens"
+        def phase(name: str, n: int, n_evaluated: int, seconds: float) -> str:
+            speed = f" in {seconds * 1e3:.0f} ms ({n_evaluated / seconds:.1f} tokens/s)" if n_evaluated > 0 and seconds else ""
+            return f"{name} {n} tokens{speed}"
 
-        return f"load {self.load * 1e3:.0f} ms | prompt {rate(self.prompt_tokens, self.prompt)} | generation {rate(self.tokens, self.generation)}"
+        return " | ".join((f"load {self.load * 1e3:.0f} ms", phase("prompt", self.prompt_tokens, self.prompt_tokens, self.prompt),
+                           phase("generation", self.tokens, self.tokens - 1, self.generation)))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,8 +64,6 @@ def run(args: argparse.Namespace) -> int:
     timing = Timing()
     _options.model_path(args)
     text = _options.prompt_text(args)
-    if text is None:
-        args.usage_error("there is no prompt; give -p TEXT or -f FILE, or pipe a text in")
     _options.sampling_params(args)                              # a bad value is told before a large model is opened
     timing.lap()
     model, context = _options.open_context(args)

@@ -29,8 +29,6 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error("give --stdin, -p or -f, only one of them")
         args.file = "-"
     text = _options.prompt_text(args)
-    if text is None:
-        args.usage_error("there is no text; give -p TEXT or -f FILE, or pipe one in")
     tokenizer = tokenizers.load(formats.open(path).kv)
     ids = tokenizer.encode(text, add_special=not args.no_bos, parse_special=not args.no_parse_special)
     if args.ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pyggml.errors import GGUFError
-from pyggml.formats import gguf, shards, sniff
+from pyggml.formats import gguf, inplace, shards, sniff
 from pyggml.formats.source import Source, local
 from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
 from pyggml.formats.values import Typed, printable
@@ -20,6 +20,7 @@ def open(path: str | os.PathLike[str], *, use_mmap: bool = True, split: bool = T
     split: a part of a split model opens the whole model; False opens that part alone.
     GGUFError says what is wrong with the file, or what it is instead.
     """
+    inplace.recover(path)
     file = open_source(local(path, use_mmap), limits)
     if split and shards.is_split(file.kv):
         return shards.join(file, lambda part: open_source(local(part, use_mmap), limits))

@@ -9,11 +9,14 @@ returns the bytes survive power loss.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import secrets
 import stat
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +24,17 @@ from typing import Any
 from pyggml.errors import Cancelled, PyggmlError
 
 CHUNK = 1 << 20
+BLOCK = 4096                # of file systems that can share blocks between files
+_FICLONERANGE = 0x4020940D  # linux/fs.h
 _YOUNG = 60           # seconds in which a temporary file without a lock may still be about to be locked
+
+
+def open_file(path: str, flags: int) -> int:
+    """A descriptor; a pipe without a writer does not block, a file that is being edited in place (inplace.py) does, for a moment."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except BlockingIOError:
+        return os.open(path, flags | os.O_CLOEXEC)
 
 
 class Output:
@@ -50,6 +63,41 @@ class Output:
         """Replace bytes that are already written."""
         self.flush()
         os.pwrite(self.fd, data, offset)
+
+    def copy(self, fd: int, offset: int) -> None:
+        """Append the file behind `fd` from `offset` to its end: shared blocks where the file system can, copied by the kernel otherwise."""
+        self.flush()
+        left = os.fstat(fd).st_size - offset
+        if left > BLOCK and (self._done - offset) % BLOCK == 0:
+            before = -offset % BLOCK                            # blocks are shared from a block's start on
+            self._copy(fd, offset, before)
+            request = struct.pack("=qQQQ", fd, offset + before, 0, self._done)
+            with contextlib.suppress(OSError):                  # most file systems cannot
+                fcntl.ioctl(self.fd, _FICLONERANGE, request)
+                self._done += left - before
+                os.lseek(self.fd, self._done, os.SEEK_SET)
+                return
+            offset, left = offset + before, left - before
+        self._copy(fd, offset, left)
+
+    def _copy(self, fd: int, offset: int, n: int) -> None:
+        while n:
+            try:
+                done = os.copy_file_range(fd, self.fd, min(n, 1 << 30), offset)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                done = self._copy_by_hand(fd, offset, n)
+            else:
+                self._done += done
+            if not done:
+                raise OSError(errno.EIO, "the file became shorter while it was copied")
+            offset, n = offset + done, n - done
+
+    def _copy_by_hand(self, fd: int, offset: int, n: int) -> int:
+        part = os.pread(fd, min(n, 8 * CHUNK), offset)
+        self._write(memoryview(part))
+        return len(part)
 
     def pad(self, alignment: int) -> None:
         self.write(bytes(-self.tell() % alignment))
@@ -94,7 +142,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
     folder, name = os.path.split(target)
     state = "the old file is unchanged" if os.path.lexists(target) else "nothing was written"
     try:
-        with _locked(target) as old:
+        with locked(target) as old:
             _remove_stale(folder, name)
             _check_room(folder, size, target)
             _remove_parts(folder, name, resume)
@@ -128,7 +176,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
                 raise
             finally:
                 os.close(fd)
-            _sync_folder(folder)
+            sync_folder(folder)
     except OSError as error:
         raise PyggmlError(f"{target}: cannot write: {error.strerror or error}{_room(folder, size)}; {state}") from error
 
@@ -148,12 +196,29 @@ def _check_room(folder: str, size: int, target: str) -> None:
                           "write to another disk with --output")
 
 
+_held = threading.local()      # files this thread has locked: a writer may lock around reading and replacing a file
+
+
 @contextlib.contextmanager
-def _locked(target: str) -> Iterator[os.stat_result | None]:
-    """Hold the lock of an existing target, so that a second writer waits; yields its state, or None for a new file."""
+def locked(path: str | os.PathLike[str]) -> Iterator[os.stat_result | None]:
+    """Hold the lock of an existing file, so that a second writer waits; yields its state, or None for a new file."""
+    target, held = os.path.realpath(path), vars(_held).setdefault("files", {})
+    if target in held:
+        yield held[target]
+        return
+    with _lock(target) as state:
+        held[target] = state
+        try:
+            yield state
+        finally:
+            del held[target]
+
+
+@contextlib.contextmanager
+def _lock(target: str) -> Iterator[os.stat_result | None]:
     while True:
         try:
-            fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_file(target, os.O_RDONLY)
         except FileNotFoundError:
             yield None
             return
@@ -239,7 +304,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

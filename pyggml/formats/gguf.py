@@ -237,10 +237,11 @@ def _read(c: _Cursor, source: Source) -> TensorFile:
     warnings: list[str] = []
     alignment = _alignment(c, kv, warnings)
     infos = _read_infos(c, n_tensors)
-    data = -(-c.pos // alignment) * alignment
+    table_end = c.pos
+    data = -(-table_end // alignment) * alignment
     tensors = _place(c, source, infos, data, alignment, warnings)
-    return TensorFile([source], kv, tensors, format=f"GGUF v{c.version}", alignment=alignment, data_offset=data, order=c.order,
-                      warnings=warnings)
+    return TensorFile([source], kv, tensors, format=f"GGUF v{c.version}", alignment=alignment, data_offset=data,
+                      table_end=table_end, order=c.order, warnings=warnings)
 
 
 def _read_header(c: _Cursor) -> tuple[int, int]:

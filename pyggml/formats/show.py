@@ -29,7 +29,7 @@ def text(value: Any, items: int = SHOWN_ITEMS, length: int = SHOWN_TEXT) -> str:
     if isinstance(value, Typed):
         value = value.value
     if isinstance(value, str):
-        return _shorten(value, length)
+        return f"({len(value)} blanks)" if len(value) > 1 and not value.strip(" ") else _shorten(value, length)
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     if isinstance(value, float | np.floating):

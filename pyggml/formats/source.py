@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pyggml.errors import GGUFError, PyggmlError
+from pyggml.formats.atomic import open_file
+from pyggml.formats.values import printable
 
 FIRST_READ = 1 << 20
 
@@ -31,27 +33,30 @@ class Source(Protocol):
 def _open_regular(path: str) -> tuple[int, os.stat_result]:
     """A read-only descriptor of a regular file and its state; PyggmlError says what else it is."""
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
+        fd = open_file(path, os.O_RDONLY)
     except OSError as error:
-        raise PyggmlError(f"{path}: cannot open: {error.strerror}") from None
+        raise PyggmlError(f"{printable(path)}: cannot open: {error.strerror}") from None
     state = os.fstat(fd)
     if not stat.S_ISREG(state.st_mode):
         os.close(fd)
         kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a regular file"
-        raise PyggmlError(f"{path}: is {kind}; give the path of a model file")
+        raise PyggmlError(f"{printable(path)}: is {kind}; give the path of a model file")
     return fd, state
 
 
 class _LocalFile:
+    """A file that is opened here, or one whose descriptor the caller opened and keeps open."""
+
     map: mmap.mmap | None = None
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
         self.name = os.fspath(path)
-        self.fd, self.state = _open_regular(self.name)
+        self.borrowed = fd is not None
+        self.fd, self.state = _open_regular(self.name) if fd is None else (fd, os.fstat(fd))
         self.size = self.state.st_size
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
+        if not self.borrowed and hasattr(self, "fd"):
             os.close(self.fd)
 
     def changed(self) -> bool:
@@ -78,8 +83,8 @@ class MappedFile(_LocalFile):
 class PlainFile(_LocalFile):
     """Reads into private memory: nothing that happens to the file afterwards can hurt."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path)
+    def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
+        super().__init__(path, fd)
         self._head = b""
 
     def head(self, n: int) -> bytes:
@@ -94,9 +99,9 @@ class PlainFile(_LocalFile):
             try:
                 got = os.preadv(self.fd, [view[done:]], offset + done)
             except OSError as error:
-                raise GGUFError(f"{self.name}: offset 0x{offset + done:x}: cannot read: {error.strerror}") from None
+                raise GGUFError(f"{printable(self.name)}: offset 0x{offset + done:x}: cannot read: {error.strerror}") from None
             if not got:
-                raise GGUFError(f"{self.name}: the file was cut to {offset + done} bytes while it was read; open it again")
+                raise GGUFError(f"{printable(self.name)}: the file was cut to {offset + done} bytes while it was read; open it again")
             done += got
         return data
 

@@ -172,9 +172,10 @@ class TensorFile:
     """A model file: `kv` (metadata), `tensors` (name -> Tensor, in file order), and what was odd about it (`warnings`)."""
 
     def __init__(self, sources: list[Source], kv: Metadata, tensors: dict[str, Tensor], *, format: str, alignment: int = 1,
-                 data_offset: int = 0, order: str = "<", warnings: list[str] | None = None) -> None:
+                 data_offset: int = 0, table_end: int = 0, order: str = "<", warnings: list[str] | None = None) -> None:
         self.sources, self.kv, self.tensors = sources, kv, tensors
-        self.format, self.alignment, self.data_offset, self.order = format, alignment, data_offset, order
+        self.format, self.alignment, self.order = format, alignment, order
+        self.table_end, self.data_offset = table_end, data_offset       # end of the tensor table, and that rounded up to the alignment
         self.warnings = warnings or []
 
     @property

@@ -70,6 +70,8 @@ def best_scale(x: np.ndarray, w: np.ndarray, v: np.ndarray) -> np.ndarray:
 def fit_scale(x: np.ndarray, w: np.ndarray, project: Projection, polish: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Scale (n, 1) and values (n, k) of least weighted squared error of scale * values."""
     top = largest(x)
+    if len(project.extremes) == 1:                            # signs are in the values: the scale is positive
+        top = np.abs(top)
     best_d, best_gain = np.zeros_like(top), np.zeros_like(top)
 
     def consider(v: np.ndarray) -> None:
@@ -94,7 +96,7 @@ def solve_affine(x: np.ndarray, w: np.ndarray, a: np.ndarray, b: np.ndarray) -> 
     aa, ab, bb = ((w * u * v).sum(axis=1, keepdims=True, dtype=np.float64) for u, v in ((a, a), (a, b), (b, b)))
     xa, xb = ((w * x * u).sum(axis=1, keepdims=True, dtype=np.float64) for u in (a, b))
     det = aa * bb - ab * ab
-    sound = det > 1e-9 * aa * bb
+    sound = det > 1e-6 * aa * bb
     p = np.where(sound, (xa * bb - xb * ab) * inverse(det), xa * inverse(aa))
     q = np.where(sound, (xb * aa - xa * ab) * inverse(det), 0)
     return p.astype(np.float32), q.astype(np.float32)

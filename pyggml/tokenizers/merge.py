@@ -14,7 +14,7 @@ import numpy as np
 
 from pyggml.errors import PyggmlError
 from pyggml.native import ffi, lib
-from pyggml.tokenizers.table import NativeTable, PythonTable, Strings, Table
+from pyggml.tokenizers.table import NativeTable, Strings, Table
 
 MAX_BYTES = 2**31 - 1024        # of one text: positions are 32-bit
 
@@ -144,7 +144,8 @@ Merger = NativeMerger | PythonMerger
 def spm_merger(table: Table, scores: np.ndarray, fallback: Sequence[int]) -> Merger:
     """Merging by score. table: text -> id; scores float32 (n,); fallback: the token of each byte, or -1."""
     if isinstance(table, NativeTable):
-        return NativeMerger(lib.pyg_merger_spm(table.pointer, ffi.cast("float *", scores.ctypes.data), ffi.new("int32_t[256]", fallback)), table)
+        pointer = lib.pyg_merger_spm(table.pointer, ffi.cast("float *", scores.ctypes.data), ffi.new("int32_t[256]", fallback))
+        return NativeMerger(pointer, table)
     return PythonMerger(table.ids, len(table.ids), fallback, by_char=True, scores=scores)
 
 

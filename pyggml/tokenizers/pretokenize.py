@@ -40,7 +40,11 @@ PUNCTUATION_WORD = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{
 KANJI_KANA = r"[\u4e00-\u9fa5\u3040-\u30ff]+"
 DEEPSEEK3 = [r"\p{N}{1,3}", KANJI_KANA, rf"{PUNCTUATION_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}"]
 # Digits in threes counted from the right; what stands before the first group stays with it until the next expression
-THOUSANDS = r"(?:(?<!\p{N})|\P{N}++)\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))|\P{N}*+\p{N}{1,3}|\P{N}+"
+THOUSANDS = r"(?:(?<!\p{N})|\P{N}++)\p{N}{1,2}(?=(?:\p{N}{3})++(?!\p{N}))|\P{N}*+\p{N}{1,3}|\P{N}+"
+# Cuts only before groups of three ASCII digits counted from the right: what is between two such runs stays with the run before it
+_GROUPS = r"(?=(?:[0-9]{3})++(?![0-9]))"
+_BETWEEN = rf"(?:[^0-9]++[0-9]{{1,2}}(?![0-9]))*+(?:[^0-9]++(?:[0-9]{{1,2}}{_GROUPS})?)?"
+ASCII_THOUSANDS = rf"(?<![0-9])[0-9]{{1,2}}{_GROUPS}|[0-9]{{3}}(?=[0-9])|[0-9]{{3}}{_BETWEEN}|[0-9]{{1,2}}{_BETWEEN}|(?=[^0-9]){_BETWEEN}"
 LINES = r"[^\n]+|\n+"
 SENTENCES = r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"
 HAN = r"[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ebef\uf900-\ufaff\U0002f800-\U0002fa1f]"
@@ -127,8 +131,9 @@ _ROWS: dict[str, PreTokenizer] = {
     "poro-chat": _row(SENTENCES),
     "bloom gpt3-finnish": _row(SENTENCES, clean_spaces=True),
     "viking": _row(SENTENCES, r"\p{N}"),
-    "chameleon": _row(r"<sentinel:[0-9]+>", r"IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", GPT2, adds=("add_bos",)),
-    "superbpe": _row(r"\p{N}+", r"(?=(?:[0-9]{3})+(?![0-9]))"),
+    "chameleon": _row(r"<sentinel:[0-9]+>", r"IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", GPT2,
+                      adds=("add_bos",)),
+    "superbpe": _row(r"\p{N}+", ASCII_THOUSANDS),
     "gemma4 granite-embed-multi-311m": _row(LINES, clean_spaces=True, byte_level=False, escape_spaces=True),
     "sarvam-moe": _row(LINES, byte_level=False, escape_spaces=True),
 }
@@ -139,7 +144,8 @@ def pre_tokenizer(name: str | None) -> PreTokenizer:
     """The row for a file's `tokenizer.ggml.pre`; a file without one gets "default", as in llama.cpp."""
     row = PRE_TOKENIZERS.get(name or "default")
     if row is None:
-        raise ModelError(f"tokenizer.ggml.pre is {name!r}, a pre-tokenizer that pyggml does not know; it knows {', '.join(sorted(PRE_TOKENIZERS))}")
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise ModelError(f"tokenizer.ggml.pre is {name!r}, a pre-tokenizer that pyggml does not know; it knows {known}")
     return row
 
 
@@ -149,15 +155,13 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def words(text: str, patterns: Sequence[str]) -> np.ndarray:
-    """The lengths in characters of the words of `text`, int32 (n,); they cover it. Some may be 0."""
-    pieces = [text]
-    lengths = np.array([len(text)], np.int32)
+    """The lengths in characters of the words of `text`, int32 (n,); they cover it."""
+    pieces = _compiled(patterns[0]).findall(text)
+    if sum(map(len, pieces)) != len(text):              # its matches do not cover the text: what is between them counts too
+        pieces = [text]
+    else:
+        patterns = patterns[1:]
     for pattern in patterns:
-        expression = _compiled(pattern)
-        for cut in (expression.findall, expression.split):      # matches alone when they cover the text, which is faster
-            parts = [part for piece in pieces for part in cut(piece)]
-            lengths = np.fromiter(map(len, parts), np.int32, len(parts))
-            if lengths.sum() == len(text):
-                break
-        pieces = parts
-    return lengths
+        cut = _compiled(pattern).split
+        pieces = [part for piece in pieces for part in (cut(piece) if len(piece) > 1 else (piece,)) if part]
+    return np.fromiter(map(len, pieces), np.int32, len(pieces))

@@ -26,7 +26,7 @@ class Strings(Sequence[bytes]):
     def __init__(self, buffer: bytes, offsets: np.ndarray, prefix: int = 0) -> None:
         self.buffer, self.offsets, self.prefix = buffer, np.ascontiguousarray(offsets, np.int64), prefix
         if len(buffer) > MAX_BYTES:
-            raise ModelError(f"{len(self)} texts of a vocabulary take {len(buffer)} bytes, more than {MAX_BYTES}; the vocabulary is damaged")
+            raise ModelError(f"{len(self)} texts of the vocabulary take {len(buffer)} bytes, more than {MAX_BYTES}; it is damaged")
 
     def sizes(self) -> np.ndarray:
         """Bytes of each text, int64 (n,)."""

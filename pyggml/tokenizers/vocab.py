@@ -31,27 +31,29 @@ TOKEN_TYPES = {1: Attr.NORMAL, 2: Attr.UNKNOWN, 3: Attr.CONTROL, 4: Attr.USER_DE
 SPECIAL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bos": (("bos_token_id",), ()),
     "eos": (("eos_token_id",), ()),
-    "eot": (("eot_token_id",), ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
-                                "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")),
+    "eot": (("eot_token_id",), (
+        "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]",
+        "<｜end▁of▁sentence｜>", "<end_of_utterance>")),
     "eom": (("eom_token_id",), ("<|eom_id|>",)),
     "unk": (("unknown_token_id",), ()),
     "sep": (("seperator_token_id",), ()),           # the key is spelled so in GGUF
     "pad": (("padding_token_id",), ()),
     "mask": (("mask_token_id",), ()),
-    "fim_pre": (("fim_pre_token_id", "prefix_token_id"), ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
-                                                          "<|code_prefix|>", "<|prefix|>")),
-    "fim_suf": (("fim_suf_token_id", "suffix_token_id"), ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
-                                                          "<|code_suffix|>", "<|suffix|>")),
-    "fim_mid": (("fim_mid_token_id", "middle_token_id"), ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
-                                                          "<|code_middle|>", "<|middle|>")),
+    "fim_pre": (("fim_pre_token_id", "prefix_token_id"), (
+        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>")),
+    "fim_suf": (("fim_suf_token_id", "suffix_token_id"), (
+        "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>")),
+    "fim_mid": (("fim_mid_token_id", "middle_token_id"), (
+        "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>")),
     "fim_pad": (("fim_pad_token_id",), ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]")),
     "fim_rep": (("fim_rep_token_id",), ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>")),
     "fim_sep": (("fim_sep_token_id",), ("<|file_sep|>",)),
 }
-# Texts that end a generation wherever they appear in a vocabulary, beside eos, eot, eom and the three fim tokens below
-END_TEXTS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>",
-             "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
-             "<｜end▁of▁sentence｜>", "[e~[")
+# Texts that end a generation wherever they appear in a vocabulary, beside the special tokens of END_SPECIAL
+END_TEXTS = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>", "<|endoftext|>", "</s>",
+    "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<｜end▁of▁sentence｜>", "[e~[")
 END_SPECIAL = ("fim_pad", "fim_rep", "fim_sep", "eos", "eot", "eom")
 # Messages of gpt-oss have structure that its users parse: these are text, not control
 ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
@@ -74,7 +76,8 @@ class Vocab:
         self.table, duplicate = make_table(self.tokens)
         if duplicate >= 0:
             text = self.tokens[duplicate]
-            raise ModelError(f"{PREFIX}tokens: {text!r} stands for both id {self.table.find(text)} and {duplicate}; the vocabulary is damaged")
+            first = self.table.find(text)
+            raise ModelError(f"{PREFIX}tokens: {text!r} stands for both id {first} and {duplicate}; the vocabulary is damaged")
         self.scores = self._read_scores()
         self.attrs = self._read_types()
         self.options = {name: self._flag(name, default) for name, default in options.items()}
@@ -137,7 +140,7 @@ class Vocab:
             return np.full(n, default, dtype)
         array = np.asarray(value)
         found = array.dtype.newbyteorder("=").str[1:]
-        allowed = kinds.split() if isinstance(value, np.ndarray) else [kind[0] + "8" for kind in kinds.split()]     # a list has 8-byte numbers
+        allowed = kinds.split() if isinstance(value, np.ndarray) else [kind[0] + "8" for kind in kinds.split()]     # a list: 8 bytes
         if array.ndim != 1 or found not in allowed:
             raise ModelError(f"{PREFIX}{key} holds {array.dtype} values, not one number per token ({kinds.replace(' ', ' or ')}); "
                              "the vocabulary is damaged")

@@ -97,6 +97,12 @@ class FakeContext:
     def reset(self):
         self.n_past = 0
 
+    def save(self):
+        return [np.zeros((1, self.n_past, 4), np.uint8)]
+
+    def restore(self, saved):
+        self.n_past = saved[0].shape[1]
+
     def cancel(self):
         self.cancelled = True
 

@@ -148,7 +148,7 @@ def test_prompt_sources(monkeypatch, capsys, tmp_path):
         cli.main(["run", "fake", "-f", str(file)])
     stdin(monkeypatch, b"", tty=True)
     assert cli.main(["run", "fake"]) == 2
-    assert "there is no prompt" in capsys.readouterr().err
+    assert "there is no text" in capsys.readouterr().err
 
 
 # ---- run ----

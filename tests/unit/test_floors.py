@@ -12,7 +12,7 @@ FLOORS = [
     {"formats", "quants"},
     {"backends"},
     {"ops"},
-    {"graph", "plan", "backward"},
+    {"graph", "fuse", "lower", "plan", "backward"},
     {"arch"},
     {"context", "cache", "sampling", "completion", "grammar", "chat", "tokenizers", "toolcalls", "llama"},
     {"quantize", "train", "convert", "serve", "measure"},

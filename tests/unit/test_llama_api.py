@@ -126,8 +126,11 @@ def test_states(llm):
     state = llm.save_state()
     llm.reset()
     llm.eval([0, 3, 20])
+    calls = llm._context.evaluated
+    calls.clear()
     llm.load_state(state)
     assert llm.eval_tokens == [0, 3, 4, 5, 6] and llm.sample(temp=0) == 7
+    assert text(greedy(llm, "abcdef", max_tokens=1)) == "g" and calls == [(5, [ID[b"e"], ID[b"f"]], "last")]
     again = pickle.loads(pickle.dumps(llm))
     assert again.eval_tokens == llm.eval_tokens and again.n_ctx() == 40
 

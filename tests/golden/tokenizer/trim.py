@@ -31,8 +31,9 @@ def main(vocab_path, cases_path, out_path):
     tokens, types = list(kv["tokenizer.ggml.tokens"]), [int(t) for t in kv["tokenizer.ggml.token_type"]]
     ids = [i for i, token in enumerate(tokens) if len(token) == 1 or types[i] != 1 or token.lstrip("\u2581") in everything]
     new = {id: i for i, id in enumerate(ids)}
+    named = ("general.name", "general.architecture")
     keep = {key: value for key, value in kv.items()
-            if key.startswith("tokenizer.ggml.") and isinstance(value, (str, bool, int, float)) or key in ("general.name", "general.architecture")}
+            if key in named or key.startswith("tokenizer.ggml.") and isinstance(value, (str, bool, int, float))}
     for key in keep:
         if key.endswith("_token_id"):
             keep[key] = new[keep[key]]
