@@ -109,7 +109,7 @@ class PlainFile(_LocalFile):
 class Memory:
     """A model that is already in memory."""
 
-    map = None
+    map: mmap.mmap | None = None
 
     def __init__(self, data: Any, name: str = "<memory>") -> None:
         self.name, self._data = name, memoryview(data).cast("B")
