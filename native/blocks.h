@@ -20,6 +20,11 @@ typedef struct { f16 d, s; int8_t qs[32]; } block_q8_1;
 typedef struct { f16 d; uint8_t qs[16]; } block_iq4_nl;
 typedef struct { e8m0 e; uint8_t qs[16]; } block_mxfp4;
 
+// 64 and 128 weights a block
+typedef struct { ue4m3 d[4]; uint8_t qs[32]; } block_nvfp4;
+typedef struct { f16 d; uint8_t qs[16]; } block_q2_0;
+typedef struct { f16 d; uint8_t qs[16]; } block_q1_0;
+
 // 256 weights a block
 typedef struct { uint8_t scales[16]; uint8_t qs[64]; f16 d, dmin; } block_q2_K;
 typedef struct { uint8_t hmask[32]; uint8_t qs[64]; uint8_t scales[12]; f16 d; } block_q3_K;

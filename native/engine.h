@@ -6,7 +6,7 @@
 #include "blocks.h"
 
 enum { TILE_ROWS = 16 };                // rows interleaved in the R16 layout
-enum { SMALL_COLS = 8 };                // up to this many columns a matmul prepares its activations privately
+enum { SMALL_COLS = PYG_SMALL_COLS };
 
 typedef struct {                        // the activations this worker prepared last (see kernels/act.h)
     int32_t id;                         // step attribute ACT_ID they were prepared for; -1 none
@@ -17,6 +17,7 @@ typedef struct {                        // the activations this worker prepared 
 typedef struct worker {
     const pyg_plan *plan;
     pyg_pool       *pool;
+    struct worker  *team;               // all workers of the pool: a kernel may share worker 0's scratch between its barriers
     int             ith, nth;
     int             step;               // index of the running step
     char           *memory;             // private: act_bytes for prepared activations, then scratch
@@ -35,10 +36,13 @@ static inline char *row_at(const pyg_view *v, int64_t i1, int64_t i2, int64_t i3
 
 // The next chunk of the running step, or a number past every count once the run is aborted.
 // Chunks of one step may be claimed by any worker in any order; each is handed out once.
-static inline int64_t claim(worker *w) {
+// A kernel that works in two phases with a barrier between them counts the second one's chunks with claim_again.
+static inline int64_t claim_of(worker *w, int phase) {
     if (w->plan->abort && *w->plan->abort) return INT64_MAX;
-    return atomic_fetch_add_explicit((_Atomic int64_t *)&w->plan->claims[8 * w->step], 1, memory_order_relaxed);
+    return atomic_fetch_add_explicit((_Atomic int64_t *)&w->plan->claims[8 * w->step + phase], 1, memory_order_relaxed);
 }
+static inline int64_t claim(worker *w) { return claim_of(w, 0); }
+static inline int64_t claim_again(worker *w) { return claim_of(w, 1); }
 
 // All workers meet here; used by plan.c between steps and by kernels that work in phases.
 void pool_barrier(worker *w);
@@ -93,6 +97,7 @@ typedef struct {
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
     void (*dequantize[N_TYPES])(int64_t n, const void *src, float *dst);
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
+    void (*search[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);     // quantize with a wider, slower search
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact);

@@ -5,13 +5,13 @@
 #include "kernels/dequantize.h"
 #include "kernels/quantize.h"
 #include "kernels/dot.h"
+#include "kernels/rows.h"
+#include "kernels/norm.h"
+#include "kernels/unary.h"
 #include "kernels/act.h"
 #include "kernels/pack.h"
 #include "kernels/tile.h"
 #include "kernels/matmul.h"
-#include "kernels/rows.h"
-#include "kernels/norm.h"
-#include "kernels/unary.h"
 #include "kernels/rope.h"
 #include "kernels/attention.h"
 #include "kernels/moe.h"
@@ -28,9 +28,10 @@ const kernel_table CAT(kernels, ISA) = {
 #undef OP
     },
     .scratch = {[OP_mul_mat] = scratch_mul_mat, [OP_glu_mat] = scratch_mul_mat, [OP_mul_mat_id] = scratch_mul_mat_id, [OP_glu_mat_id] = scratch_mul_mat_id,
-                [OP_attention] = scratch_attention, [OP_attention_step] = scratch_attention},
+                [OP_attention] = scratch_attention, [OP_attention_step] = scratch_attention_step, [OP_moe_route] = scratch_moe_route},
     .dequantize = DEQUANTIZE_TABLE,
     .quantize = QUANTIZE_TABLE,
+    .search = SEARCH_TABLE,
     .dot = DOT_TABLE,
     .row_bytes = row_bytes,
     .act_format = act_format,

@@ -141,6 +141,7 @@ pyg_pool *pyg_pool_new(int n_threads) {
     for (int i = 0; i < n_threads; i++) {
         worker *w = &pool->workers[i];
         w->pool = pool;
+        w->team = pool->workers;
         w->ith = i;
         w->nth = n_threads;
         if (i > 0 && pthread_create(&pool->threads[i], NULL, helper, w)) { pyg_pool_free(pool); return NULL; }
@@ -200,6 +201,11 @@ int pyg_run(pyg_pool *pool, const pyg_plan *plan) {
     memset(plan->claims, 0, (size_t)plan->n_steps * 8 * sizeof(int64_t));
     pool->plan = plan;
     pool->workers[0].plan = plan;
+    pool->workers[0].nth = plan->alone ? 1 : pool->n_threads;
+    if (plan->alone) {
+        walk(&pool->workers[0]);
+        return plan->abort && *plan->abort ? 1 : 0;
+    }
     int finished = atomic_load(&pool->finished.value);
     gate_bump(pool, &pool->generation);
     walk(&pool->workers[0]);

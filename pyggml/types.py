@@ -29,17 +29,23 @@ def _numpy_layout(ctype) -> np.dtype:
 
 @dataclass(frozen=True)
 class TensorType:
-    """One ggml tensor type. `layout` is the numpy dtype of one block (a plain number for unblocked types)."""
+    """One tensor type. `layout` is the numpy dtype of one block (a plain number for unblocked types)."""
 
     id: int
     name: str
     block: int = 1                   # weights per block
-    ctype: str = ""                  # C type of one block, or "" for types that are known by number only
+    ctype: str = ""                  # C type of one block, or "" for a type defined in Python (add_type), which states dtype
     activation: str = ""             # name of the type that activations are quantized to, "" for types nobody multiplies with
+    dtype: np.dtype | None = None
 
     @cached_property
     def layout(self) -> np.dtype:
-        return _numpy_layout(ffi.typeof(self.ctype))
+        return self.dtype if self.dtype is not None else _numpy_layout(ffi.typeof(self.ctype))
+
+    @property
+    def user_defined(self) -> bool:
+        """True for a type that C does not know."""
+        return self.dtype is not None
 
     @cached_property
     def bytes(self) -> int:
@@ -97,6 +103,9 @@ TYPES: tuple[TensorType, ...] = (
     TensorType(34, "TQ1_0", 256, "block_tq1_0", "Q8_K"),
     TensorType(35, "TQ2_0", 256, "block_tq2_0", "Q8_K"),
     TensorType(39, "MXFP4", 32, "block_mxfp4", "Q8_0"),
+    TensorType(40, "NVFP4", 64, "block_nvfp4", "Q8_0"),
+    TensorType(41, "Q1_0", 128, "block_q1_0", "Q8_0"),
+    TensorType(42, "Q2_0", 64, "block_q2_0", "Q8_0"),
 )
 
 # Types that once had an id and were taken out of the format: named in errors, never decoded.
@@ -104,6 +113,17 @@ REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
 
 BY_ID = {t.id: t for t in TYPES}
 BY_NAME = {t.name: t for t in TYPES}
+FIRST_USER_ID = 1000
+
+
+def add_type(row: TensorType) -> None:
+    """Make a type defined in Python known by its id and name. PyggmlError when either is taken or the id is not a user's."""
+    if row.id < FIRST_USER_ID:
+        raise PyggmlError(f"type {row.name} asks for id {row.id}; ids below {FIRST_USER_ID} belong to ggml, choose a larger one")
+    for taken in (BY_ID.get(row.id), BY_NAME.get(row.name.upper())):
+        if taken is not None:
+            raise PyggmlError(f"type {row.name} (id {row.id}) is taken by {taken.name} (id {taken.id}); choose another name and id")
+    BY_ID[row.id] = BY_NAME[row.name.upper()] = row
 
 
 def tensor_type(which: int | str | TensorType) -> TensorType:

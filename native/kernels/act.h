@@ -1,3 +1,170 @@
-// act
-static int act_format(int type, int packed, int exact) { (void)type; (void)packed; (void)exact; return ACT_F32; }
-static int64_t act_bytes(int format, int64_t k, int64_t cols) { (void)format; return 4 * k * cols; }
+// Activations as the matmuls read them.
+//
+// Packed weights hold 16 rows side by side, so their kernels want the columns side by side too: a column tile is up to
+// SMALL_COLS columns, interleaved. N is the number of columns in the tile (the last tile of a batch may be narrower).
+//
+//   ACT_F32   float [k][N]
+//   ACT_A32   per 32 weights     float d[N]   float s[N]   int32 minus[N]   int8 q[8][N][4]
+//             x = d * q,  d = max|x| / 127,  s = d * sum(q),  minus = -sum(q)                     (rounding of ggml's Q8_0)
+//   ACT_A256  per 256 weights    float d[N]   int32 minus[16][N]   int16 pair16[8][N][2]   int16 pair32[4][N][2]   int8 q[64][N][4]
+//             x = d * q,  q = -127 at the value of largest magnitude                               (rounding of ggml's Q8_K)
+//             minus[i] = -(sum of the i-th 16 q), pair16 and pair32 are sums of 16 and 32 q, in order
+//
+// `minus` is what an unsigned weight needs: (w - zero) . q = w . q + zero * minus, the accumulator's start value.
+// ACT_ROW_* is for a few columns against raw weights: each column a row of ggml blocks. Beyond SMALL_COLS columns weights
+// are unpacked into tiles on the fly, and the columns are interleaved as for packed weights (act_layout).
+#pragma once
+
+typedef struct {
+    int block;                 // weights that one activation block covers
+    int column_bytes;          // bytes of a block per column
+    int interleaved;           // the layout used beyond SMALL_COLS columns
+    int row_type;              // ACT_ROW_*: the ggml type of a row
+} act_layout_row;
+static const act_layout_row ACT_LAYOUT[] = {
+    [ACT_F32]      = {.block = 1, .column_bytes = 4, .interleaved = ACT_F32},
+    [ACT_A32]      = {.block = 32, .column_bytes = 4 + 4 + 4 + 32, .interleaved = ACT_A32},
+    [ACT_A256]     = {.block = 256, .column_bytes = 4 + 4 * 16 + 4 * 8 + 4 * 4 + 256, .interleaved = ACT_A256},
+    [ACT_ROW_Q8_0] = {.block = 32, .column_bytes = sizeof(block_q8_0), .interleaved = ACT_A32, .row_type = 8},
+    [ACT_ROW_Q8_1] = {.block = 32, .column_bytes = sizeof(block_q8_1), .interleaved = ACT_A32, .row_type = 9},
+    [ACT_ROW_Q8_K] = {.block = 256, .column_bytes = sizeof(block_q8_K), .interleaved = ACT_A256, .row_type = 15},
+};
+
+// The layout that `format` takes for this many columns.
+static int act_layout(int format, int64_t cols) { return cols > SMALL_COLS ? ACT_LAYOUT[format].interleaved : format; }
+
+static int64_t act_column_bytes(int layout, int64_t k) { return k / ACT_LAYOUT[layout].block * ACT_LAYOUT[layout].column_bytes; }
+
+static int64_t act_bytes(int format, int64_t k, int64_t cols) {
+    int64_t bytes = act_column_bytes(format, k), wide = act_column_bytes(ACT_LAYOUT[format].interleaved, k);
+    return (wide > bytes ? wide : bytes) * cols;
+}
+
+// ---- one block of one column: x is 32 or 256 floats, the column is number n of N ------------------------------------------
+INLINE float amax32(const float *x) {
+    vf m = vf_abs(vf_load(x));
+    for (int i = VL; i < 32; i += VL) m = vf_max(m, vf_abs(vf_load(x + i)));
+    return vf_hmax(m);
+}
+
+// Rounds 32 floats times `scale` to bytes; returns the sum of the first and of the last 16.
+INLINE void round32(const float *x, float scale, int8_t q[32], int32_t sum[2]) {
+    for (int h = 0; h < 2; h++) {
+        vi total = vi_set(0);
+        for (int i = 16 * h; i < 16 * h + 16; i += VL) {
+            vi v = vi_round(vf_load(x + i) * scale);
+            vi_to_i8(q + i, v);
+            total += v;
+        }
+        sum[h] = vi_sum(total);
+    }
+}
+
+static inline void act_a32(const float *x, char *block, int N, int n) {
+    float amax = amax32(x), d = amax / 127.0f;
+    int8_t q[32];
+    int32_t sum[2];
+    round32(x, d != 0 ? 1.0f / d : 0, q, sum);
+    float *f = (float *)block;
+    f[n] = d;
+    f[N + n] = d * (float)(sum[0] + sum[1]);
+    ((int32_t *)f)[2 * N + n] = -(sum[0] + sum[1]);
+    for (int t = 0; t < 8; t++) memcpy(block + 4 * ((3 + t) * N + n), q + 4 * t, 4);
+}
+
+static inline void act_a256(const float *x, char *block, int N, int n) {
+    vf high = vf_load(x), low = high;
+    for (int i = VL; i < 256; i += VL) { high = vf_max(high, vf_load(x + i)); low = vf_min(low, vf_load(x + i)); }
+    float max = vf_hmax(high), min = -vf_hmax(-low), extreme = max > -min ? max : min;
+    // the value of largest magnitude becomes -127, so that the scale takes its sign with it
+    float inverse = extreme != 0 ? -127.0f / extreme : 0;
+    int32_t *dword = (int32_t *)block;
+    ((float *)block)[n] = extreme != 0 ? 1.0f / inverse : 0;
+    int32_t sum[16];
+    for (int b = 0; b < 8; b++) {
+        int8_t q[32];
+        round32(x + 32 * b, inverse, q, sum + 2 * b);
+        for (int t = 0; t < 8; t++) memcpy(&dword[(29 + 8 * b + t) * N + n], q + 4 * t, 4);
+    }
+    for (int i = 0; i < 16; i++) dword[(1 + i) * N + n] = -sum[i];
+    for (int i = 0; i < 8; i++) dword[(17 + i) * N + n] = (sum[2 * i] & 0xffff) | (int32_t)((uint32_t)sum[2 * i + 1] << 16);
+    for (int i = 0; i < 4; i++) {
+        int32_t a = sum[4 * i] + sum[4 * i + 1], b = sum[4 * i + 2] + sum[4 * i + 3];
+        dword[(25 + i) * N + n] = (a & 0xffff) | (int32_t)((uint32_t)b << 16);
+    }
+}
+
+// ---- columns ---------------------------------------------------------------------------------------------------------------
+enum { ACT_PIECE = 256 };      // floats normalized and rounded at a time, on the stack
+
+typedef struct { const float *weight; float eps; } act_norm;       // weight NULL: x as it is
+
+// Column x of k floats into column n of a tile of N (row layouts: N = 1, the row starts at `tile`).
+static void act_column(int layout, const float *x, act_norm norm, int64_t k, char *tile, int N, int n) {
+    float scale = norm.weight ? rms_scale(x, k, norm.eps) : 0, piece[ACT_PIECE];
+    const act_layout_row *row = &ACT_LAYOUT[layout];
+    for (int64_t i = 0; i < k; i += ACT_PIECE) {
+        int count = k - i < ACT_PIECE ? (int)(k - i) : ACT_PIECE;
+        const float *y = x + i;
+        if (norm.weight) {
+            int j = 0;
+            for (; j + VL <= count; j += VL) vf_store(piece + j, vf_load(y + j) * scale * vf_load(norm.weight + i + j));
+            for (; j < count; j++) piece[j] = y[j] * scale * norm.weight[i + j];
+            y = piece;
+        }
+        char *block = tile + i / row->block * row->column_bytes * N;
+        switch (layout) {
+        case ACT_F32: for (int j = 0; j < count; j++) ((float *)block)[j * N + n] = y[j]; break;
+        case ACT_A32: for (int j = 0; j < count; j += 32) act_a32(y + j, block + j / 32 * row->column_bytes * N, N, n); break;
+        case ACT_A256: act_a256(y, block, N, n); break;
+        default: kernels->quantize[row->row_type](count, y, block, NULL);
+        }
+    }
+}
+
+static inline int act_tile_cols(int64_t cols, int64_t tile) {
+    int64_t left = cols - tile * SMALL_COLS;
+    return left < SMALL_COLS ? (int)left : SMALL_COLS;
+}
+
+// One column tile of x (a column is a row of the view x) into its place in `dst`.
+static void act_tile(int layout, const char *const *columns, act_norm norm, int64_t k, char *dst, int N) {
+    int rows = ACT_LAYOUT[layout].row_type != 0;
+    for (int n = 0; n < N; n++) {
+        if (rows) act_column(layout, (const float *)columns[n], norm, k, dst + n * act_column_bytes(layout, k), 1, 0);
+        else act_column(layout, (const float *)columns[n], norm, k, dst, N, n);
+    }
+}
+
+static act_norm norm_of(const worker *w, const pyg_step *s, int norm_source) {
+    const pyg_view *v = view_of(w, s->src[norm_source]);
+    return (act_norm){v ? (const float *)v->data : NULL, s->f[0]};
+}
+
+// Columns of a (T, K) or (T, U, K) view, numbered in order.
+static inline const char *column_at(const pyg_view *x, int64_t c) { return row_at(x, c % x->ne[1], c / x->ne[1], 0); }
+
+static void act_view_tile(int layout, const pyg_view *x, act_norm norm, int64_t cols, int64_t tile, char *dst) {
+    const char *columns[SMALL_COLS];
+    int N = act_tile_cols(cols, tile);
+    for (int n = 0; n < N; n++) columns[n] = column_at(x, tile * SMALL_COLS + n);
+    act_tile(layout, columns, norm, x->ne[0], dst + tile * SMALL_COLS * act_column_bytes(layout, x->ne[0]), N);
+}
+
+// prepare: every worker takes column tiles until none is left.
+static void op_prepare(worker *w, const pyg_step *s) {
+    const pyg_view *x = view_of(w, s->src[0]);
+    int64_t cols = x->ne[1] * x->ne[2], tiles = (cols + SMALL_COLS - 1) / SMALL_COLS;
+    int layout = act_layout(s->i[1], cols);
+    for (int64_t t; (t = claim(w)) < tiles;) act_view_tile(layout, x, norm_of(w, s, 1), cols, t, view_of(w, s->dst)->data);
+}
+
+// mul_mat and its kin, small path: the worker's own copy, kept for the next step with the same act id.
+static const char *act_private(worker *w, const pyg_step *s, int layout, int64_t cols) {
+    if (s->i[0] >= 0 && w->act.id == s->i[0] && w->act.format == layout) return w->act.data;
+    const pyg_view *x = view_of(w, s->src[1]);
+    for (int64_t t = 0; t * SMALL_COLS < cols; t++) act_view_tile(layout, x, norm_of(w, s, 2), cols, t, w->act.data);
+    w->act.id = s->i[0];
+    w->act.format = layout;
+    return w->act.data;
+}

@@ -1,4 +1,278 @@
-// attention
-static void op_attention(worker *w, const pyg_step *s) { (void)w; (void)s; }
-static void op_attention_step(worker *w, const pyg_step *s) { (void)w; (void)s; }
-static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) { (void)plan; (void)s; return 0; }
+// Attention over the cache: `attention` for batches, `attention_step` for decoding, which also ropes and stores.
+//
+// Both walk runs: tokens that follow each other in one sequence (equal first cell, cells rising by one). Every cell between
+// the first that a run's first token sees and the last token's own is seen by some token of the run, so a tile never holds
+// a cell that was not written. Work is shared out as (KV head, run) or, when decoding, (KV head, split of the cells).
+#include "attend.h"
+
+enum {
+    UNIT_ROWS = 128,                    // rows that share the conversion of a tile
+    SPLIT_CELLS = 256,                  // decoding: cells of one split, more when that would give over MAX_SPLITS
+    MAX_SPLITS = 32,
+};
+
+typedef struct {                        // a step's operands, read once
+    const pyg_view *dst, *q, *k, *v;    // k and v: the cache
+    const int32_t  *cell, *first;
+    int64_t         tokens, share, kv_heads, D, window, words, padded;      // share: query heads per KV head
+    float           scale, softcap;
+    int             pair;
+} attention_args;
+
+typedef struct {                        // private memory of one unit of work
+    query_group *groups;
+    float       *q, *state;             // queries; out, max and sum of every group
+    int32_t     *visible;               // lo and hi of every group
+    float       *row, *row2;            // one row each
+    kv_tile      tile;
+    int32_t     *run_start;             // attention: where the runs begin
+} attention_memory;
+
+INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+INLINE int32_t first_visible(const attention_args *a, int64_t t) {
+    int64_t edge = a->window > 0 ? a->cell[t] - a->window + 1 : a->first[t];
+    return (int32_t)(edge > a->first[t] ? edge : a->first[t]);
+}
+INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
+    int64_t end = t + 1;
+    while (end < a->tokens && end - t < limit && a->first[end] == a->first[t] && a->cell[end] == a->cell[end - 1] + 1) end++;
+    return end;
+}
+
+static attention_args attention_shape(const pyg_view *views, const pyg_step *s) {
+    const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
+    attention_args a = {
+        .dst = &views[s->dst], .q = q, .k = k, .v = v,
+        .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
+        .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
+        .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
+        .pair = NATIVE_BF16 && k->type == TYPE_BF16 && v->type == TYPE_BF16,      // rounding an F16 cache to BF16 would be felt
+    };
+    a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
+    return a;
+}
+
+// ---- memory: a group's places are at most twice its rows (shape_group), and at least one vector --------------------------------
+INLINE int64_t state_floats(const attention_args *a, int64_t rows, int64_t runs) { return 2 * rows * a->padded + 2 * (2 * rows + runs * VL); }
+INLINE void *take(uintptr_t *at, int64_t bytes) { void *p = (void *)*at; *at += round_up(bytes, 64); return p; }
+
+// Lays the memory of a unit of at most `rows` rows in `runs` runs out from `base`; returns the bytes it takes.
+static int64_t attention_layout(attention_memory *m, const attention_args *a, char *base, int64_t rows, int64_t runs, int64_t starts) {
+    uintptr_t at = (uintptr_t)base;
+    int64_t lanes = 2 * rows + runs * VL;
+    m->groups = take(&at, (rows / VL + runs) * sizeof(query_group));
+    m->q = take(&at, (2 * rows * a->words + VL) * sizeof(float));
+    m->state = take(&at, state_floats(a, rows, runs) * sizeof(float));
+    m->visible = take(&at, 2 * lanes * sizeof(int32_t));
+    m->row = take(&at, 2 * a->padded * sizeof(float));
+    m->row2 = take(&at, 2 * a->padded * sizeof(float));
+    m->tile = (kv_tile){.words = a->words, .padded = a->padded};
+    m->tile.k = take(&at, TILE_CELLS * a->words * sizeof(float));
+    m->tile.v = take(&at, TILE_CELLS * a->padded * sizeof(float));
+    m->tile.scores = take(&at, TILE_CELLS * GROUP_VECS * VL * sizeof(float));
+    m->run_start = take(&at, (starts + 1) * sizeof(int32_t));
+    return (int64_t)(at - (uintptr_t)base);
+}
+
+// ---- one unit: queries in, tiles, results out ------------------------------------------------------------------------------------
+// A pass over the groups of tokens t0 .. t1 whose running state lies at `state`; returns their number.
+INLINE int64_t cut_groups(const attention_args *a, attention_memory *m, int64_t t0, int64_t t1, float *state) {
+    int64_t rows = (t1 - t0) * a->share, n = 0;
+    float *q = m->q;
+    int32_t *visible = m->visible;
+    for (int64_t row = 0; row < rows; row += m->groups[n++].rows) {
+        query_group *g = &m->groups[n];
+        shape_group(g, (int)row, (int)(rows - row));
+        int lanes = group_lanes(g);
+        g->q = q, q += a->words / g->rep * lanes;
+        g->out = state, state += a->padded / g->rep * lanes;
+        g->max = state, state += lanes;
+        g->sum = state, state += lanes;
+        g->lo = visible, visible += lanes;
+        g->hi = visible, visible += lanes;
+    }
+    return n;
+}
+INLINE float *state_end(const query_group *g) { return g->sum + group_lanes(g); }
+
+// Queries of one group, scaled and transposed. table: rope them on the way (row by row), or NULL.
+INLINE void load_group(const attention_args *a, attention_memory *m, query_group *g, int64_t t0, int64_t kv_head,
+                       const pyg_view *table, int rope_kind, int64_t rope_dims) {
+    int lanes = group_lanes(g);
+    float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale;
+    g->lo_min = g->hi_min = INT32_MAX, g->lo_max = g->hi_max = INT32_MIN;
+    memset(g->q, 0, a->words / g->rep * lanes * sizeof(float));
+    memset(g->out, 0, a->padded / g->rep * lanes * sizeof(float));
+    for (int i = 0; i < lanes; i += VL) {
+        vf_store(g->max + i, vf_set(NEVER_SEEN));
+        vf_store(g->sum + i, vf_set(0.0f));
+    }
+    memset(g->lo, 0, lanes * sizeof(int32_t));          // lanes without a row see everything: their scores are 0
+    memset(g->hi, 0x7f, lanes * sizeof(int32_t));
+    zero_from(m->row, a->D, 2 * a->padded);
+    for (int r = 0; r < g->rows; r++) {
+        int64_t t = t0 + (g->first_row + r) / a->share, head = kv_head * a->share + (g->first_row + r) % a->share;
+        const float *query = (const float *)row_at(a->q, head, t, 0);
+        if (table) rope_row(rope_kind, rope_dims, a->D, query, (const float *)row_at(table, 0, t, 0), m->row), query = m->row;
+        for (int64_t d = 0; d < a->D; d++) m->row[d] = query[d] * scale;
+        const float *words = m->row;
+        if (a->pair) pair_row(2 * a->words, m->row, m->row2), words = m->row2;
+        for (int64_t i = 0; i < a->words; i++) g->q[word_at(g, r, i)] = words[i];
+        int32_t lo = first_visible(a, t), hi = a->cell[t];
+        for (int i = 0; i < g->rep; i++) g->lo[r * g->rep + i] = lo, g->hi[r * g->rep + i] = hi;
+        g->lo_min = lo < g->lo_min ? lo : g->lo_min, g->lo_max = lo > g->lo_max ? lo : g->lo_max;
+        g->hi_min = hi < g->hi_min ? hi : g->hi_min, g->hi_max = hi > g->hi_max ? hi : g->hi_max;
+    }
+}
+
+// Cells first .. first + cells of one KV head, converted once for every group of the unit.
+INLINE void load_tile(const attention_args *a, attention_memory *m, int64_t kv_head, int first, int cells) {
+    kv_tile *t = &m->tile;
+    t->first = first;
+    t->cells = cells;
+    for (int c = 0; c < cells; c++) {
+        const char *k = row_at(a->k, first + c, kv_head, 0);
+        float *row = a->pair ? m->row : t->k + c * a->words;
+        float_row(a->k->type, a->D, k, row);
+        zero_from(row, a->D, a->padded);
+        if (a->pair) {
+            zero_from(m->row, a->padded, 2 * a->words);
+            pair_row(2 * a->words, m->row, t->k + c * a->words);
+        }
+    }
+    for (int c = 0; c < cells; c += 1 + a->pair) {
+        float *row = a->pair ? m->row : t->v + c * a->padded;
+        float_row(a->v->type, a->D, row_at(a->v, first + c, kv_head, 0), row);
+        zero_from(row, a->D, a->padded);
+        if (a->pair) {
+            if (c + 1 < cells) float_row(a->v->type, a->D, row_at(a->v, first + c + 1, kv_head, 0), m->row2);
+            zero_from(m->row2, c + 1 < cells ? a->D : 0, a->padded);
+            pair_rows(a->padded, m->row, m->row2, t->v + c / 2 * a->padded);
+        }
+    }
+}
+
+INLINE void attend_cells(const attention_args *a, attention_memory *m, int64_t kv_head, int64_t n_groups, int64_t from, int64_t end) {
+    for (int64_t c = from; c < end; c += TILE_CELLS) {
+        load_tile(a, m, kv_head, (int)c, (int)(end - c < TILE_CELLS ? end - c : TILE_CELLS));
+        for (int64_t i = 0; i < n_groups; i++) (a->pair ? attend_pairs : attend_floats)(&m->groups[i], &m->tile, a->softcap);
+    }
+}
+
+INLINE void write_group(const attention_args *a, const query_group *g, int64_t t0, int64_t kv_head) {
+    for (int r = 0; r < g->rows; r++) {
+        int64_t t = t0 + (g->first_row + r) / a->share, head = kv_head * a->share + (g->first_row + r) % a->share;
+        float *to = (float *)row_at(a->dst, t, 0, 0) + head * a->D, sum = g->sum[r * g->rep];
+        float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;     // a token that sees nothing gets zeros
+        for (int64_t d = 0; d < a->D; d++) to[d] = g->out[word_at(g, r, d)] * inverse;
+    }
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------------------------
+INLINE int64_t unit_tokens(const attention_args *a) { return a->share < UNIT_ROWS ? UNIT_ROWS / a->share : 1; }
+
+static void op_attention(worker *w, const pyg_step *s) {
+    attention_args a = attention_shape(w->plan->views, s);
+    attention_memory m;
+    attention_layout(&m, &a, w->scratch, unit_tokens(&a) * a.share, 1, a.tokens);
+    int64_t runs = 0;
+    for (int64_t t = 0; t < a.tokens; t = run_end(&a, t, unit_tokens(&a))) m.run_start[runs++] = (int32_t)t;
+    m.run_start[runs] = (int32_t)a.tokens;
+    for (int64_t chunk; (chunk = claim(w)) < a.kv_heads * runs;) {
+        int64_t kv_head = chunk / runs, run = runs - 1 - chunk % runs;      // a head's longest runs first
+        int64_t t0 = m.run_start[run], t1 = m.run_start[run + 1], n = cut_groups(&a, &m, t0, t1, m.state);
+        for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t0, kv_head, NULL, 0, 0);
+        attend_cells(&a, &m, kv_head, n, first_visible(&a, t0), a.cell[t1 - 1] + 1);
+        for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t0, kv_head);
+    }
+}
+static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
+    attention_args a = attention_shape(plan->views, s);
+    attention_memory m;
+    return attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
+}
+
+// ---- attention_step --------------------------------------------------------------------------------------------------------------------
+typedef struct {                        // the cells that the step's tokens see, cut into splits of equal length
+    int64_t from, end, length, count;
+} cell_splits;
+
+static cell_splits split_cells(const attention_args *a) {
+    cell_splits p = {INT64_MAX, 0, 0, 0};
+    for (int64_t t = 0; t < a->tokens; t++) {
+        int64_t lo = first_visible(a, t), hi = a->cell[t];
+        lo = lo < hi ? lo : hi;
+        p.from = lo < p.from ? lo : p.from;
+        p.end = hi + 1 > p.end ? hi + 1 : p.end;
+    }
+    p.length = round_up((p.end - p.from + MAX_SPLITS - 1) / MAX_SPLITS, TILE_CELLS);
+    if (p.length < SPLIT_CELLS) p.length = SPLIT_CELLS;
+    p.count = (p.end - p.from + p.length - 1) / p.length;
+    return p;
+}
+
+// The new tokens' keys and values whose cells lie in from .. end: the unit that reads a cell is the one that writes it.
+INLINE void store_cells(worker *w, const pyg_step *s, const attention_args *a, attention_memory *m, int64_t kv_head, int64_t from, int64_t end) {
+    const pyg_view *k = view_of(w, s->src[5]), *v = view_of(w, s->src[6]), *table = view_of(w, s->src[7]);
+    for (int64_t t = 0; t < a->tokens; t++) {
+        if (a->cell[t] < from || a->cell[t] >= end) continue;
+        const float *key = (const float *)row_at(k, kv_head, t, 0);
+        if (table) rope_row(s->i[1], s->i[2], a->D, key, (const float *)row_at(table, 0, t, 0), m->row), key = m->row;
+        store_row(a->k->type, a->D, key, row_at(a->k, a->cell[t], kv_head, 0));
+        store_row(a->v->type, a->D, (const float *)row_at(v, kv_head, t, 0), row_at(a->v, a->cell[t], kv_head, 0));
+    }
+}
+
+// Joins the splits of one KV head into the first and writes the result.
+static void merge_splits(const attention_args *a, attention_memory *m, const cell_splits *p, int64_t kv_head, float *states, int64_t state_size) {
+    float *state = states + kv_head * p->count * state_size;
+    for (int64_t t = 0, end; t < a->tokens; t = end) {
+        end = run_end(a, t, a->tokens);
+        int64_t n = cut_groups(a, m, t, end, state);
+        for (int64_t i = 0; i < n; i++) {
+            query_group *g = &m->groups[i];
+            for (int64_t k = 1; k < p->count; k++)
+                merge_group(g, a->padded, g->out, g->max, g->sum, g->out + k * state_size, g->max + k * state_size, g->sum + k * state_size);
+            write_group(a, g, t, kv_head);
+        }
+        state = state_end(&m->groups[n - 1]);
+    }
+}
+
+static void op_attention_step(worker *w, const pyg_step *s) {
+    attention_args a = attention_shape(w->plan->views, s);
+    cell_splits p = split_cells(&a);
+    attention_memory m;
+    int64_t used = attention_layout(&m, &a, w->scratch, a.tokens * a.share, a.tokens, 0);
+    int64_t state_size = state_floats(&a, a.tokens * a.share, a.tokens);
+    // what the workers hand each other lies in worker 0's scratch: the steps before and after this one are behind barriers,
+    // because this one reads q, k, v and the next reads its result
+    float *states = (float *)(w->team[0].scratch + used);
+    for (int64_t chunk; (chunk = claim(w)) < a.kv_heads * p.count;) {
+        int64_t kv_head = chunk / p.count, from = p.from + chunk % p.count * p.length, end = from + p.length;
+        if (end > p.end) end = p.end;
+        store_cells(w, s, &a, &m, kv_head, from, end);
+        float *state = p.count > 1 ? states + chunk * state_size : m.state;
+        for (int64_t t = 0, next; t < a.tokens; t = next) {
+            next = run_end(&a, t, a.tokens);
+            int64_t n = cut_groups(&a, &m, t, next, state), lo = first_visible(&a, t), hi = a.cell[next - 1] + 1;
+            for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t, kv_head, view_of(w, s->src[7]), s->i[1], s->i[2]);
+            attend_cells(&a, &m, kv_head, n, lo > from ? lo : from, hi < end ? hi : end);
+            if (p.count == 1)
+                for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t, kv_head);
+            else
+                state = state_end(&m.groups[n - 1]);
+        }
+    }
+    if (p.count == 1) return;
+    pool_barrier(w);
+    for (int64_t kv_head; (kv_head = claim_again(w)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
+}
+static int64_t scratch_attention_step(const pyg_plan *plan, const pyg_step *s) {
+    attention_args a = attention_shape(plan->views, s);
+    attention_memory m;
+    int64_t used = attention_layout(&m, &a, NULL, a.tokens * a.share, a.tokens, 0);
+    int64_t splits = (a.k->ne[1] + SPLIT_CELLS - 1) / SPLIT_CELLS;
+    if (splits > MAX_SPLITS) splits = MAX_SPLITS;
+    return used + a.kv_heads * splits * state_floats(&a, a.tokens * a.share, a.tokens) * (int64_t)sizeof(float);
+}

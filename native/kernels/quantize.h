@@ -1,2 +1,261 @@
-// quantize
-#define QUANTIZE_TABLE {0}
+// Encoders whose bytes are defined by a formula: no search, the same bytes as ggml's. The searched types are in encode.h.
+// `importance` holds a weight per column of the row, or is NULL.
+#pragma once
+
+// ---- helpers over n floats, n a multiple of 32 -----------------------------------------------------------------------------------
+INLINE float abs_max(int n, const float *x) {
+    vf m = {0};
+    for (int i = 0; i < n; i += VL) m = vf_max(m, vf_abs(vf_load(x + i)));
+    return vf_hmax(m);
+}
+// The value of largest magnitude, with its sign; of two the first.
+INLINE float signed_max(int n, const float *x) {
+    vf up = {0}, down = {0};
+    for (int i = 0; i < n; i += VL) {
+        vf v = vf_load(x + i);
+        up = vf_max(up, v);
+        down = vf_max(down, -v);
+    }
+    float high = vf_hmax(up), low = vf_hmax(down);
+    if (high != low) return high > low ? high : -low;
+    for (int i = 0; i < n; i++) if (fabsf(x[i]) == high) return x[i];
+    return 0;
+}
+INLINE void range(int n, const float *x, float *min, float *max) {
+    vf low = vf_load(x), high = low;
+    for (int i = VL; i < n; i += VL) {
+        low = vf_min(low, vf_load(x + i));
+        high = vf_max(high, vf_load(x + i));
+    }
+    *min = -vf_hmax(-low);
+    *max = vf_hmax(high);
+}
+INLINE float inverse(float d) { return d != 0 ? 1.0f / d : 0.0f; }
+// codes = min(limit, (int)((x - base) * factor + offset))
+INLINE void codes_truncated(int n, const float *x, float base, float factor, float offset, int limit, int8_t *codes) {
+    for (int i = 0; i < n; i += VL) {
+        vi q = vi_trunc((vf_load(x + i) - base) * factor + offset);
+        vi over = q > limit;
+        vi_to_i8(codes + i, (q & ~over) | (over & limit));
+    }
+}
+INLINE void codes_roundf(int n, const float *x, float factor, int8_t *codes) {
+    for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_roundf(vf_load(x + i) * factor));
+}
+INLINE void pack_nibbles(const int8_t *codes, uint8_t *qs) {       // 32 codes: 0..15 low, 16..31 high
+    for (int j = 0; j < 16; j++) qs[j] = (codes[j] & 15) | (codes[j + 16] & 15) << 4;
+}
+INLINE void pack_fifth_bits(const int8_t *codes, uint8_t *qh) {
+    uint32_t bits = 0;
+    for (int j = 0; j < 32; j++) bits |= (uint32_t)(codes[j] >> 4 & 1) << j;
+    memcpy(qh, &bits, 4);
+}
+
+// ---- 8 bits: weights and activations -------------------------------------------------------------------------------------------------
+static void quantize_q8_0(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q8_0 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        float d = abs_max(32, x + k) / 127;
+        codes_roundf(32, x + k, inverse(d), b->qs);
+        b->d = f32_to_f16(d);
+    }
+}
+static void quantize_q8_1(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q8_1 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        float d = abs_max(32, x + k) / 127, id = inverse(d);
+        vi sum = {0};
+        for (int i = 0; i < 32; i += VL) {
+            vi q = vi_roundf(vf_load(x + k + i) * id);
+            sum += q;
+            vi_to_i8(b->qs + i, q);
+        }
+        b->d = f32_to_f16(d);
+        b->s = f32_to_f16((float)vi_sum(sum) * d);
+    }
+}
+static void quantize_q8_K(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q8_K *b = dst;
+    const u8x32 ones = u8x32_set(1);
+    for (int64_t k = 0; k < n; k += 256, b++) {
+        float max = signed_max(256, x + k);
+        float factor = max != 0 ? -127.0f / max : 0.0f;
+        for (int i = 0; i < 256; i += VL) vi_to_i8(b->qs + i, vi_round(vf_load(x + k + i) * factor));
+        for (int g = 0; g < 8; g++) {
+            i8x32 q;
+            memcpy(&q, b->qs + 32 * g, 32);
+            i32x8 sums = dot_u7x32(ones, q);
+            b->bsums[2 * g] = sums[0] + sums[1] + sums[2] + sums[3];
+            b->bsums[2 * g + 1] = sums[4] + sums[5] + sums[6] + sums[7];
+        }
+        b->d = inverse(factor);
+    }
+}
+
+// ---- 4 and 5 bits ----------------------------------------------------------------------------------------------------------------------
+static void quantize_q4_0(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q4_0 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        int8_t codes[32];
+        float d = signed_max(32, x + k) / -8;
+        codes_truncated(32, x + k, 0, inverse(d), 8.5f, 15, codes);
+        pack_nibbles(codes, b->qs);
+        b->d = f32_to_f16(d);
+    }
+}
+static void quantize_q4_1(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q4_1 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        int8_t codes[32];
+        float min, max;
+        range(32, x + k, &min, &max);
+        float d = (max - min) / 15;
+        codes_truncated(32, x + k, min, inverse(d), 0.5f, 15, codes);
+        pack_nibbles(codes, b->qs);
+        b->d = f32_to_f16(d);
+        b->m = f32_to_f16(min);
+    }
+}
+static void quantize_q5_0(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q5_0 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        int8_t codes[32];
+        float d = signed_max(32, x + k) / -16;
+        codes_truncated(32, x + k, 0, inverse(d), 16.5f, 31, codes);
+        pack_nibbles(codes, b->qs);
+        pack_fifth_bits(codes, b->qh);
+        b->d = f32_to_f16(d);
+    }
+}
+static void quantize_q5_1(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q5_1 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        int8_t codes[32];
+        float min, max;
+        range(32, x + k, &min, &max);
+        float d = (max - min) / 31;
+        codes_truncated(32, x + k, min, inverse(d), 0.5f, 31, codes);
+        pack_nibbles(codes, b->qs);
+        pack_fifth_bits(codes, b->qh);
+        b->d = f32_to_f16(d);
+        b->m = f32_to_f16(min);
+    }
+}
+
+// ---- ternary -----------------------------------------------------------------------------------------------------------------------------
+// Base-3 digits of the weights q[0], q[step], ... (each plus 1), first weight first, as a fraction of 256 rounded up: times 3^n leaves
+// digit n on top (see codes_tq1_0).
+INLINE int ternary_fraction(const int8_t *q, int step, int count) {
+    int value = 0;
+    for (int i = 0; i < 5; i++) value = 3 * value + (i < count ? q[i * step] + 1 : 0);
+    return (value * 256 + 242) / 243;
+}
+INLINE void pack_tq1_0(const int8_t *q, block_tq1_0 *b) {
+    for (int j = 0; j < 32; j++) b->qs[j] = ternary_fraction(q + j, 32, 5);
+    for (int j = 0; j < 16; j++) b->qs[32 + j] = ternary_fraction(q + 160 + j, 16, 5);
+    for (int j = 0; j < 4; j++) b->qh[j] = ternary_fraction(q + 240 + j, 4, 4);
+}
+INLINE void pack_tq2_0(const int8_t *q, block_tq2_0 *b) {
+    for (int j = 0; j < 64; j++) {
+        const int8_t *p = q + 128 * (j / 32) + j % 32;
+        b->qs[j] = (p[0] + 1) | (p[32] + 1) << 2 | (p[64] + 1) << 4 | (p[96] + 1) << 6;
+    }
+}
+#define QUANTIZE_TERNARY(name)                                                                          \
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
+        (void)importance;                                                                               \
+        block_##name *b = dst;                                                                          \
+        for (int64_t k = 0; k < n; k += 256, b++) {                                                     \
+            int8_t q[256];                                                                              \
+            float d = abs_max(256, x + k);                                                              \
+            codes_roundf(256, x + k, inverse(d), q);                                                    \
+            b->d = f32_to_f16(d);                                                                       \
+            pack_##name(q, b);                                                                          \
+        }                                                                                               \
+    }
+QUANTIZE_TERNARY(tq1_0)
+QUANTIZE_TERNARY(tq2_0)
+
+// ---- 4-bit floats -------------------------------------------------------------------------------------------------------------------------
+// Codes of the nearest value * d in a table of 16; of two equally near the first.
+INLINE void codes_nearest16(int n, const float *x, const int8_t *values, float d, int8_t *codes) {
+    for (int i = 0; i < n; i += VL) {
+        vf v = vf_load(x + i), best = vf_abs((float)values[0] * d - v);
+        vi code = {0};
+        for (int c = 1; c < 16; c++) {
+            vf err = vf_abs((float)values[c] * d - v);
+            vi less = err < best;
+            best = vf_select(less, err, best);
+            code = (code & ~less) | (less & c);
+        }
+        vi_to_i8(codes + i, code);
+    }
+}
+static void quantize_mxfp4(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_mxfp4 *b = dst;
+    for (int64_t k = 0; k < n; k += 32, b++) {
+        int8_t codes[32];
+        float max = abs_max(32, x + k);
+        float e = max > 0 ? floorf(log2f(max)) - 2 + 127 : 0;      // the largest value, 6 = 1.5 * 2^2, covers the block
+        b->e.bits = e > 0 ? (uint8_t)e : 0;
+        codes_nearest16(32, x + k, fp4_values, e8m0_to_f32_half(b->e), codes);
+        pack_nibbles(codes, b->qs);
+    }
+}
+
+// ---- plain numbers ------------------------------------------------------------------------------------------------------------------------
+static void quantize_f32(int64_t n, const float *x, void *dst, const float *importance) { (void)importance; memcpy(dst, x, 4 * n); }
+static void quantize_f16(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    f16 *y = dst;
+    int64_t k = 0;
+    for (; k + VL <= n; k += VL) vf_to_f16(y + k, vf_load(x + k));
+    for (; k < n; k++) y[k] = f32_to_f16(x[k]);
+}
+static void quantize_bf16(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    bf16 *y = dst;
+    for (int64_t k = 0; k < n; k++) y[k] = f32_to_bf16(x[k]);
+}
+
+#include "search.h"
+#include "grids.h"
+#include "encode.h"
+
+// Types that are always searched, those that are when the weights have an importance, and those that are only when asked for.
+#define ALWAYS_SEARCHED(X) X(q2_K) X(q3_K) X(q4_K) X(q5_K) X(q6_K) X(iq4_nl) X(iq4_xs) X(iq2_xxs) X(iq2_xs) X(iq2_s) X(iq3_xxs) X(iq3_s) \
+    X(iq1_s) X(iq1_m) X(nvfp4) X(q1_0) X(q2_0)
+#define SEARCHED_BY_IMPORTANCE(X) X(q4_0) X(q4_1) X(q5_0) X(q5_1)
+#define SEARCHED_ON_REQUEST(X) X(q8_0) X(tq1_0) X(tq2_0) X(mxfp4)
+#define X(name)                                                                                         \
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(n, x, dst, importance, 0); }
+ALWAYS_SEARCHED(X)
+#undef X
+#define X(name)                                                                                         \
+    static void weighted_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
+        if (importance) encode_##name(n, x, dst, importance, 0);                                        \
+        else quantize_##name(n, x, dst, NULL);                                                          \
+    }
+SEARCHED_BY_IMPORTANCE(X)
+#undef X
+#define X(name)                                                                                         \
+    static void search_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(n, x, dst, importance, 1); }
+ALWAYS_SEARCHED(X) SEARCHED_BY_IMPORTANCE(X) SEARCHED_ON_REQUEST(X)
+#undef X
+
+#define QUANTIZE_ENTRY(name) [TYPE_##name] = quantize_##name,
+#define WEIGHTED_ENTRY(name) [TYPE_##name] = weighted_##name,
+#define QUANTIZE_TABLE { \
+    QUANTIZE_ENTRY(f32) QUANTIZE_ENTRY(f16) QUANTIZE_ENTRY(bf16) QUANTIZE_ENTRY(q8_0) QUANTIZE_ENTRY(q8_1) QUANTIZE_ENTRY(q8_K) \
+    QUANTIZE_ENTRY(tq1_0) QUANTIZE_ENTRY(tq2_0) QUANTIZE_ENTRY(mxfp4) SEARCHED_BY_IMPORTANCE(WEIGHTED_ENTRY) ALWAYS_SEARCHED(QUANTIZE_ENTRY) }
+
+#define SEARCH_ENTRY(name) [TYPE_##name] = search_##name,
+#define SEARCH_TABLE {ALWAYS_SEARCHED(SEARCH_ENTRY) SEARCHED_BY_IMPORTANCE(SEARCH_ENTRY) SEARCHED_ON_REQUEST(SEARCH_ENTRY)}

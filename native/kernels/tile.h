@@ -1,1 +1,205 @@
-// tile
+// Tile kernels: one R16 tile (16 weight rows) times one column tile (1 .. SMALL_COLS columns) -> out[column][16].
+//
+// lane = row. An activation quad is broadcast from memory and multiplied with a line of weight quads, so a block costs nothing
+// but its dot products and one scaling per column; no sum crosses lanes. Bodies below are templates: `d`, `N` and the pass shape
+// are compile-time constants in every instance, and each branch on them disappears.
+#pragma once
+
+typedef void tile_fn(const char *w, const char *a, int64_t k, float *out);
+
+// A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
+// AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns.
+enum { TILE_VECS = TILE_ROWS / VL };
+typedef struct { int N, v0, vecs, n0, cols; } pass_shape;                         // of a column tile of N: which vectors, which columns
+
+// How far the templates unfold is the ISA's: PASS_ACC sums of a kind fit its registers, and SPECIALIZED is INLINE where a function
+// per number of columns pays. The scalar build keeps its loops.
+#if defined ISA_scalar
+enum { PASS_ACC = 1 };
+#define SPECIALIZED static __attribute__((noinline))
+#define EACH(i, n) for (int i = 0; i < (n); i++)
+#else
+enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4 };
+#define SPECIALIZED INLINE
+#define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
+#endif
+
+// The columns of line `t` of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows.
+INLINE vi line_at(const char *p, int i) { return vi_load(p + LINE * i); }
+INLINE vi quants(const tile_type d, const char *p, const int t) {
+    if (d.bits == 8) return line_at(p, t);
+    vi q = vi_set(0);
+    const int above = d.bits >= 4 ? 4 : 0;
+    if (above) { q = (t < 4 ? line_at(p, t) : line_at(p, t - 4) >> 4) & 0x0f0f0f0f; p += 4 * LINE; }
+    if (d.codebook) return vi_lookup(d.codebook, q) ^ (int32_t)0x80808080;
+    if (d.bits - above >= 2) {
+        vi x = line_at(p, t >> 2);
+        const int up = above - 2 * (t & 3);                  // from its place in the byte to its place in the weight
+        q |= (up >= 0 ? x << up : x >> -up) & (0x03030303 << above);
+        p += 2 * LINE;
+    }
+    if (d.bits & 1) {
+        vi x = line_at(p, 0);
+        const int up = d.bits - 1 - t;
+        q |= (up >= 0 ? x << up : x >> -up) & (0x01010101 << (d.bits - 1));
+    }
+    return q;
+}
+
+// Weights that fill the byte are stored plus 128 (see S8_BIAS), the others are small unsigned numbers.
+INLINE vi dot(const tile_type d, vi sum, vi w, vi a) { return d.zero == 7 ? vi_dot_s8(sum, w, a) : vi_dot_u7(sum, w, a); }
+INLINE int needs_start(const tile_type d) { return d.zero == 7 ? S8_BIAS != 0 : d.zero != 0; }
+
+// ---- blocks of 32 x ACT_A32 ------------------------------------------------------------------------------------------------------
+INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+    const int N = s.N, vecs = s.vecs, cols = s.cols;
+    const int half = TILE_ROWS * 2, lane = VL * 2;
+    vf f[PASS_ACC];
+    EACH(i, vecs * cols) f[i] = vf_set(0);
+    for (int64_t b = 0; b < k / 32; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A32].column_bytes * N) {
+        vi c[PASS_ACC];
+        EACH(n, cols) {
+            vi start = needs_start(d) ? vi_set4(a + 4 * (2 * N + s.n0 + n)) << d.zero : vi_set(0);
+            EACH(v, vecs) c[v * cols + n] = start;
+        }
+        const char *planes = w + header_bytes(d), *q = a + 12 * N;
+        EACH(i, 8) {
+            const int t = (i & 1) * 4 + i / 2;               // both halves of a nibble line while it is in a register
+            vi x[TILE_VECS];
+            EACH(v, vecs) x[v] = quants(d, planes + 4 * VL * (s.v0 + v), t);
+            EACH(n, cols) {
+                vi y = vi_set4(q + 4 * (t * N + s.n0 + n));
+                EACH(v, vecs) c[v * cols + n] = dot(d, c[v * cols + n], x[v], y);
+            }
+        }
+        EACH(v, vecs) {
+            vf scale = d.scales == F_E8M0 ? (vf)(vi_from_u8(w + VL * (s.v0 + v)) << 23) * 0.5f : vf_from_f16(w + lane * (s.v0 + v));
+            EACH(n, cols) f[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale * vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
+            if (d.mins) {
+                vf m = vf_from_f16(w + half + lane * (s.v0 + v));
+                EACH(n, cols) f[v * cols + n] = vf_fma(m, vf_set(((const float *)a)[N + s.n0 + n]), f[v * cols + n]);
+            }
+        }
+    }
+    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+}
+
+// ---- blocks of 256 x ACT_A256 -----------------------------------------------------------------------------------------------------
+// Sub-block sums meet their integer scales in integers, so a block rounds once.
+INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+    const int N = s.N, vecs = s.vecs, cols = s.cols;
+    const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
+    const int quads = d.sub / 4;                             // per sub-block
+    vf f[PASS_ACC];
+    EACH(i, vecs * cols) f[i] = vf_set(0);
+    for (int64_t b = 0; b < k / 256; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
+        const char *scales = w + half * (1 + d.mins), *mins = scales + pairs * pair_line, *planes = w + header_bytes(d), *q = a + 4 * 29 * N;
+        vi sum[PASS_ACC];
+        EACH(i, vecs * cols) sum[i] = vi_set(0);
+        UNROLL(1) for (int p = 0; p < pairs; p++) {
+            EACH(side, 2) {                                     // the two sub-blocks whose scales lie side by side
+                const char *lines = planes + (d.sub == 32 ? 2 * p + side : p) * planes_bytes(d);
+                const char *quad = q + (2 * p + side) * quads * 4 * N;
+                vi c[PASS_ACC];
+                EACH(n, cols) {
+                    vi start = vi_set(0);
+                    if (needs_start(d)) {
+                        const char *minus = a + 4 * N + (2 * p + side) * (d.sub / 16) * 4 * N + 4 * (s.n0 + n);
+                        start = (d.sub == 32 ? vi_set4(minus) + vi_set4(minus + 4 * N) : vi_set4(minus)) << d.zero;
+                    }
+                    EACH(v, vecs) c[v * cols + n] = start;
+                }
+                EACH(i, quads) {
+                    const int t = d.sub == 32 ? (i & 1) * 4 + i / 2 : i;
+                    vi x[TILE_VECS];
+                    EACH(v, vecs) x[v] = quants(d, lines + 4 * VL * (s.v0 + v), d.sub == 32 ? t : 4 * side + t);
+                    EACH(n, cols) {
+                        vi y = vi_set4(quad + 4 * (t * N + s.n0 + n));
+                        EACH(v, vecs) c[v * cols + n] = dot(d, c[v * cols + n], x[v], y);
+                    }
+                }
+                EACH(v, vecs) {
+                    vi two = vi_pairs_from_u8(scales + p * pair_line + lane * (s.v0 + v));
+                    if (d.scales == SCALES_NIBBLE) two &= 0x000f000f;
+                    vi scale = d.scales == SCALES_I8 ? (side ? two << 8 : two << 24) >> 24 : side ? two >> 16 : two & 0xff;
+                    EACH(n, cols) sum[v * cols + n] += c[v * cols + n] * scale;
+                }
+            }
+        }
+        EACH(v, vecs) {
+            vf scale = vf_from_f16(w + lane * (s.v0 + v));
+            EACH(n, cols) {
+                vf y = vf_from_i(sum[v * cols + n]) * scale;
+                if (d.mins) {
+                    const char *sums = a + 4 * (d.sub == 32 ? 25 : 17) * N + 4 * (s.n0 + n);
+                    vi m = vi_set(0);
+                    EACH(p, pairs) {
+                        vi two = d.scales == SCALES_NIBBLE ? vi_pairs_from_u8(scales + p * pair_line + lane * (s.v0 + v)) >> 4 & 0x000f000f
+                                                           : vi_pairs_from_u8(mins + p * pair_line + lane * (s.v0 + v));
+                        m = vi_dot_i16(m, two, vi_set4(sums + 4 * p * N));
+                    }
+                    y = vf_fma(-vf_from_i(m), vf_from_f16(w + half + lane * (s.v0 + v)), y);
+                }
+                f[v * cols + n] = vf_fma(y, vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
+            }
+        }
+    }
+    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+}
+
+// ---- floats x ACT_F32 -------------------------------------------------------------------------------------------------------------
+INLINE vf float_line(const tile_type d, const char *p) {
+    return d.id == TYPE_F32 ? vf_load(p) : d.id == TYPE_F16 ? vf_from_f16(p) : vf_from_bf16(p);
+}
+INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+    const int N = s.N, vecs = s.vecs, cols = s.cols;
+    enum { PHASES = 4 };                                     // a narrow pass needs independent sums to hide the latency of fma
+    const int phases = vecs * cols >= 4 ? 1 : PHASES, step = tile_block_bytes(d);
+    vf f[PHASES][PASS_ACC];
+    EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
+    int64_t i = 0;
+    for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
+        EACH(p, phases) {
+            vf x[TILE_VECS];
+            EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
+            EACH(n, cols) {
+                vf y = vf_set(((const float *)a)[p * N + s.n0 + n]);
+                EACH(v, vecs) f[p][v * cols + n] = vf_fma(x[v], y, f[p][v * cols + n]);
+            }
+        }
+    }
+    for (; i < k; i++, w += step, a += 4 * N)
+        EACH(v, vecs) EACH(n, cols) f[0][v * cols + n] = vf_fma(float_line(d, w + VL * d.bytes * (s.v0 + v)), vf_set(((const float *)a)[s.n0 + n]), f[0][v * cols + n]);
+    EACH(v, vecs) EACH(n, cols) {
+        vf y = f[0][v * cols + n];
+        if (phases == 4) y = (y + f[1][v * cols + n]) + (f[2][v * cols + n] + f[3][v * cols + n]);
+        vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, y);
+    }
+}
+
+// ---- instances: a function per type and number of columns ---------------------------------------------------------------------------
+INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+    if (d.block == 1) pass_1(d, s, w, a, k, out);
+    else if (d.block == 32) pass_32(d, s, w, a, k, out);
+    else pass_256(d, s, w, a, k, out);
+}
+INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out) {
+    const int vecs = N * TILE_VECS <= PASS_ACC ? TILE_VECS : 1, rest = N % PASS_ACC;
+    UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
+        UNROLL(1) for (int n = 0; n < N - rest; n += PASS_ACC) pass(d, (pass_shape){N, v, vecs, n, PASS_ACC}, w, a, k, out);
+        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest}, w, a, k, out);
+    }
+}
+
+#define TILE_KERNEL(type, n) static void tile_##type##_##n(const char *w, const char *a, int64_t k, float *out) { passes_##type(n, w, a, k, out); }
+#define T(type, ...) \
+    SPECIALIZED void passes_##type(const int N, const char *w, const char *a, int64_t k, float *out) { passes(TILE_TYPES[TYPE_##type], N, w, a, k, out); } \
+    TILE_KERNEL(type, 1) TILE_KERNEL(type, 2) TILE_KERNEL(type, 3) TILE_KERNEL(type, 4) \
+    TILE_KERNEL(type, 5) TILE_KERNEL(type, 6) TILE_KERNEL(type, 7) TILE_KERNEL(type, 8)
+FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+#undef T
+static tile_fn *const TILE_KERNELS[N_TYPES][SMALL_COLS] = {
+#define T(type, number, ...) [number] = {tile_##type##_1, tile_##type##_2, tile_##type##_3, tile_##type##_4, tile_##type##_5, tile_##type##_6, tile_##type##_7, tile_##type##_8},
+    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+#undef T
+};

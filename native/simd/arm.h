@@ -20,6 +20,7 @@ static inline int32_t vi_sum(vi a) { return vaddvq_s32((int32x4_t)a); }
 static inline vi vi_from_i8(const void *p) { int8x8_t b = vcreate_s8(0); memcpy(&b, p, 4); return (vi)vmovl_s16(vget_low_s16(vmovl_s8(b))); }
 static inline vi vi_from_u8(const void *p) { uint8x8_t b = vcreate_u8(0); memcpy(&b, p, 4); return (vi)vmovl_u16(vget_low_u16(vmovl_u8(b))); }
 static inline vi vi_from_i16(const void *p) { int16x4_t b; memcpy(&b, p, 8); return (vi)vmovl_s16(b); }
+static inline void vi_to_i8(void *p, vi v) { int16x4_t h = vmovn_s32((int32x4_t)v); int8x8_t b = vmovn_s16(vcombine_s16(h, h)); memcpy(p, &b, 4); }
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)a); }
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, (vi)veorq_u8((uint8x16_t)w, vdupq_n_u8(0x80)), a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) {
@@ -27,3 +28,53 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {
     int32x4_t q = vmull_high_s16((int16x8_t)w, (int16x8_t)a);
     return acc + (vi)vpaddq_s32(p, q);
 }
+
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
+static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
+
+// ---- 32 bytes, 8 lanes: acc lane i takes bytes 4i .. 4i + 3 ------------------------------------------------------------------
+#define LOW(T, v) ({ T low_; memcpy(&low_, &(v), 16); low_; })
+#define HIGH(T, v) ({ T high_; memcpy(&high_, (const char *)&(v) + 16, 16); high_; })
+#define JOIN(T, a, b) ({ T joined_; __auto_type a_ = (a); __auto_type b_ = (b); memcpy(&joined_, &a_, 16); memcpy((char *)&joined_ + 16, &b_, 16); joined_; })
+INLINE i32x8 dot_s8x32(u8x32 w, i8x32 a) {      // signed bytes (the bits of w)
+    int32x4_t zero = vdupq_n_s32(0);
+    return JOIN(i32x8, vdotq_s32(zero, LOW(int8x16_t, w), LOW(int8x16_t, a)), vdotq_s32(zero, HIGH(int8x16_t, w), HIGH(int8x16_t, a)));
+}
+INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return dot_s8x32(w, a); }                       // w in 0..127
+INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) { return dot_s8x32(w - (uint8_t)zero, a); }   // sum of (w - zero) * a
+INLINE f32x8 f32x8_fma(f32x8 a, f32x8 b, f32x8 c) {
+    return JOIN(f32x8, vfmaq_f32(LOW(float32x4_t, c), LOW(float32x4_t, a), LOW(float32x4_t, b)), vfmaq_f32(HIGH(float32x4_t, c), HIGH(float32x4_t, a), HIGH(float32x4_t, b)));
+}
+INLINE float f32x8_sum(f32x8 a) { return vaddvq_f32(vaddq_f32(LOW(float32x4_t, a), HIGH(float32x4_t, a))); }
+INLINE f32x8 f32x8_pair(const float *p) { return JOIN(f32x8, vld1q_dup_f32(p), vld1q_dup_f32(p + 1)); }
+INLINE i32x8 i32x8_widen(int16x8_t h) { return JOIN(i32x8, vmovl_s16(vget_low_s16(h)), vmovl_s16(vget_high_s16(h))); }
+INLINE i32x8 i32x8_from_u8(const void *p) { return i32x8_widen(vreinterpretq_s16_u16(vmovl_u8(vld1_u8(p)))); }
+INLINE i32x8 i32x8_from_i8(const void *p) { return i32x8_widen(vmovl_s8(vld1_s8(p))); }
+INLINE i32x8 i32x8_from_i16(const void *p) { int16x8_t h; memcpy(&h, p, 16); return i32x8_widen(h); }
+INLINE i32x8 i32x8_pairs_i16(const void *p) {
+    int16x8_t h[2];
+    memcpy(h, p, 32);
+    return JOIN(i32x8, vpaddlq_s16(h[0]), vpaddlq_s16(h[1]));
+}
+INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entries
+    int8x16_t t = vld1q_s8(table);
+    return JOIN(u8x32, vqtbl1q_s8(t, LOW(uint8x16_t, index)), vqtbl1q_s8(t, HIGH(uint8x16_t, index)));
+}
+INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
+    const u64x4 bit = (u64x4){0} + 0x8040201008040201ull;
+    u64x4 bytes = (u64x4){bits & 255, bits >> 8 & 255, bits >> 16 & 255, bits >> 24} * 0x0101010101010101ull;
+    return (u8x32)((u8x32)(bytes & bit) == (u8x32)bit);
+}
+#undef LOW
+#undef HIGH
+#undef JOIN
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 32 };
+static inline vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)vld1q_dup_f32(p);
+    if (n == 2) return (vf)vcombine_f32(vld1_f32(p), vld1_f32(p));
+    return (vf)vld1q_f32(p);
+}
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf)vrev64q_f32((float32x4_t)v) : (vf)vextq_f32((float32x4_t)v, (float32x4_t)v, 2); }

@@ -32,7 +32,7 @@ static inline vf vf_from_bf16(const void *p) { uint16_t h[4]; memcpy(h, p, 8); r
 static inline vf vf_max(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
 static inline vf vf_min(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-static inline vf vf_round(vf a) { vf r; for (int i = 0; i < VL; i++) r[i] = nearbyintf(a[i]); return r; }
+static inline vf vf_round(vf a) { for (int i = 0; i < VL; i++) a[i] = nearbyintf(a[i]); return a; }
 static inline vi vi_round(vf a) { vi r; for (int i = 0; i < VL; i++) r[i] = (int32_t)nearbyintf(a[i]); return r; }
 static inline float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 static inline float vf_hmax(vf a) { float m = a[0]; for (int i = 1; i < VL; i++) m = a[i] > m ? a[i] : m; return m; }
@@ -40,6 +40,7 @@ static inline int32_t vi_sum(vi a) { return a[0] + a[1] + a[2] + a[3]; }
 static inline vi vi_from_i8(const void *p) { const int8_t *b = p; return (vi){b[0], b[1], b[2], b[3]}; }
 static inline vi vi_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0], b[1], b[2], b[3]}; }
 static inline vi vi_from_i16(const void *p) { int16_t b[4]; memcpy(b, p, 8); return (vi){b[0], b[1], b[2], b[3]}; }
+static inline void vi_to_i8(void *p, vi v) { int8_t *b = p; for (int i = 0; i < VL; i++) b[i] = v[i]; }
 
 // acc[lane] += sum over the lane's 4 bytes of w * a.  _u7: w in 0..127;  _s8: w is a signed byte stored plus 128 (see S8_BIAS)
 static inline vi vi_dot_u7(vi acc, vi w, vi a) {
@@ -54,3 +55,39 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {   // pairs of int16
     for (int i = 0; i < VL; i++) acc[i] += x[2*i]*y[2*i] + x[2*i+1]*y[2*i+1];
     return acc;
 }
+
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_pairs_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0] | b[1] << 16, b[2] | b[3] << 16, b[4] | b[5] << 16, b[6] | b[7] << 16}; }
+static inline vi vi_lookup(const int8_t table[16], vi index) {     // each byte of index (0..15) replaced by its entry
+    int8_t x[16]; memcpy(x, &index, 16);
+    for (int i = 0; i < 16; i++) x[i] = table[x[i]];
+    vi v; memcpy(&v, x, 16);
+    return v;
+}
+
+// ---- 32 bytes, 8 lanes: acc lane i takes bytes 4i .. 4i + 3 ------------------------------------------------------------------
+INLINE i32x8 dot_s8x32(u8x32 w, i8x32 a) {      // signed bytes (the bits of w)
+    i32x8 r = {0};
+    for (int i = 0; i < 32; i++) r[i / 4] += (int8_t)w[i] * a[i];
+    return r;
+}
+INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return dot_s8x32(w, a); }                       // w in 0..127
+INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) { return dot_s8x32(w - (uint8_t)zero, a); }   // sum of (w - zero) * a
+INLINE f32x8 f32x8_fma(f32x8 a, f32x8 b, f32x8 c) { return a * b + c; }
+INLINE float f32x8_sum(f32x8 a) { return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7])); }
+INLINE f32x8 f32x8_pair(const float *p) { return (f32x8){p[0], p[0], p[0], p[0], p[1], p[1], p[1], p[1]}; }
+INLINE i32x8 i32x8_from_u8(const void *p) { const uint8_t *b = p; i32x8 r; for (int i = 0; i < 8; i++) r[i] = b[i]; return r; }
+INLINE i32x8 i32x8_from_i8(const void *p) { const int8_t *b = p; i32x8 r; for (int i = 0; i < 8; i++) r[i] = b[i]; return r; }
+INLINE i32x8 i32x8_from_i16(const void *p) { int16_t b[8]; memcpy(b, p, 16); i32x8 r; for (int i = 0; i < 8; i++) r[i] = b[i]; return r; }
+INLINE i32x8 i32x8_pairs_i16(const void *p) { int16_t b[16]; memcpy(b, p, 32); i32x8 r; for (int i = 0; i < 8; i++) r[i] = b[2 * i] + b[2 * i + 1]; return r; }
+INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) { u8x32 r; for (int i = 0; i < 32; i++) r[i] = table[index[i]]; return r; }   // 16 entries
+INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
+    u8x32 r;
+    for (int i = 0; i < 32; i++) r[i] = -(bits >> i & 1);
+    return r;
+}
+
+// ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
+enum { VREGS = 16 };
+static inline vf vf_repeat(const float *p, int n) { return (vf){p[0], p[n > 1], p[n > 2 ? 2 : 0], p[n > 2 ? 3 : n > 1]}; }
+static inline vf vf_swap(vf v, int n) { return n == 1 ? (vf){v[1], v[0], v[3], v[2]} : (vf){v[2], v[3], v[0], v[1]}; }

@@ -1,6 +1,7 @@
 // The vector vocabulary that kernels are written in. A kernel names no register width: it works on vectors of VL lanes.
 //
 //   vf, vi            VL floats, VL int32; + - * & | << >> and comparisons are the compiler's own vector operators
+//   u8x32 ...         32 bytes (a group of weights) and 8 lanes, the same width on every ISA: what codecs and row dots work on
 //   one of            scalar.h (plain C on 16-byte vectors)  x86.h (AVX2: VL 8, AVX-512: VL 16)  arm.h (NEON: VL 4)
 //
 // The R16 layout interleaves 16 rows, so a tile is TILE_ROWS / VL vectors wide on every ISA.
@@ -11,6 +12,18 @@
 #include <math.h>
 #include "../blocks.h"
 
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma_(GCC unroll n)
+#define _Pragma_(x) _Pragma(#x)
+
+typedef uint8_t  u8x16 __attribute__((vector_size(16)));
+typedef uint8_t  u8x32 __attribute__((vector_size(32)));
+typedef int8_t   i8x32 __attribute__((vector_size(32)));
+typedef uint64_t u64x4 __attribute__((vector_size(32)));
+typedef int32_t  i32x8 __attribute__((vector_size(32)));
+typedef float    f32x8 __attribute__((vector_size(32)));
+INLINE u8x32 u8x32_set(int x) { return (uint8_t)x - (u8x32){0}; }
+
 #if defined ISA_avx2 || defined ISA_avx512 || defined ISA_avx512bf16
 #include "x86.h"
 #elif defined ISA_neon
@@ -18,10 +31,6 @@
 #else
 #include "scalar.h"
 #endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL(n) _Pragma_(GCC unroll n)
-#define _Pragma_(x) _Pragma(#x)
 
 // ---- the same on every ISA ------------------------------------------------------------------------------------------------
 INLINE vf vf_set(float x) { return x - (vf){0}; }
@@ -34,12 +43,40 @@ INLINE vi vi_set4(const void *p) { int32_t x; memcpy(&x, p, 4); return vi_set(x)
 INLINE vf vf_from_i(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }     // mask lanes are 0 or -1
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+INLINE vi vi_trunc(vf a) { return __builtin_convertvector(a, vi); }
+INLINE vi vi_roundf(vf a) {                // as roundf: halves away from zero (0.5 itself added would round 0.49999997 up)
+    return vi_trunc(a + (vf)(((vi)a & (int32_t)0x80000000) | (vi)vf_set(0x1.fffffep-2f)));
+}
+
+INLINE u8x16 u8x16_load(const void *p) { u8x16 v; memcpy(&v, p, 16); return v; }
+INLINE u8x32 u8x32_load(const void *p) { u8x32 v; memcpy(&v, p, 32); return v; }
+INLINE u8x32 u8x32_from_halves(u8x16 low, u8x16 high) { u8x32 v; memcpy(&v, &low, 16); memcpy((char *)&v + 16, &high, 16); return v; }
+INLINE u8x32 u8x32_nibbles(const void *p) { u8x16 b = u8x16_load(p); return u8x32_from_halves(b & 15, b >> 4); }   // low nibbles, then high
+INLINE f32x8 f32x8_load(const void *p) { f32x8 v; memcpy(&v, p, 32); return v; }
+INLINE f32x8 f32x8_set(float x) { return x - (f32x8){0}; }
+INLINE f32x8 f32x8_from_i(i32x8 a) { return __builtin_convertvector(a, f32x8); }
 
 // Scalars of the formats. The compiler turns these into single instructions where the ISA has them (f16_to_f32 is per ISA).
 INLINE float bf16_to_f32(bf16 h) { uint32_t u = (uint32_t)h.bits << 16; float f; memcpy(&f, &u, 4); return f; }
 INLINE float e8m0_to_f32(e8m0 e) {     // 2^(e - 127); e = 0 is the denormal 2^-127
     uint32_t u = e.bits ? (uint32_t)e.bits << 23 : 0x00400000u;
     float f; memcpy(&f, &u, 4); return f;
+}
+INLINE float e8m0_to_f32_half(e8m0 e) {   // half of that: goes with the doubled fp4_values
+    uint32_t u = e.bits < 2 ? 0x00200000u << e.bits : (uint32_t)(e.bits - 1) << 23;
+    float f; memcpy(&f, &u, 4); return f;
+}
+INLINE float ue4m3_to_f32_half(ue4m3 e) { // halved likewise; 0x7f, a NaN elsewhere, reads as 0, and the sign bit is ignored
+    if (e.bits == 0x7f) return 0.0f;
+    uint32_t exponent = e.bits >> 3 & 15, mantissa = e.bits & 7;
+    if (exponent == 0) return (float)mantissa * 0x1p-10f;
+    uint32_t u = (exponent + 119) << 23 | mantissa << 20;
+    float f; memcpy(&f, &u, 4); return f;
+}
+INLINE bf16 f32_to_bf16(float f) {         // round to nearest, ties to even; a NaN stays one and becomes quiet
+    uint32_t u; memcpy(&u, &f, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return (bf16){u >> 16 | 64};
+    return (bf16){(u + 0x7fff + (u >> 16 & 1)) >> 16};
 }
 
 // e^x to about 1 ulp for x in [-87, 88], 0 below. Cody-Waite reduction and a degree-5 polynomial (Cephes coefficients).
@@ -59,3 +96,43 @@ INLINE vf vf_exp(vf x) {
     vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
     return (vf)((vi)(p * (vf)scale) & ~dead);
 }
+
+// ---- activation functions ---------------------------------------------------------------------------------------------------
+INLINE vf vf_sigmoid(vf x) { return 1.0f / (1.0f + vf_exp(-x)); }
+INLINE vf vf_tanh(vf x) { return 2.0f * vf_sigmoid(2.0f * x) - 1.0f; }
+
+// ---- the first n lanes (n < VL): for the end of a row -------------------------------------------------------------------------
+INLINE vf vf_load_first(const void *p, int64_t n) { vf v = {0}; memcpy(&v, p, n * sizeof(float)); return v; }
+INLINE void vf_store_first(void *p, vf v, int64_t n) { memcpy(p, &v, n * sizeof(float)); }
+
+// ---- groups of `rep` neighbouring lanes (a power of two, a constant where these are called); vf_swap is per ISA ------------------
+INLINE vf vf_group_sum(vf v, int rep) {         // every lane gets the sum over its group
+    if (rep > 1) v += vf_swap(v, 1);
+    if (rep > 2) v += vf_swap(v, 2);
+    if (rep > 4) v += vf_swap(v, 4);
+    if (rep > 8) v += vf_swap(v, 8);
+    return v;
+}
+
+// ---- pairs of bf16, the even one in the lower half of a lane ------------------------------------------------------------------------
+INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 whose upper half is the bf16 (lower half is noise)
+    vi u = (vi)v;
+    return u + 0x7fff + ((u >> 16) & 1);
+}
+INLINE vf vf_pair_bf16(vf even, vf odd) {
+    return (vf)(((vi_round_bf16(even) >> 16) & 0xffff) | (vi_round_bf16(odd) & (int32_t)0xffff0000));
+}
+typedef int16_t vi_half __attribute__((vector_size(2 * VL)));
+INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
+    vi u = vi_round_bf16(v), nan = v != v;
+    u = (u & ~nan) | (((vi)v | 0x400000) & nan);
+    vi_half h = __builtin_convertvector(u >> 16, vi_half);
+    memcpy(p, &h, sizeof h);
+}
+#ifndef NATIVE_BF16
+enum { NATIVE_BF16 = 0 };
+INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd * b.odd
+    acc = vf_fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
+    return vf_fma((vf)((vi)a & (int32_t)0xffff0000), (vf)((vi)b & (int32_t)0xffff0000), acc);
+}
+#endif

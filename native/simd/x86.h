@@ -22,10 +22,16 @@ static inline int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32((__m512i)a);
 static inline vi vi_from_i8(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_from_i16(const void *p) { return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
+static inline void vi_to_i8(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
 // vpdpbusd takes unsigned x signed, so a biased signed byte needs no repair: the caller starts acc at -128 * sum(a)
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi16(_mm256_loadu_si256(p)); }
+static inline vi vi_lookup(const int8_t table[16], vi index) {
+    return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)index);
+}
 #else
 enum { VL = 8, S8_BIAS = 0 };
 typedef float   vf __attribute__((vector_size(32)));
@@ -56,6 +62,10 @@ static inline int32_t vi_sum(vi a) {
 static inline vi vi_from_i8(const void *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
 static inline vi vi_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
 static inline vi vi_from_i16(const void *p) { return (vi)_mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
+static inline void vi_to_i8(void *p, vi v) {    // values that fit
+    __m128i h = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    _mm_storel_epi64(p, _mm_packs_epi16(h, h));
+}
 // vpmaddubsw adds two products in 16 bits: 127 * 127 * 2 fits, a full unsigned byte does not, hence the sign trick in _s8
 static inline vi vi_dot_u7(vi acc, vi w, vi a) {
     return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1));
@@ -65,4 +75,86 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) {
     return vi_dot_u7(acc, (vi)_mm256_abs_epi8(s), (vi)_mm256_sign_epi8((__m256i)a, s));
 }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
+static inline vi vi_lookup(const int8_t table[16], vi index) {
+    return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
+}
+#endif
+
+// ---- 32 bytes, 8 lanes: acc lane i takes bytes 4i .. 4i + 3 ------------------------------------------------------------------
+#if defined __AVX512VNNI__
+INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return (i32x8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, (__m256i)a); }
+// one more dpbusd costs less than taking signs apart
+INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) { return dot_u7x32(w, a) - dot_u7x32(u8x32_set(zero), a); }
+INLINE u8x32 u8x32_mask(uint32_t bits) { return (u8x32)_mm256_movm_epi8(bits); }
+#else
+INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return (i32x8)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1)); }
+INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) {
+    __m256i d = _mm256_sub_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_maddubs_epi16(_mm256_set1_epi8(zero), (__m256i)a));
+    return (i32x8)_mm256_madd_epi16(d, _mm256_set1_epi16(1));
+}
+INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte);
+    return (u8x32)_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+}
+#endif
+INLINE i32x8 dot_s8x32(u8x32 w, i8x32 a) {      // signed bytes (the bits of w); a is never -128
+    return dot_u7x32((u8x32)_mm256_abs_epi8((__m256i)w), (i8x32)_mm256_sign_epi8((__m256i)a, (__m256i)w));
+}
+INLINE f32x8 f32x8_fma(f32x8 a, f32x8 b, f32x8 c) { return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE float f32x8_sum(f32x8 a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+INLINE f32x8 f32x8_pair(const float *p) {       // p[0] in lanes 0..3, p[1] in lanes 4..7
+    double d;
+    memcpy(&d, p, 8);
+    return (f32x8)_mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(d)), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+}
+INLINE i32x8 i32x8_from_u8(const void *p) { return (i32x8)_mm256_cvtepu8_epi32(_mm_loadl_epi64(p)); }
+INLINE i32x8 i32x8_from_i8(const void *p) { return (i32x8)_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)); }
+INLINE i32x8 i32x8_from_i16(const void *p) { return (i32x8)_mm256_cvtepi16_epi32(_mm_loadu_si128(p)); }
+INLINE i32x8 i32x8_pairs_i16(const void *p) { return (i32x8)_mm256_madd_epi16(_mm256_loadu_si256(p), _mm256_set1_epi16(1)); }   // sums of neighbours
+INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entries
+    return (u8x32)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
+}
+
+// ---- lanes repeated and swapped, for attention ------------------------------------------------------------------------------
+// vf_repeat(p, n): the n floats at p, again and again;  vf_swap(v, n): lane i gets lane i ^ n.  n is a constant power of two.
+#if defined __AVX512F__
+enum { VREGS = 32 };
+static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)_mm512_set1_ps(*p);
+    if (n == 2) return (vf)_mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if (n == 8) return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    return (vf)_mm512_loadu_ps(p);
+}
+static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
+    if (n == 1) return (vf)_mm512_permute_ps((__m512)v, 0xb1);
+    if (n == 2) return (vf)_mm512_permute_ps((__m512)v, 0x4e);
+    if (n == 4) return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0xb1);
+    return (vf)_mm512_shuffle_f32x4((__m512)v, (__m512)v, 0x4e);
+}
+#if defined __AVX512BF16__
+#define NATIVE_BF16 1
+static inline vf vf_dot_bf16(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+#endif
+#else
+enum { VREGS = 16 };
+static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
+    if (n == 1) return (vf)_mm256_set1_ps(*p);
+    if (n == 2) return (vf)_mm256_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 4) return (vf)_mm256_broadcast_ps((const __m128 *)p);
+    return (vf)_mm256_loadu_ps(p);
+}
+static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
+    if (n == 1) return (vf)_mm256_permute_ps((__m256)v, 0xb1);
+    if (n == 2) return (vf)_mm256_permute_ps((__m256)v, 0x4e);
+    return (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+}
 #endif

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pyggml.errors import PyggmlError
+from pyggml.errors import Cancelled, PyggmlError
 
 CHUNK = 1 << 20
 BLOCK = 4096                # of file systems that can share blocks between files
@@ -52,6 +52,17 @@ class Output:
             self._write(view)
         else:
             self._pending += view
+
+    def restart(self, size: int) -> None:
+        """Keep the first `size` bytes of what an earlier run has written and go on from there."""
+        self._pending.clear()
+        os.ftruncate(self.fd, size)
+        self._done = os.lseek(self.fd, size, os.SEEK_SET)
+
+    def overwrite(self, offset: int, data: bytes) -> None:
+        """Replace bytes that are already written."""
+        self.flush()
+        os.pwrite(self.fd, data, offset)
 
     def copy(self, fd: int, offset: int) -> None:
         """Append the file behind `fd` from `offset` to its end: shared blocks where the file system can, copied by the kernel otherwise."""
@@ -117,11 +128,14 @@ class Output:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Output], None] | None = None) -> Iterator[Output]:
+def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Output], None] | None = None, resume: str = "") -> Iterator[Output]:
     """Write a new version of `path` (or a new file): the body writes to the Output; leaving it normally puts the file in place.
 
     size: bytes that will be written, where known: too little room is reported before anything is written.
     check: called with the flushed file before the rename; raises when what it reads back is not what was written.
+    resume: a key of hexadecimal digits that stands for all that goes into the file. A run that is killed or cancelled then leaves its
+    part behind, and the next run with the same key finds it: `tell` is where it ended (see Output.restart). Bytes written before
+    the machine went down are not trusted: the part's name carries the boot.
     A symbolic link is followed: what it points to is replaced. Mode and owner of an old file are kept.
     """
     target = os.path.realpath(path)
@@ -131,13 +145,21 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
         with locked(target) as old:
             _remove_stale(folder, name)
             _check_room(folder, size, target)
-            temporary = os.path.join(folder, f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666 if old is None else 0o600)
+            _remove_parts(folder, name, resume)
+            unique = f"{resume}.{_boot()}.part" if resume else f"{os.getpid()}.{secrets.token_hex(4)}.tmp"
+            temporary = os.path.join(folder, f".{name}.{unique}")
+            new = 0 if resume else os.O_EXCL
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | new | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666 if old is None else 0o600)
+            out = Output(fd, target)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                _lock_part(fd, target)
+            except PyggmlError:
+                os.close(fd)
+                raise
+            try:
                 if old is not None:
                     _copy_owner(fd, old)
-                out = Output(fd, target)
+                out.restart(os.fstat(fd).st_size)
                 yield out
                 out.flush()
                 os.fsync(fd)
@@ -145,9 +167,12 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
                     check(out)
                 os.replace(temporary, target)
                 state = "the new file is in place, but may not survive a power cut"
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            except BaseException as error:
+                if resume and isinstance(error, Cancelled | KeyboardInterrupt):
+                    out.flush()
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary)
                 raise
             finally:
                 os.close(fd)
@@ -217,6 +242,39 @@ def _copy_owner(fd: int, old: os.stat_result) -> None:
     with contextlib.suppress(PermissionError):  # only root may give a file away; the writer then owns it
         os.fchown(fd, old.st_uid, old.st_gid)
     os.fchmod(fd, stat.S_IMODE(old.st_mode))
+
+
+def _lock_part(fd: int, target: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PyggmlError(f"{target}: another run is writing this file; wait for it, or write to another path") from None
+
+
+def _boot() -> str:
+    """A name for the time since the machine was started; unique where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip().replace("-", "")[:16]
+    return secrets.token_hex(8)
+
+
+def _remove_parts(folder: str, name: str, resume: str) -> None:
+    """Remove what cancelled runs left of other versions of this target."""
+    pattern = re.compile(re.escape("." + name) + r"\.([0-9a-f]+)\.([0-9a-f]+)\.part")
+    for entry in os.listdir(folder):
+        match = pattern.fullmatch(entry)
+        if match and (match[1], match[2]) != (resume, _boot()):
+            _remove_unlocked(os.path.join(folder, entry))
+
+
+def _remove_unlocked(path: str) -> None:
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
 
 
 def _remove_stale(folder: str, name: str) -> None:

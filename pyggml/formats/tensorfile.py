@@ -109,6 +109,11 @@ class Tensor:
         return math.prod(self.shape)
 
     @property
+    def mapped(self) -> bool:
+        """`raw` is a view of the file's map, so its pages can be given back and come again."""
+        return self.source.map is not None and not self.swapped
+
+    @property
     def label(self) -> str:
         """File and name, for errors."""
         return f'{printable(self.source.name)}: tensor "{printable(self.name)}"'
@@ -124,7 +129,7 @@ class Tensor:
 
         Without a map the copy is made once and shared by whoever holds it.
         """
-        if self.source.map is not None and not self.swapped:
+        if self.mapped:
             return self._rows(self.stored)
         data = self._cached() if self._cached is not None else None
         if data is None:

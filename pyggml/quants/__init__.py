@@ -1,0 +1,129 @@
+"""Quantized tensors to floats and back: `quantize` and `dequantize`, for every tensor type and for types of your own.
+
+The C kernels do the work where there are any; the numpy codecs beside this file say what each type means and are used otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pyggml.errors import PyggmlError
+from pyggml.native import ffi, lib
+from pyggml.quants import fp4, iquants, kquants, legacy, simple, ternary  # noqa: F401  (each registers its codecs)
+from pyggml.quants.codec import CODECS, Codec, codec, register
+from pyggml.types import TensorType, tensor_type
+
+__all__ = ["CODECS", "Codec", "codec", "dequantize", "quantize", "register"]
+
+_CHUNK = 1 << 20         # weights handed to one worker at a time
+
+
+def _pointer(kind: str, array: np.ndarray):
+    return ffi.cast(kind, array.ctypes.data)
+
+
+def _in_chunks(rows: int, per_row: int, threads: int | None, work) -> None:
+    """Call work(first, last) over ranges of rows, on several threads when there is enough to do (C calls release the GIL)."""
+    step = max(1, _CHUNK // max(1, per_row))
+    starts = range(0, rows, step)
+    threads = min(threads or os.cpu_count() or 1, len(starts))
+    if threads <= 1:
+        work(0, rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda i: work(i, min(rows, i + step)), starts):
+            pass
+
+
+def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, threads: int | None = None) -> np.ndarray:
+    """The weights of rows of blocks as float32: (..., bytes) -> (..., weights).
+
+    `blocks` holds whole rows, last axis first in memory, of any dtype (its bytes are what counts).
+    PyggmlError when a row is not a whole number of blocks.
+    """
+    row = tensor_type(type)
+    raw = np.ascontiguousarray(blocks)
+    raw = raw.reshape(1).view(np.uint8) if raw.ndim == 0 else raw.view(np.uint8)
+    if raw.shape[-1] % row.bytes:
+        raise PyggmlError(f"rows of {raw.shape[-1]} bytes do not divide into {row} blocks of {row.bytes} bytes")
+    per_row = raw.shape[-1] // row.bytes * row.block
+    out = np.empty((*raw.shape[:-1], per_row), np.float32)
+    if out.size == 0:
+        return out
+    flat, result = raw.reshape(-1, raw.shape[-1]), out.reshape(-1, per_row)
+    if lib is not None and not row.user_defined:
+        def work(first: int, last: int) -> None:
+            lib.pyg_dequantize(row.id, (last - first) * per_row, _pointer("void *", flat[first:]), _pointer("float *", result[first:]))
+        _in_chunks(len(flat), per_row, threads, work)
+    else:
+        with np.errstate(all="ignore"):
+            result[:] = codec(row).decode(flat.reshape(-1).view(row.layout)).reshape(result.shape)
+    return out
+
+
+def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarray | None = None, *, search: bool = False,
+             threads: int | None = None) -> np.ndarray:
+    """Rows of weights as rows of blocks: (..., weights) of any numeric dtype -> uint8 (..., bytes).
+
+    imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
+    (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
+    search: spend several times longer on a wider search for a lower error; for formula types too (the bytes are then not ggml's).
+    The bytes do not depend on `threads`.
+    PyggmlError when a row is not a whole number of blocks, or when a value is not finite (a blocked type cannot hold it).
+    """
+    row = tensor_type(type)
+    x = np.asarray(array)
+    if x.ndim == 0:
+        raise PyggmlError(f"cannot quantize a single number to {row}; pass an array whose last axis is a row of weights")
+    if not row.quantized and row.layout.kind in "if" and row.layout.itemsize == 8:
+        return np.ascontiguousarray(x.astype(row.layout)).view(np.uint8).reshape(*x.shape[:-1], row.row_bytes(x.shape[-1]))
+    x = np.ascontiguousarray(x, np.float32)
+    n = x.shape[-1]
+    out = np.empty((*x.shape[:-1], row.row_bytes(n)), np.uint8)
+    if out.size == 0:
+        return out
+    if row.quantized and not np.isfinite(x).all():
+        where = np.argwhere(~np.isfinite(x))[0]
+        raise PyggmlError(f"cannot quantize {x[tuple(where)]} at index {where.tolist()} to {row}; repair the tensor or keep it in F32")
+    groups, importance = _importance(x, imatrix)
+    rows = x.reshape(groups, -1, n)
+    result = out.reshape(groups, -1, out.shape[-1])
+    for g in range(groups):
+        _quantize_rows(rows[g], row, None if importance is None else importance[g], result[g], search, threads)
+    return out
+
+
+def _importance(x: np.ndarray, imatrix: np.ndarray | None) -> tuple[int, np.ndarray | None]:
+    """Into how many stacks of rows x falls, and the importance row of each."""
+    if imatrix is None:
+        return 1, None
+    w = np.ascontiguousarray(imatrix, np.float32)
+    if w.shape not in {x.shape[-1:], (*x.shape[:-2], x.shape[-1])}:
+        raise PyggmlError(f"an importance matrix of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
+    if not (np.isfinite(w).all() and (w >= 0).all()):
+        raise PyggmlError("the importance matrix has a negative or non-finite entry; compute it again")
+    w = w.reshape(-1, x.shape[-1])
+    mean = w.mean(axis=1, keepdims=True)
+    # columns that were never active still deserve some fit: a floor far below what could move the others
+    return len(w), np.where(mean > 0, w + np.float32(1e-6) * mean, np.float32(1))
+
+
+def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool, threads: int | None) -> None:
+    """x (rows, n), w (n,) or None, out uint8 (rows, bytes)."""
+    n = x.shape[1]
+    if lib is not None and not row.user_defined:
+        importance = ffi.NULL if w is None else _pointer("float *", w)
+        missing = []
+
+        def work(first: int, last: int) -> None:
+            if lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance, search):
+                missing.append(row)
+        _in_chunks(len(x), n, threads, work)
+        if not missing:
+            return
+    columns = None if w is None else np.ascontiguousarray(np.broadcast_to(w, x.shape)).reshape(-1, row.block)
+    with np.errstate(all="ignore"):
+        out[:] = codec(row).encode(x.reshape(-1, row.block), columns).view(np.uint8).reshape(out.shape)

@@ -1,0 +1,167 @@
+// Flash attention on one KV head: groups of query rows against tiles of cells, the softmax kept online.
+//
+// A row is one query: one head of those that share the KV head, at one token. Lanes are rows: scores S (cells, rows),
+// probabilities P and the transposed result O (D, rows) are vectors over rows, so the softmax never looks across lanes,
+// and K and V are used as they lie in the cache:
+//
+//   S[c] += K[c][d] * Q[d]          K[c][d] the same float in every lane, Q[d] a vector over rows
+//   O[d] += V[c][d] * P[c]          likewise
+//
+// A group with fewer rows than lanes gives each row `rep` neighbouring lanes: these share out d in steps of `rep`, and
+// K[c][d .. d + rep) is repeated over the lanes. With `pair` (bf16 dot products) a float is a word of two bf16: K and Q pair
+// neighbouring d, V and P pair neighbouring cells.
+
+enum { TILE_CELLS = 64, GROUP_VECS = 2, PANEL = VREGS == 32 ? 8 : 4 };
+#define NEVER_SEEN (-1e30f)             // running maximum before any cell: finite, so that exp(score - maximum) is never NaN
+
+typedef struct {
+    int      vecs, rep, rows;           // vecs * VL lanes for `rows` rows of `rep` lanes each (rep > 1 only with one vector)
+    int      first_row;                 // its first row, counted in the run of tokens it belongs to
+    float   *q;                         // (words / rep, lanes) scaled queries
+    float   *out, *max, *sum;           // (padded D / rep, lanes) unnormalised O; (lanes) running maximum and sum
+    int32_t *lo, *hi;                   // (lanes) cells lo .. hi are visible
+    int32_t  lo_min, lo_max, hi_min, hi_max;
+} query_group;
+
+INLINE int group_lanes(const query_group *g) { return g->vecs * VL; }
+INLINE int64_t word_at(const query_group *g, int row, int64_t word) {      // where word (or d) of a row lies in q (or out)
+    return word / g->rep * group_lanes(g) + row * g->rep + word % g->rep;
+}
+
+// Cuts the rows from `first_row` on into the next group's shape.
+INLINE void shape_group(query_group *g, int first_row, int rows) {
+    g->first_row = first_row;
+    g->vecs = rows > VL ? GROUP_VECS : 1;
+    g->rows = rows < g->vecs * VL ? rows : g->vecs * VL;
+    g->rep = 1;
+    while (g->vecs == 1 && g->rows * g->rep * 2 <= VL) g->rep *= 2;
+}
+
+// acc[j][v] += sum over k < n of a[j * a_j + k * a_k] * b[k][v]: the one inner loop. J, V, REP and pair are constants.
+INLINE void panel(int J, int V, int REP, int pair, const float *a, int64_t a_j, int64_t a_k, const float *b, int64_t n, vf *acc) {
+    for (int64_t k = 0; k < n; k++) {
+        vf column[GROUP_VECS];
+        for (int v = 0; v < V; v++) column[v] = vf_load(b + (k * V + v) * VL);
+        #pragma GCC unroll 8
+        for (int j = 0; j < J; j++) {
+            vf x = vf_repeat(a + j * a_j + k * a_k, REP);
+            for (int v = 0; v < V; v++) acc[j * V + v] = pair ? vf_dot_bf16(acc[j * V + v], x, column[v]) : vf_fma(x, column[v], acc[j * V + v]);
+        }
+    }
+}
+
+// S (cells rounded up to PANEL, lanes)
+INLINE void tile_scores(int V, int REP, int pair, const query_group *g, const float *k, int64_t words, int cells, float *S) {
+    for (int c = 0; c < cells; c += PANEL) {
+        vf acc[PANEL * GROUP_VECS] = {{0}};
+        panel(PANEL, V, REP, pair, k + c * words, words, REP, g->q, words / REP, acc);
+        #pragma GCC unroll 16
+        for (int i = 0; i < PANEL * V; i++) vf_store(S + (c * V + i) * VL, vf_group_sum(acc[i], REP));
+    }
+}
+
+// S -> P relative to the new running maximum; `rescale` is what the old sums must be multiplied with.
+INLINE void tile_softmax(int V, int pair, query_group *g, float *S, int c0, int cells, int masked, float softcap, vf *rescale) {
+    for (int v = 0; v < V; v++) {
+        vi lo = vi_load(g->lo + v * VL), hi = vi_load(g->hi + v * VL);
+        vf old = vf_load(g->max + v * VL), max = old, sum = {0};
+        for (int c = 0; c < cells; c++) {
+            vf s = vf_load(S + (c * V + v) * VL);
+            if (softcap > 0.0f) s = vf_tanh(s) * softcap;
+            if (masked) s = vf_select((vi)(lo <= c0 + c) & (vi)(hi >= c0 + c), s, vf_set(-INFINITY));
+            if (masked || softcap > 0.0f) vf_store(S + (c * V + v) * VL, s);
+            max = vf_max(max, s);
+        }
+        if (pair && cells % 2) vf_store(S + (cells * V + v) * VL, vf_set(-INFINITY));
+        for (int c = 0; c < cells; c += 1 + pair) {
+            vf p = vf_exp(vf_load(S + (c * V + v) * VL) - max);
+            sum += p;
+            if (pair) {
+                vf next = vf_exp(vf_load(S + ((c + 1) * V + v) * VL) - max);
+                sum += next;
+                p = vf_pair_bf16(p, next);
+            }
+            vf_store(S + (c / (1 + pair) * V + v) * VL, p);
+        }
+        rescale[v] = vf_exp(old - max);
+        vf_store(g->max + v * VL, max);
+        vf_store(g->sum + v * VL, vf_fma(vf_load(g->sum + v * VL), rescale[v], sum));
+    }
+}
+
+INLINE void tile_output(int J, int V, int REP, int pair, query_group *g, const float *values, int64_t padded, const float *P, int64_t n, int64_t d,
+                        const vf *rescale) {
+    float *out = g->out + d / REP * V * VL;
+    vf acc[PANEL * GROUP_VECS];
+    #pragma GCC unroll 16
+    for (int i = 0; i < J * V; i++) acc[i] = vf_load(out + i * VL) * rescale[i % V];
+    panel(J, V, REP, pair, values + d, REP, padded, P, n, acc);
+    #pragma GCC unroll 16
+    for (int i = 0; i < J * V; i++) vf_store(out + i * VL, acc[i]);
+}
+
+typedef struct {
+    int      first, cells;              // cells first .. first + cells - 1
+    int64_t  words, padded;             // of a K row; of a V row
+    float   *k, *v;                     // k (cells, words), v (cells or pairs of cells, padded)
+    float   *scores;                    // (TILE_CELLS, GROUP_VECS * VL)
+} kv_tile;
+
+INLINE void attend_shape(int V, int REP, int pair, query_group *g, const kv_tile *t, int masked, float softcap) {
+    vf rescale[GROUP_VECS];
+    tile_scores(V, REP, pair, g, t->k, t->words, t->cells, t->scores);
+    tile_softmax(V, pair, g, t->scores, t->first, t->cells, masked, softcap, rescale);
+    int64_t d = 0, n = pair ? (t->cells + 1) / 2 : t->cells;
+    for (; d + PANEL * REP <= t->padded; d += PANEL * REP) tile_output(PANEL, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
+    for (; d + PANEL / 2 * REP <= t->padded; d += PANEL / 2 * REP) tile_output(PANEL / 2, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
+    for (; d < t->padded; d += REP) tile_output(1, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
+}
+
+// One group against one tile; tiles that no row sees are skipped.
+INLINE void attend_group(int pair, query_group *g, const kv_tile *t, float softcap) {
+    if (t->first > g->hi_max || t->first + t->cells <= g->lo_min) return;
+    int masked = t->first < g->lo_max || t->first + t->cells - 1 > g->hi_min;
+    if (g->vecs == GROUP_VECS) { attend_shape(GROUP_VECS, 1, pair, g, t, masked, softcap); return; }
+    switch (g->rep) {
+    case 1: attend_shape(1, 1, pair, g, t, masked, softcap); break;
+    case 2: attend_shape(1, 2, pair, g, t, masked, softcap); break;
+    case 4: attend_shape(1, 4, pair, g, t, masked, softcap); break;
+    case 8: if (VL >= 8) attend_shape(1, 8, pair, g, t, masked, softcap); break;
+    case 16: if (VL >= 16) attend_shape(1, 16, pair, g, t, masked, softcap); break;
+    }
+}
+static void attend_floats(query_group *g, const kv_tile *t, float softcap) { attend_group(0, g, t, softcap); }
+static void attend_pairs(query_group *g, const kv_tile *t, float softcap) { attend_group(1, g, t, softcap); }
+
+// ---- cache rows as a tile wants them ----------------------------------------------------------------------------------------------
+INLINE void zero_from(float *row, int64_t from, int64_t to) { memset(row + from, 0, (to - from) * sizeof(float)); }
+
+// n weights of any type as floats; `row` has room for whole vectors
+INLINE void float_row(int type, int64_t n, const char *from, float *row) {
+    int64_t i = 0;
+    if (type == TYPE_F16) {
+        for (; i + VL <= n; i += VL) vf_store(row + i, vf_from_f16(from + 2 * i));
+        for (; i < n; i++) row[i] = f16_to_f32(((const f16 *)from)[i]);
+    } else if (type == TYPE_F32) {
+        memcpy(row, from, n * sizeof(float));
+    } else {
+        dequantize_row(type, n, from, row);
+    }
+}
+INLINE void pair_row(int64_t padded, const float *row, float *words) {        // floats -> neighbouring pairs of bf16
+    for (int64_t i = 0; i < padded; i += VL) vf_to_bf16((char *)words + 2 * i, vf_load(row + i));
+}
+INLINE void pair_rows(int64_t padded, const float *even, const float *odd, float *words) {
+    for (int64_t i = 0; i < padded; i += VL) vf_store(words + i, vf_pair_bf16(vf_load(even + i), vf_load(odd + i)));
+}
+
+INLINE void merge_group(const query_group *g, int64_t padded, float *out, float *max, float *sum, const float *out2, const float *max2, const float *sum2) {
+    int lanes = group_lanes(g);
+    for (int v = 0; v < lanes; v += VL) {
+        vf a = vf_load(max + v), b = vf_load(max2 + v), top = vf_max(a, b);
+        vf fa = vf_exp(a - top), fb = vf_exp(b - top);
+        vf_store(max + v, top);
+        vf_store(sum + v, vf_load(sum + v) * fa + vf_load(sum2 + v) * fb);
+        for (int64_t i = v; i < padded / g->rep * lanes; i += lanes) vf_store(out + i, vf_load(out + i) * fa + vf_load(out2 + i) * fb);
+    }
+}
