@@ -13,6 +13,8 @@ int         pyg_op_count(void);
 const char *pyg_op_name(int op);               // names match the op table of pyggml/ops
 const char *pyg_compiler(void);
 
+enum { PYG_SMALL_COLS = 8 };     // up to this many columns a matmul prepares its activations privately, without a barrier
+
 // ---- A tensor as kernels see it --------------------------------------------------------------------------------------------
 // Dimensions in ggml order: ne[0] is the contiguous one, nb[i] is the distance in bytes between neighbours in dimension i.
 // numpy shape (a, b, c) is ne = {c, b, a, 1}.
@@ -47,6 +49,7 @@ typedef struct {
     int64_t  *claims;       // n_steps * 8: the next unclaimed chunk of each step, a cache line apart
     int64_t  *step_ns;      // NULL, or n_steps: time spent per step is added here (a barrier then follows each step)
     volatile int32_t *abort;// set to 1 from any thread: the run stops at the next chunk
+    int32_t   alone;        // 1: the caller computes this plan by itself, the pool keeps sleeping
     int64_t   act_bytes;    // private memory a worker needs for prepared activations (filled in by pyg_plan_sizes)
     int64_t   scratch;      // private memory a worker needs beside it (likewise)
 } pyg_plan;
@@ -70,5 +73,26 @@ int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 f
 
 // ---- Codecs: rows of one type, n weights (a multiple of the block); 0 done, 1 this type has no such kernel -------------------
 int pyg_dequantize(int type, int64_t n, const void *src, float *dst);
-int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance);
+int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search);
 int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result);
+
+// ---- Text to tokens (tokenize.c): a table of texts, and merging by score (SPM) or by rank (BPE) -------------------------------
+typedef struct pyg_table pyg_table;
+typedef struct pyg_merger pyg_merger;
+// n texts, the i-th at bytes[offsets[i] + prefix .. offsets[i + 1]]; byte_level: spelled in GPT-2's byte alphabet. NULL: no memory.
+// *duplicate: the first id whose text an earlier one has, or -1.
+pyg_table  *pyg_table_new(const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n, int byte_level, int32_t *duplicate);
+void        pyg_table_free(pyg_table *table);
+int32_t     pyg_table_find(const pyg_table *table, const char *text, int64_t n);                       // id or -1
+// A merger refers to its table, which must outlive it. fallback[256]: the token of a byte that is in no token, or -1.
+pyg_merger *pyg_merger_spm(const pyg_table *table, const float *scores, const int32_t *fallback);
+pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n_merges, int byte_level,
+                           int whole_words, const int32_t *fallback);                                  // merges: "left right", best first
+void        pyg_merger_free(pyg_merger *merger);
+// ids has room for n. BPE: words are lengths in characters of UTF-8 text; SPM finds its words itself. Ids written, or -1: no memory.
+int64_t     pyg_merge(const pyg_merger *merger, const char *text, int64_t n, const int32_t *words, int64_t n_words, int32_t *ids);
+
+// ---- Metadata: `count` strings, each a length (8 bytes, or 4 when !wide; byte-swapped when swap) and its bytes ------------------
+// Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.
+// Returns the position after the last string, or -1 - position of the first one that is longer than `limit` or does not fit.
+int64_t pyg_scan_strings(const uint8_t *data, int64_t pos, int64_t end, int64_t count, int wide, int swap, int64_t limit, int64_t *starts);

@@ -36,6 +36,13 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
+def isas() -> dict[str, list[str]]:
+    """Instruction sets to build with their flags: all that the machine type has, or those named in PYGGML_ISAS (for development)."""
+    every = ISAS.get(machine(), {"scalar": []})
+    wanted = os.environ.get("PYGGML_ISAS")
+    return {name: flags for name, flags in every.items() if not wanted or name == "scalar" or name in wanted.split(",")}
+
+
 def declarations(*names: str) -> str:
     """The C declarations of headers as cffi wants them: without preprocessor lines."""
     return "\n".join(line for name in names for line in (HERE / name).read_text().splitlines() if not line.startswith("#"))
@@ -67,7 +74,6 @@ class BuildNative(build_ext):
                 ext.optional = True
 
     def build_extension(self, ext):
-        isas = ISAS.get(machine(), {"scalar": []})
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
         glue = temp / "_native.c"
@@ -82,11 +88,11 @@ class BuildNative(build_ext):
                                          extra_postargs=[*COMMON, *flags, *extra], depends=[str(p) for p in HERE.rglob("*.h")])
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for objects in pool.map(compile_isa, isas.items()):
+            for objects in pool.map(compile_isa, isas().items()):
                 ext.extra_objects += objects
-        ext.sources = [*ext.sources, str(glue)]
+        ext.sources = [*(os.path.relpath(p) for p in sorted(HERE.glob("*.c")) if p.name != "kernels.c"), str(glue)]
         ext.include_dirs += include
-        ext.define_macros += [("ISA_LIST(X)", " ".join(f"X({isa})" for isa in isas))]
+        ext.define_macros += [("ISA_LIST(X)", " ".join(f"X({isa})" for isa in isas()))]
         ext.depends += [str(p) for p in HERE.rglob("*.h")]
         ext.extra_compile_args += [*COMMON, *extra]
         ext.extra_link_args += ["-pthread", "-lm", *extra]

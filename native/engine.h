@@ -6,7 +6,7 @@
 #include "blocks.h"
 
 enum { TILE_ROWS = 16 };                // rows interleaved in the R16 layout
-enum { SMALL_COLS = 8 };                // up to this many columns a matmul prepares its activations privately
+enum { SMALL_COLS = PYG_SMALL_COLS };
 
 typedef struct {                        // the activations this worker prepared last (see kernels/act.h)
     int32_t id;                         // step attribute ACT_ID they were prepared for; -1 none
@@ -97,6 +97,7 @@ typedef struct {
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
     void (*dequantize[N_TYPES])(int64_t n, const void *src, float *dst);
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
+    void (*search[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);     // quantize with a wider, slower search
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact);

@@ -201,6 +201,11 @@ int pyg_run(pyg_pool *pool, const pyg_plan *plan) {
     memset(plan->claims, 0, (size_t)plan->n_steps * 8 * sizeof(int64_t));
     pool->plan = plan;
     pool->workers[0].plan = plan;
+    pool->workers[0].nth = plan->alone ? 1 : pool->n_threads;
+    if (plan->alone) {
+        walk(&pool->workers[0]);
+        return plan->abort && *plan->abort ? 1 : 0;
+    }
     int finished = atomic_load(&pool->finished.value);
     gate_bump(pool, &pool->generation);
     walk(&pool->workers[0]);

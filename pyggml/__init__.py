@@ -1,0 +1,49 @@
+"""Read, inspect, rewrite, quantize and run GGUF models.
+
+The names below are loaded when they are first used, so that importing pyggml costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Llama": "pyggml.llama", "LogitsProcessorList": "pyggml.arguments", "StoppingCriteriaList": "pyggml.arguments",
+    "Model": "pyggml.context", "Context": "pyggml.context",
+    "Sampler": "pyggml.sampling", "SamplingParams": "pyggml.sampling",
+    "open": "pyggml.formats", "TensorFile": "pyggml.formats",
+    "quantize": "pyggml.quants", "dequantize": "pyggml.quants",
+    "PyggmlError": "pyggml.errors",
+}
+
+__all__ = [*_HOME, "__version__"]     # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from pyggml.arguments import LogitsProcessorList as LogitsProcessorList
+    from pyggml.arguments import StoppingCriteriaList as StoppingCriteriaList
+    from pyggml.context import Context as Context
+    from pyggml.context import Model as Model
+    from pyggml.errors import PyggmlError as PyggmlError
+    from pyggml.formats import TensorFile as TensorFile
+    from pyggml.formats import open as open
+    from pyggml.llama import Llama as Llama
+    from pyggml.quants import dequantize as dequantize
+    from pyggml.quants import quantize as quantize
+    from pyggml.sampling import Sampler as Sampler
+    from pyggml.sampling import SamplingParams as SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'pyggml' has no attribute {name!r}")
+    import importlib
+
+    value = globals()[name] = getattr(importlib.import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -13,5 +13,13 @@ class ModelError(PyggmlError):
     """A sound file that cannot be run: unknown architecture, a key or tensor missing, or a tensor of the wrong shape."""
 
 
-class ContextOverflow(PyggmlError):
+class ContextOverflow(PyggmlError, ValueError):
     """More tokens than the context holds; the message names both sizes."""
+
+
+class ParameterError(PyggmlError, ValueError):
+    """A parameter outside its range, or one that pyggml does not support; the message names it and what is possible."""
+
+
+class Cancelled(PyggmlError):
+    """A running evaluation was stopped from outside (Ctrl-C, a closed request)."""

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyggml.errors import PyggmlError
 
 _HERE = Path(__file__).parent
@@ -65,3 +67,14 @@ def select_isa(name: str | None = None) -> str:
 
 
 isa = select_isa(os.environ.get("PYGGML_ISA") or None)
+
+
+def huge_zeros(n_bytes: int) -> np.ndarray:
+    """Zeroed bytes that cost nothing until touched, on huge pages where the system has them."""
+    if lib is None:
+        return np.zeros(n_bytes, np.uint8)
+    arena = lib.pyg_arena_new(n_bytes)
+    if arena == ffi.NULL:
+        raise PyggmlError(f"no memory for {n_bytes / 2**20:.0f} MB; use a smaller context (-c)")
+    owner = ffi.gc(arena, lambda p: lib.pyg_arena_free(p, n_bytes))
+    return np.frombuffer(ffi.buffer(owner, n_bytes), np.uint8)

@@ -103,7 +103,7 @@ static chunking chunks_of(const worker *w, int64_t tiles, int64_t bytes, int64_t
 // ---- what happens to a finished tile -------------------------------------------------------------------------------------------------
 typedef struct {
     int glu;                                     // -1, or GLU_*: act(first matrix) * second matrix
-    float scale;                                 // of the product and its bias
+    float scale;                                 // of the product
     const float *bias[2];
 } epilogue;
 
@@ -113,6 +113,7 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
     const int whole = rows == TILE_ROWS;
     for (int v = 0; v < TILE_ROWS; v += VL) {
         vf x = vf_load(a + v);
+        if (e->scale != 1.0f) x *= e->scale;
         if (e->bias[0]) {
             if (!whole) memcpy(bias, e->bias[0] + row, rows * sizeof(float));
             x += vf_load((whole ? e->bias[0] + row : bias) + v);
@@ -125,7 +126,6 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
             }
             x = vf_glu(e->glu, x, up);
         }
-        if (e->scale != 1.0f) x *= e->scale;
         if (residual) {
             if (!whole) memcpy(old, residual, rows * sizeof(float));
             x += vf_load((whole ? residual : old) + v);

@@ -1,4 +1,4 @@
-// Encoders whose bytes are defined by a formula: no search, the same bytes as ggml's. The searched types are in search.h and below.
+// Encoders whose bytes are defined by a formula: no search, the same bytes as ggml's. The searched types are in encode.h.
 // `importance` holds a weight per column of the row, or is NULL.
 #pragma once
 
@@ -150,36 +150,38 @@ static void quantize_q5_1(int64_t n, const float *x, void *dst, const float *imp
 }
 
 // ---- ternary -----------------------------------------------------------------------------------------------------------------------------
-static void quantize_tq1_0(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_tq1_0 *b = dst;
-    for (int64_t k = 0; k < n; k += 256, b++) {
-        int8_t q[256];
-        float d = abs_max(256, x + k);
-        codes_roundf(256, x + k, inverse(d), q);
-        b->d = f32_to_f16(d);
-        // five base-3 digits, first weight first, as a fraction of 256 rounded up (so that times 3^n leaves digit n on top)
-#define FRACTION(first, step, count) ({ int v_ = 0; for (int i_ = 0; i_ < 5; i_++) v_ = 3 * v_ + (i_ < count ? q[(first) + i_ * (step)] + 1 : 0); (v_ * 256 + 242) / 243; })
-        for (int j = 0; j < 32; j++) b->qs[j] = FRACTION(j, 32, 5);
-        for (int j = 0; j < 16; j++) b->qs[32 + j] = FRACTION(160 + j, 16, 5);
-        for (int j = 0; j < 4; j++) b->qh[j] = FRACTION(240 + j, 4, 4);
-#undef FRACTION
+// Base-3 digits of the weights q[0], q[step], ... (each plus 1), first weight first, as a fraction of 256 rounded up: times 3^n leaves
+// digit n on top (see codes_tq1_0).
+INLINE int ternary_fraction(const int8_t *q, int step, int count) {
+    int value = 0;
+    for (int i = 0; i < 5; i++) value = 3 * value + (i < count ? q[i * step] + 1 : 0);
+    return (value * 256 + 242) / 243;
+}
+INLINE void pack_tq1_0(const int8_t *q, block_tq1_0 *b) {
+    for (int j = 0; j < 32; j++) b->qs[j] = ternary_fraction(q + j, 32, 5);
+    for (int j = 0; j < 16; j++) b->qs[32 + j] = ternary_fraction(q + 160 + j, 16, 5);
+    for (int j = 0; j < 4; j++) b->qh[j] = ternary_fraction(q + 240 + j, 4, 4);
+}
+INLINE void pack_tq2_0(const int8_t *q, block_tq2_0 *b) {
+    for (int j = 0; j < 64; j++) {
+        const int8_t *p = q + 128 * (j / 32) + j % 32;
+        b->qs[j] = (p[0] + 1) | (p[32] + 1) << 2 | (p[64] + 1) << 4 | (p[96] + 1) << 6;
     }
 }
-static void quantize_tq2_0(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_tq2_0 *b = dst;
-    for (int64_t k = 0; k < n; k += 256, b++) {
-        int8_t q[256];
-        float d = abs_max(256, x + k);
-        codes_roundf(256, x + k, inverse(d), q);
-        b->d = f32_to_f16(d);
-        for (int j = 0; j < 64; j++) {
-            const int8_t *p = q + 128 * (j / 32) + j % 32;
-            b->qs[j] = (p[0] + 1) | (p[32] + 1) << 2 | (p[64] + 1) << 4 | (p[96] + 1) << 6;
-        }
+#define QUANTIZE_TERNARY(name)                                                                          \
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
+        (void)importance;                                                                               \
+        block_##name *b = dst;                                                                          \
+        for (int64_t k = 0; k < n; k += 256, b++) {                                                     \
+            int8_t q[256];                                                                              \
+            float d = abs_max(256, x + k);                                                              \
+            codes_roundf(256, x + k, inverse(d), q);                                                    \
+            b->d = f32_to_f16(d);                                                                       \
+            pack_##name(q, b);                                                                          \
+        }                                                                                               \
     }
-}
+QUANTIZE_TERNARY(tq1_0)
+QUANTIZE_TERNARY(tq2_0)
 
 // ---- 4-bit floats -------------------------------------------------------------------------------------------------------------------------
 // Codes of the nearest value * d in a table of 16; of two equally near the first.
@@ -224,8 +226,36 @@ static void quantize_bf16(int64_t n, const float *x, void *dst, const float *imp
     for (int64_t k = 0; k < n; k++) y[k] = f32_to_bf16(x[k]);
 }
 
+#include "search.h"
+#include "grids.h"
+#include "encode.h"
+
+// Types that are always searched, those that are when the weights have an importance, and those that are only when asked for.
+#define ALWAYS_SEARCHED(X) X(q2_K) X(q3_K) X(q4_K) X(q5_K) X(q6_K) X(iq4_nl) X(iq4_xs) X(iq2_xxs) X(iq2_xs) X(iq2_s) X(iq3_xxs) X(iq3_s) \
+    X(iq1_s) X(iq1_m) X(nvfp4) X(q1_0) X(q2_0)
+#define SEARCHED_BY_IMPORTANCE(X) X(q4_0) X(q4_1) X(q5_0) X(q5_1)
+#define SEARCHED_ON_REQUEST(X) X(q8_0) X(tq1_0) X(tq2_0) X(mxfp4)
+#define X(name)                                                                                         \
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(n, x, dst, importance, 0); }
+ALWAYS_SEARCHED(X)
+#undef X
+#define X(name)                                                                                         \
+    static void weighted_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
+        if (importance) encode_##name(n, x, dst, importance, 0);                                        \
+        else quantize_##name(n, x, dst, NULL);                                                          \
+    }
+SEARCHED_BY_IMPORTANCE(X)
+#undef X
+#define X(name)                                                                                         \
+    static void search_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(n, x, dst, importance, 1); }
+ALWAYS_SEARCHED(X) SEARCHED_BY_IMPORTANCE(X) SEARCHED_ON_REQUEST(X)
+#undef X
+
 #define QUANTIZE_ENTRY(name) [TYPE_##name] = quantize_##name,
+#define WEIGHTED_ENTRY(name) [TYPE_##name] = weighted_##name,
 #define QUANTIZE_TABLE { \
-    QUANTIZE_ENTRY(f32) QUANTIZE_ENTRY(f16) QUANTIZE_ENTRY(bf16) QUANTIZE_ENTRY(q4_0) QUANTIZE_ENTRY(q4_1) QUANTIZE_ENTRY(q5_0) \
-    QUANTIZE_ENTRY(q5_1) QUANTIZE_ENTRY(q8_0) QUANTIZE_ENTRY(q8_1) QUANTIZE_ENTRY(q8_K) QUANTIZE_ENTRY(tq1_0) QUANTIZE_ENTRY(tq2_0) \
-    QUANTIZE_ENTRY(mxfp4) }
+    QUANTIZE_ENTRY(f32) QUANTIZE_ENTRY(f16) QUANTIZE_ENTRY(bf16) QUANTIZE_ENTRY(q8_0) QUANTIZE_ENTRY(q8_1) QUANTIZE_ENTRY(q8_K) \
+    QUANTIZE_ENTRY(tq1_0) QUANTIZE_ENTRY(tq2_0) QUANTIZE_ENTRY(mxfp4) SEARCHED_BY_IMPORTANCE(WEIGHTED_ENTRY) ALWAYS_SEARCHED(QUANTIZE_ENTRY) }
+
+#define SEARCH_ENTRY(name) [TYPE_##name] = search_##name,
+#define SEARCH_TABLE {ALWAYS_SEARCHED(SEARCH_ENTRY) SEARCHED_BY_IMPORTANCE(SEARCH_ENTRY) SEARCHED_ON_REQUEST(SEARCH_ENTRY)}

@@ -49,8 +49,6 @@ static void op_rope(worker *w, const pyg_step *s) {
 }
 
 // ---- cache rows ---------------------------------------------------------------------------------------------------------------
-enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 30 };
-
 INLINE void store_row(int type, int64_t n, const float *x, char *to) {
     int64_t i = 0;
     switch (type) {

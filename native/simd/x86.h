@@ -143,7 +143,7 @@ INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entrie
 enum { VREGS = 32 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm512_set1_ps(*p);
-    if (n == 2) return (vf)_mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 2) { double pair; memcpy(&pair, p, 8); return (vf)_mm512_set1_pd(pair); }
     if (n == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if (n == 8) return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
     return (vf)_mm512_loadu_ps(p);
@@ -156,13 +156,19 @@ static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
 }
 #if defined __AVX512BF16__
 #define NATIVE_BF16 1
+static inline vf vf_pack_bf16(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+static inline vf vf_pair_bf16(vf even, vf odd) {
+    vi i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __m512i zip = (__m512i)(i | (i + 16) << 16);            // halves i and 16 + i side by side
+    return (vf)_mm512_permutexvar_epi16(zip, (__m512i)vf_pack_bf16(even, odd));
+}
 static inline vf vf_dot_bf16(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #endif
 #else
 enum { VREGS = 16 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm256_set1_ps(*p);
-    if (n == 2) return (vf)_mm256_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 2) { double pair; memcpy(&pair, p, 8); return (vf)_mm256_set1_pd(pair); }
     if (n == 4) return (vf)_mm256_broadcast_ps((const __m128 *)p);
     return (vf)_mm256_loadu_ps(p);
 }

@@ -9,16 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyggml.errors import PyggmlError
-from pyggml.native import ffi, lib
+from pyggml.native import ffi, huge_zeros, lib
 from pyggml.types import tensor_type
 
+if TYPE_CHECKING:
+    from pyggml.graph import Tensor
+
 OPS: dict[str, int] = {ffi.string(lib.pyg_op_name(i)).decode(): i for i in range(lib.pyg_op_count())} if lib else {}
-_NUMPY_TYPES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.int8): "I8", np.dtype(np.uint8): "I8"}
+_NUMPY_TYPES = {np.dtype(d): name for d, name in ((np.float32, "F32"), (np.int32, "I32"), (np.float16, "F16"), (np.int8, "I8"), (np.uint8, "I8"))}
 
 
 def physical_cores() -> int:
@@ -44,6 +47,53 @@ class Pool:
     def barriers(self) -> int:
         """Barriers passed since the pool was made."""
         return lib.pyg_barriers(self._pool)
+
+
+class WeightStore:
+    """The weights of one model as the CPU backend holds them: raw in the file's mapping, and packed where a packed form exists.
+
+    Packing is lazy: a tile is packed by the worker that first computes with it, into one arena of huge pages, and the file's
+    pages behind it are released. `exact` keeps every weight raw and multiplies decoded weights with float activations.
+    """
+
+    def __init__(self, *, repack: bool = True, exact: bool = False) -> None:
+        self.repack, self.exact = repack and not exact, exact
+        self._packed: dict[str, tuple[Any, np.ndarray] | None] = {}
+        self._gathered: set[str] = set()
+
+    def keep_rows(self, name: str) -> None:
+        """This weight's rows are also read one by one (a token table): its raw form stays."""
+        self._gathered.add(name)
+
+    def packed_bytes(self, weight: Tensor) -> int:
+        """Bytes of the packed form, 0 when the weight is computed from its raw rows."""
+        rows, k = int(np.prod(weight.shape[:-1])), weight.shape[-1]
+        whole_tiles = len(weight.shape) == 2 or weight.shape[-2] % 16 == 0        # an expert's tiles must not straddle
+        return lib.pyg_pack_bytes(tensor_type(weight.type).id, rows, k) if self.repack and whole_tiles else 0
+
+    def act_format(self, weight: Tensor) -> int:
+        """How activations are prepared for this weight (ACT_* of native/engine.h)."""
+        return lib.pyg_act_format(tensor_type(weight.type).id, self.packed_bytes(weight) > 0, self.exact)
+
+    def view(self, program: Program, weight: Tensor, pack: bool) -> int:
+        """Add the weight to a program; every program of this store shares the packed form (`pack`: it may have one)."""
+        packed, ready = self._pack(weight) if pack else (None, None)
+        raw = weight.data.raw.reshape(-1)
+        release = packed is not None and weight.data.mapped and weight.name not in self._gathered
+        return program.view(raw, weight.type, weight.shape, packed=packed, ready=ready, release=release)
+
+    def _pack(self, weight: Tensor) -> tuple[Any, np.ndarray | None]:
+        if weight.name not in self._packed:
+            size = self.packed_bytes(weight)
+            rows = int(np.prod(weight.shape[:-1]))
+            self._packed[weight.name] = (huge_zeros(size), np.zeros(-(-rows // 16), np.uint8)) if size else None
+        entry = self._packed[weight.name]
+        return (None, None) if entry is None else entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for packed weights."""
+        return sum(e[0].nbytes for e in self._packed.values() if e)
 
 
 class Program:
@@ -81,7 +131,7 @@ class Program:
         pointer = ffi.cast("char *", array.ctypes.data)
         self._views.append(dict(
             data=pointer, ne=ne, nb=nb, type=row.id, slot=slot, slot_dim=len(shape) - 1 - slot_axis, release=int(release),
-            packed=packed if packed is not None else ffi.NULL,
+            packed=ffi.cast("char *", packed.ctypes.data) if packed is not None else ffi.NULL,
             ready=ffi.cast("uint8_t *", ready.ctypes.data) if ready is not None else ffi.NULL))
         return len(self._views) - 1
 
@@ -106,9 +156,10 @@ class Program:
         lib.pyg_plan_sizes(self._plan)
         return self
 
-    def run(self, pool: Pool) -> bool:
-        """One native call. False when it was aborted."""
+    def run(self, pool: Pool, alone: bool = False) -> bool:
+        """One native call, by the pool or by the calling thread alone. False when it was aborted."""
         self.native_calls += 1
+        self._plan.alone = alone
         status = lib.pyg_run(pool._pool, self._plan)
         if status == 2:
             raise PyggmlError(f"no memory for {self._plan.act_bytes + self._plan.scratch} bytes of scratch per thread; use a smaller -ub")

@@ -1,0 +1,94 @@
+"""The command line: `pyggml COMMAND ...`, where a command is a module of this package and its file name is its name.
+
+A command module has HELP (one line), `add_arguments(parser)` and `run(args) -> exit status`, and imports what is heavy inside
+`run`; it is imported only when its command is asked for. Modules that begin with an underscore are shared by commands.
+
+Exit status: 0 done; 1 something is wrong with the input; 2 wrong usage; 130 interrupted; 141 nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import io
+import os
+import sys
+from pathlib import Path
+
+from pyggml import __version__
+from pyggml.errors import PyggmlError
+
+USAGE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
+
+
+def commands() -> dict[str, str]:
+    """Every command with its line of help, read from the modules' text without importing them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        line = next(line for line in path.read_text().splitlines() if line.startswith("HELP = "))
+        found[path.stem.replace("_", "-")] = ast.literal_eval(line.removeprefix("HELP = "))
+    return found
+
+
+def overview() -> str:
+    lines = "".join(f"  {name:<12} {help}\n" for name, help in commands().items())
+    return f"usage: pyggml COMMAND [options]\n\n{lines}\npyggml COMMAND --help tells more; pyggml --version prints the version.\n"
+
+
+def parser_of(name: str) -> tuple[argparse.ArgumentParser, object]:
+    """The argument parser and the module of a command."""
+    module = importlib.import_module(f"pyggml.cli.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(f"pyggml {name}", description=f"{module.HELP[0].upper()}{module.HELP[1:]}.", allow_abbrev=False,
+                                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120))
+    module.add_arguments(parser)
+    return parser, module
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0
+    if name in ("-V", "--version"):
+        print(f"pyggml {__version__}")
+        return 0
+    known = commands()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"pyggml: {name!r} is not a command{hint}\n\n{overview()}" if name else overview(), end="", file=sys.stderr)
+        return USAGE
+    return _run(name, rest)
+
+
+def _run(name: str, argv: list[str]) -> int:
+    parser, module = parser_of(name)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
+    try:
+        args = parser.parse_args(argv)
+        status = module.run(args)       # type: ignore[attr-defined]
+        sys.stdout.flush()
+        return status
+    except SystemExit as done:          # argparse has printed help or what is wrong with the usage
+        return int(done.code or 0)
+    except PyggmlError as error:
+        return _fail(name, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that nothing fails again when Python flushes at exit
+        return CLOSED_PIPE
+    except OSError as error:
+        return _fail(name, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError:
+        return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _fail(name: str, message: str) -> int:
+    print(f"pyggml {name}: {message}", file=sys.stderr)
+    return 1

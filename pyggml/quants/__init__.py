@@ -64,11 +64,13 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, threads: int
     return out
 
 
-def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarray | None = None, *, threads: int | None = None) -> np.ndarray:
+def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarray | None = None, *, search: bool = False,
+             threads: int | None = None) -> np.ndarray:
     """Rows of weights as rows of blocks: (..., weights) of any numeric dtype -> uint8 (..., bytes).
 
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
     (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
+    search: spend several times longer on a wider search for a lower error; for formula types too (the bytes are then not ggml's).
     The bytes do not depend on `threads`.
     PyggmlError when a row is not a whole number of blocks, or when a value is not finite (a blocked type cannot hold it).
     """
@@ -90,7 +92,7 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
     rows = x.reshape(groups, -1, n)
     result = out.reshape(groups, -1, out.shape[-1])
     for g in range(groups):
-        _quantize_rows(rows[g], row, None if importance is None else importance[g], result[g], threads)
+        _quantize_rows(rows[g], row, None if importance is None else importance[g], result[g], search, threads)
     return out
 
 
@@ -100,14 +102,17 @@ def _importance(x: np.ndarray, imatrix: np.ndarray | None) -> tuple[int, np.ndar
         return 1, None
     w = np.ascontiguousarray(imatrix, np.float32)
     if w.shape not in {x.shape[-1:], (*x.shape[:-2], x.shape[-1])}:
-        raise PyggmlError(f"an importance matrix of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
+        raise PyggmlError(f"an importance of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
     if not (np.isfinite(w).all() and (w >= 0).all()):
         raise PyggmlError("the importance matrix has a negative or non-finite entry; compute it again")
     w = w.reshape(-1, x.shape[-1])
-    return len(w), w
+    mean = w.mean(axis=1, keepdims=True)
+    # columns that were never active still deserve some fit: a floor far below what could move the others
+    return len(w), np.where(mean > 0, w + np.float32(1e-6) * mean, np.float32(1))
 
 
-def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, threads: int | None) -> None:
+def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool,
+                   threads: int | None) -> None:
     """x (rows, n), w (n,) or None, out uint8 (rows, bytes)."""
     n = x.shape[1]
     if lib is not None and not row.user_defined:
@@ -115,7 +120,7 @@ def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np
         missing = []
 
         def work(first: int, last: int) -> None:
-            if lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance):
+            if lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance, search):
                 missing.append(row)
         _in_chunks(len(x), n, threads, work)
         if not missing:

@@ -7,7 +7,7 @@ from kernel_case import ISAS, ROPE_NEOX, ROPE_NORM, THREADS, nmse, run
 from rope_reference import rope, rope_table
 
 CACHES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-EXACT, BF16_DOT = 2e-12, 2e-5           # NMSE of float arithmetic; of operands rounded to bf16
+EXACT, BF16_DOT = 2e-12, 4e-5           # NMSE of float arithmetic; of operands rounded to bf16
 
 PREFILL = [
     sequences("one", (0, 0, 1)),
@@ -49,17 +49,18 @@ class Case:
         joint = rng.standard_normal((T, H + 2 * Hk, D)).astype(np.float32)
         joint[:, H + Hk:] *= 0.7
         self.q, self.new_k, self.new_v = (joint[:, a:b] for a, b in ((0, H), (H, H + Hk), (H + Hk, H + 2 * Hk)))
-        self.cache_view = dict(type=cache_type, shape=shape)
+        self.cache_view = {"type": cache_type, "shape": shape}
         q = self.q
         if roped is not None:
-            self.table = rope_table(batch.own_cells - batch.first_cells, 10000.0 ** -(np.arange(0, roped[1], 2) / roped[1])).astype(np.float32)
+            inv_freq = 10000.0 ** -(np.arange(0, roped[1], 2) / roped[1])
+            self.table = rope_table(batch.own_cells - batch.first_cells, inv_freq).astype(np.float32)
             q, key = rope(q, self.table, roped[0]), rope(self.new_k, self.table, roped[0])
             k[:, batch.own_cells], v[:, batch.own_cells] = key.transpose(1, 0, 2), self.new_v.transpose(1, 0, 2)
         self.want = attention(q, k, v, mask, self.scale, softcap)
         self.dst = np.full((T, H * D), np.nan, np.float32)
 
     def common(self):
-        return [(self.q, dict(strides=self.q.strides[:-1])), (self.k, self.cache_view), (self.v, self.cache_view),
+        return [(self.q, {"strides": self.q.strides[:-1]}), (self.k, self.cache_view), (self.v, self.cache_view),
                 self.batch.own_cells, self.batch.first_cells]
 
     def attention(self, isa, threads=2) -> np.ndarray:
@@ -67,8 +68,9 @@ class Case:
         return self.dst
 
     def step(self, isa, roped, threads=2) -> np.ndarray:
-        new = [(x, dict(strides=x.strides[:-1])) for x in (self.new_k, self.new_v)]
-        run("attention_step", isa, self.dst, [*self.common(), *new, self.table], i=[self.window, *roped], f=[self.scale, self.softcap], threads=threads)
+        new = [(x, {"strides": x.strides[:-1]}) for x in (self.new_k, self.new_v)]
+        run("attention_step", isa, self.dst, [*self.common(), *new, self.table], i=[self.window, *roped], f=[self.scale, self.softcap],
+            threads=threads)
         return self.dst
 
 
@@ -119,7 +121,7 @@ def test_step_caches(isa, cache_type, batch, window, softcap):
     got = case.step(isa, roped)
     assert not np.array_equal(case.k[:, batch.own_cells], own)
     # the reference keeps the new tokens in double; what the cache type loses of them is a part of the difference
-    lost = dict(F32=0, F16=1e-7, BF16=1e-5, Q8_0=5e-5, Q4_0=3e-2)[cache_type]
+    lost = {"F32": 0, "F16": 1e-7, "BF16": 1e-5, "Q8_0": 5e-5, "Q4_0": 3e-2}[cache_type]
     assert nmse(got, case.want) < bound(isa, cache_type) + lost
 
 

@@ -1,0 +1,155 @@
+"""A model's sizes and constants, read once from GGUF keys and frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyggml.errors import ModelError
+
+_REQUIRED = object()
+
+
+class Keys:
+    """Typed reading of `<architecture>.*` keys; a missing or unusable one is a ModelError that names file, key and value."""
+
+    def __init__(self, path: Any, kv: Mapping[str, Any], arch: str) -> None:
+        self.path, self.kv, self.arch = path, kv, arch
+
+    def _get(self, key: str, default: Any) -> Any:
+        name = f"{self.arch}.{key}"
+        if name in self.kv:
+            return self.kv[name]
+        if default is _REQUIRED:
+            raise ModelError(f'{self.path}: the key "{name}" is missing; convert the model again, or add it with `pyggml edit`')
+        return default
+
+    def _bad(self, key: str, value: Any, wanted: str) -> ModelError:
+        return ModelError(f'{self.path}: the key "{self.arch}.{key}" is {value!r}; it must be {wanted}')
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, low: int = 1, high: int = 1 << 24) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+            raise self._bad(key, value, f"a whole number from {low} to {high}")
+        return int(value)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+            raise self._bad(key, value, "a finite number")
+        return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._bad(key, value, "a string")
+        return value
+
+    def per_layer(self, key: str, n_layers: int, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """A number for all layers, or an array with one for each."""
+        value = self._get(key, default)
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            return (self.integer(key, default),) * n_layers
+        try:
+            values = [int(v) for v in value]
+        except (TypeError, ValueError):
+            raise self._bad(key, value, "a whole number, or one for each layer") from None
+        if len(values) != n_layers or min(values) < 1:
+            raise self._bad(key, values, f"{n_layers} positive numbers, one for each layer")
+        return tuple(values)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: which values turn, how fast, and how the speed is scaled for long contexts."""
+
+    n_rot: int
+    base: float
+    scaling: str              # none, linear, yarn, longrope
+    factor: float
+    n_ctx_orig: int
+    attn_factor: float
+    ext_factor: float
+    beta_fast: float
+    beta_slow: float
+
+    def frequencies(self, factors: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+        """Angle per position for each pair, float32 (n_rot / 2), and the factor on cos and sin.
+
+        All scalings are linear in the position, so they fold into the frequencies. `factors` divides them (llama 3, longrope).
+        YaRN: Peng et al. 2023, section 3: pairs that turn often keep their speed, slow ones are interpolated, with a ramp between.
+        """
+        pair = np.arange(self.n_rot // 2, dtype=np.float64)
+        plain = self.base ** (-2 * pair / self.n_rot)
+        if factors is not None:
+            plain = plain / factors
+        if self.scaling == "none" or self.scaling == "longrope":
+            return plain.astype(np.float32), self.attn_factor
+        slowed = plain / self.factor
+        if self.scaling == "linear" or self.ext_factor == 0:
+            return slowed.astype(np.float32), self.attn_factor
+
+        def pair_that_turns(turns: float) -> float:      # how far along the pairs one makes `turns` turns in the trained context
+            return self.n_rot * math.log(self.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+        low = max(0, math.floor(pair_that_turns(self.beta_fast)))
+        high = min(self.n_rot - 1, math.ceil(pair_that_turns(self.beta_slow)))
+        keep = (1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)) * self.ext_factor
+        return (slowed * (1 - keep) + plain * keep).astype(np.float32), self.attn_factor * (1 + 0.1 * math.log(self.factor))
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the keys say about a model. Per-layer numbers are tuples."""
+
+    arch: str
+    n_layers: int
+    n_ctx_train: int
+    n_embd: int
+    n_head: tuple[int, ...]
+    n_kv: tuple[int, ...]
+    head_dim: int             # of queries and keys
+    head_dim_v: int
+    n_ff: tuple[int, ...]
+    eps: float
+    rope: RopeConfig
+    n_expert: int
+    n_expert_used: int
+
+    @staticmethod
+    def read(path: Any, kv: Mapping[str, Any], arch: str) -> Config:
+        keys = Keys(path, kv, arch)
+        n_layers = keys.integer("block_count", high=4096)
+        n_embd = keys.integer("embedding_length")
+        n_head = keys.per_layer("attention.head_count", n_layers)
+        n_kv = keys.per_layer("attention.head_count_kv", n_layers, n_head)
+        for q, kv_heads in zip(n_head, n_kv, strict=True):
+            if q % kv_heads:
+                raise ModelError(f'{path}: the key "{arch}.attention.head_count_kv" is {kv_heads}; it must divide the {q} heads')
+        head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
+        n_ctx = keys.integer("context_length", high=1 << 31)
+        n_expert = keys.integer("expert_count", 0, low=0, high=4096)
+        n_rot = keys.integer("rope.dimension_count", head_dim)
+        if n_rot % 2 or n_rot > head_dim:
+            raise ModelError(f'{path}: the key "{arch}.rope.dimension_count" is {n_rot}; it must be even and at most the head size {head_dim}')
+        scaling = keys.text("rope.scaling.type", "linear" if keys.number("rope.scale_linear", 0) else "none")
+        if scaling not in ("none", "linear", "yarn", "longrope"):
+            raise ModelError(f'{path}: the key "{arch}.rope.scaling.type" is {scaling!r}; known are none, linear, yarn, longrope')
+        factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0)) or 1.0
+        if factor <= 0:
+            raise ModelError(f'{path}: the key "{arch}.rope.scaling.factor" is {factor}; it must be positive')
+        return Config(
+            arch=arch, n_layers=n_layers, n_ctx_train=n_ctx, n_embd=n_embd, n_head=n_head, n_kv=n_kv, head_dim=head_dim,
+            head_dim_v=keys.integer("attention.value_length", head_dim),
+            n_ff=keys.per_layer("feed_forward_length", n_layers),
+            eps=keys.number("attention.layer_norm_rms_epsilon"),
+            rope=RopeConfig(
+                n_rot=n_rot, base=keys.number("rope.freq_base", 10000.0), scaling=scaling, factor=factor,
+                n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx, high=1 << 31),
+                attn_factor=keys.number("rope.scaling.attn_factor", 1.0), ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0),
+                beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0), beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0)),
+            n_expert=n_expert, n_expert_used=keys.integer("expert_used_count", low=1, high=n_expert) if n_expert else 0)

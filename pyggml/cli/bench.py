@@ -1,0 +1,238 @@
+"""pyggml bench: tokens per second, with llama-bench's flags, tests and table, so that tables can be laid side by side.
+
+What is timed is evaluation alone: random tokens, one warm-up run of each test, the logits of the last token. Opening the file,
+packing weights, tokenization and sampling stay outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pyggml.cli import INTERRUPTED, _options
+from pyggml.cli._bench_table import FORMATS
+from pyggml.errors import ParameterError
+
+HELP = "measure tokens per second"
+
+# flags whose comma lists are multiplied: (flags, name, default, help)
+LISTS = [
+    (("-b", "--batch-size"), "n_batch", "2048", "tokens of prompt taken at once"),
+    (("-ub", "--ubatch-size"), "n_ubatch", "512", "tokens computed in one go"),
+    (("-t", "--threads"), "n_threads", None, "threads (default: physical cores)"),
+    (("-d", "--n-depth"), "n_depth", "0", "tokens that lie in the cache before"),
+    (("-p", "--n-prompt"), "n_prompt", "512", "length of the prompt tests, pp"),
+    (("-n", "--n-gen"), "n_gen", "128", "length of the generation tests, tg"),
+]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="*", metavar="MODEL", help="GGUF files")
+    parser.add_argument("-m", "--model", dest="model_flag", action="append", metavar="MODEL[,MODEL]", help="the same as a flag")
+    for flags, name, default, help in LISTS:
+        parser.add_argument(*flags, dest=name, action="append", metavar="N[,N]", help=help + (f" (default: {default})" if default else ""))
+    parser.add_argument("-pg", dest="n_pg", action="append", metavar="PP,TG", help="a test of a prompt followed by a generation")
+    for letter, what in (("k", "keys"), ("v", "values")):
+        parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", dest=f"type_{letter}", action="append", metavar="TYPE[,TYPE]",
+                            help=f"type of cached {what} (default: f16)")
+    parser.add_argument("--repack", action="append", metavar="0|1[,0|1]", help="compute on packed weights (default: 1)")
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="runs of each test (default: %(default)s)")
+    parser.add_argument("--delay", type=float, default=0, metavar="SECONDS", help="pause before each test")
+    parser.add_argument("--no-warmup", action="store_true", help="skip the untimed first run")
+    parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the results (default: %(default)s)")
+    parser.add_argument("--progress", action="store_true", help="tell on standard error what runs")
+    parser.add_argument("--ops", action="store_true", help="print the time that each operation took (every test once more)")
+    parser.add_argument("--no-mmap", action="store_true", help="read files into memory instead of mapping them")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def int_list(texts: list[str]) -> list[int]:
+    """Numbers of comma lists in which FIRST-LAST, FIRST-LAST+STEP and FIRST-LAST*FACTOR stand for ranges."""
+    numbers = []
+    for text in ",".join(texts).split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", text.strip())
+        if not found:
+            raise ParameterError(f"{text!r} is not a number or a range; use 512, 128,512, 0-512+128 or 1-8*2")
+        first, last, sign, step = int(found[1]), int(found[2] or found[1]), found[3] or "+", int(found[4] or 1)
+        if sign == "*" and first == 0 or step < (2 if sign == "*" else 1):
+            raise ParameterError(f"the range {text!r} never ends; give it a larger step")
+        while first <= last:
+            numbers.append(first)
+            first = first * step if sign == "*" else first + step
+    return numbers
+
+
+class Test(NamedTuple):
+    """One row: a model, how it is set up, and how many tokens are computed. Field names are llama-bench's."""
+
+    model: str
+    n_batch: int
+    n_ubatch: int
+    type_k: str
+    type_v: str
+    n_threads: int | None
+    repack: int
+    n_depth: int
+    n_prompt: int
+    n_gen: int
+
+    @property
+    def name(self) -> str:
+        work = "+".join(f"{kind}{n}" for kind, n in (("pp", self.n_prompt), ("tg", self.n_gen)) if n)
+        return work + (f" @ d{self.n_depth}" if self.n_depth else "")
+
+
+class Result(NamedTuple):
+    """What a test gave."""
+
+    test: Test
+    model: Any
+    n_threads: int
+    test_time: str                      # when it began, ISO 8601 in UTC
+    samples_ns: list[int]
+
+    @property
+    def samples_ts(self) -> list[float]:
+        return [1e9 * (self.test.n_prompt + self.test.n_gen) / ns for ns in self.samples_ns]
+
+
+def tests(args: argparse.Namespace) -> list[Test]:
+    """Every combination of what the flags list, in llama-bench's order."""
+    if not (models := args.model + [m for given in args.model_flag or [] for m in given.split(",")]):
+        args.usage_error("name a model file, as MODEL or with -m MODEL")
+    numbers: dict[str, list[Any]] = {}
+    for _, name, default, _ in LISTS:
+        given = getattr(args, name) or ([default] if default else None)
+        numbers[name] = int_list(given) if given else [None]
+    types = {name: ",".join(getattr(args, name) or ["f16"]).lower().split(",") for name in ("type_k", "type_v")}
+    for kind in (*types["type_k"], *types["type_v"]):
+        if kind not in _options.CACHE_TYPES:
+            raise ParameterError(f"cache type {kind!r} is unknown; use one of {', '.join(_options.CACHE_TYPES)}")
+    pairs = [tuple(int_list([text])) for text in args.n_pg or []]
+    if any(len(pair) != 2 for pair in pairs):
+        args.usage_error("-pg takes two numbers, PP,TG")
+    work = [(n, 0) for n in numbers["n_prompt"] if n] + [(0, n) for n in numbers["n_gen"] if n] + pairs
+    setups = itertools.product(models, numbers["n_batch"], numbers["n_ubatch"], types["type_k"], types["type_v"], numbers["n_threads"],
+                               int_list(args.repack or ["1"]), numbers["n_depth"])
+    return [Test(*setup, *lengths) for setup in setups for lengths in work]
+
+
+def run(args: argparse.Namespace) -> int:
+    from pyggml.cli._interrupt import on_interrupt
+
+    if args.repetitions < 1:
+        args.usage_error(f"-r {args.repetitions}: at least one repetition is needed")
+    todo = tests(args)
+    running: list[Any] = []             # the context at work
+
+    def cancel() -> None:
+        for context in running:
+            context.cancel()
+
+    with on_interrupt(cancel) as interrupted:
+        FORMATS[args.output](results(todo, args, running, interrupted), todo)
+    return INTERRUPTED if interrupted.is_set() else 0
+
+
+def results(todo: list[Test], args: argparse.Namespace, running: list[Any], interrupted: threading.Event) -> Iterator[Result]:
+    """Run the tests one after the other; an interruption ends them early."""
+    from pyggml.context import Model
+    from pyggml.errors import Cancelled
+
+    path, model = None, None
+    for i, test in enumerate(todo):
+        if test.model != path:
+            path, model = test.model, Model.load(test.model, use_mmap=not args.no_mmap)
+        if args.progress:
+            print(f"pyggml bench: {i + 1}/{len(todo)} {test.model} {test.name}", file=sys.stderr)
+        time.sleep(args.delay)
+        try:
+            yield measure(test, model, args, running)
+            if args.ops:
+                print_ops(test, operations(test, model, running), sys.stdout if args.output == "md" else sys.stderr)
+        except Cancelled:
+            return
+        if interrupted.is_set():
+            return
+
+
+def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> Result:
+    """Run one test."""
+    context = open_context(test, model, running)
+    n_threads = context.pool.n_threads if context.pool is not None else 1
+    result = Result(test, model, n_threads, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [])
+    tokens = random_tokens(model, test.n_prompt + test.n_gen)
+    prompt, generation = tokens[:test.n_prompt], tokens[test.n_prompt:]
+    if not args.no_warmup:
+        evaluate(context, prompt, generation[:1])
+        context.reset()
+    context.eval(random_tokens(model, test.n_depth), logits="none")
+    for _ in range(args.repetitions):
+        context.truncate(test.n_depth)
+        start = time.perf_counter_ns()
+        evaluate(context, prompt, generation)
+        result.samples_ns.append(time.perf_counter_ns() - start)
+    return result
+
+
+def operations(test: Test, model: Any, running: list[Any]) -> list[tuple[str, str, int]]:
+    """The time of each operation in one more run of a test, warmed up."""
+    context = open_context(test, model, running, timing=True)
+    context.eval(random_tokens(model, test.n_depth), logits="none")
+    tokens = random_tokens(model, test.n_prompt + test.n_gen)
+    before: list[tuple[str, str, int]] = []
+    for _ in range(2):
+        before = context.op_times()
+        context.truncate(test.n_depth)
+        evaluate(context, tokens[:test.n_prompt], tokens[test.n_prompt:])
+    return since(before, context.op_times())
+
+
+def open_context(test: Test, model: Any, running: list[Any], timing: bool = False) -> Any:
+    from pyggml.context import Context
+
+    context = Context(model, n_ctx=test.n_prompt + test.n_gen + test.n_depth, n_batch=test.n_batch, n_ubatch=test.n_ubatch, n_threads=test.n_threads,
+                      type_k=test.type_k.upper(), type_v=test.type_v.upper(), repack=bool(test.repack), timing=timing)
+    running[:] = [context]
+    return context
+
+
+def random_tokens(model: Any, n: int) -> Any:
+    """`n` tokens, int64; the first one begins a text where the vocabulary has a token for that."""
+    import numpy as np
+
+    tokens = np.random.default_rng(1).integers(0, model.n_vocab, n)
+    tokens[:1] = model.file.kv.get("tokenizer.ggml.bos_token_id", 0)
+    return tokens
+
+
+def evaluate(context: Any, prompt: Any, generation: Any) -> None:
+    """The work that is timed: the prompt as one piece, then one token after the other."""
+    if len(prompt):
+        context.eval(prompt)
+    for i in range(len(generation)):
+        context.eval(generation[i:i + 1])
+
+
+def since(before: list[tuple[str, str, int]], after: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """What each step took between two readings, summed over steps of one name that write the same kind of thing; the longest first."""
+    spent: dict[tuple[str, str], int] = {}
+    for sign, readings in ((-1, before), (1, after)):
+        for op, what, ns in readings:
+            key = op, re.sub(r"\.\d+(?=\.|$)", ".*", what)      # blk.7.ffn_up -> blk.*.ffn_up
+            spent[key] = spent.get(key, 0) + sign * ns
+    return sorted(((op, what, ns) for (op, what), ns in spent.items()), key=lambda row: -row[2])
+
+
+def print_ops(test: Test, ops: list[tuple[str, str, int]], file: Any) -> None:
+    total = sum(ns for _, _, ns in ops) or 1
+    print(f"\n{test.name}: {total / 1e6:.2f} ms in operations", file=file)
+    for op, what, ns in ops:
+        print(f"{ns / 1e6:10.3f} ms {100 * ns / total:5.1f} %  {op:<16} {what}", file=file)
+    print(file=file)

@@ -1,0 +1,90 @@
+"""`pyggml check FILE...`: is a model file whole, sound and usable? For people, for programs (--json) and for CI (exit status)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import pyggml.formats as formats
+from pyggml.errors import PyggmlError
+from pyggml.formats import show
+from pyggml.formats.check import LEVELS, NOTE
+from pyggml.formats.check import check as findings
+from pyggml.formats.values import printable
+
+HELP = "check model files for damage, oddities and missing parts"
+SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="GGUF files; any part of a split model stands for all of it")
+    parser.add_argument("--level", choices=LEVELS, default="validate",
+                        help="parse: structure; validate (default): also every weight and scale; "
+                             "load: also whether metadata and tensors fit together")
+    parser.add_argument("--reproduce", action="store_true", help="also quantize the recorded source again and compare every byte")
+    parser.add_argument("--source", metavar="FILE", help="with --reproduce: where the source is now (default: in the same folder)")
+    parser.add_argument("--imatrix", metavar="FILE", help="with --reproduce: where the importance matrix is now")
+    parser.add_argument("--strict", action="store_true", help="a warning fails too")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 all sound, 1 an error (or, with --strict, a warning) in one of them."""
+    reports = []
+    for path in args.files:
+        report = check(path, args.level)
+        if args.reproduce:
+            reproduce(report, args.source, args.imatrix)
+        reports.append(report)
+        if not args.json:
+            print_report(report, args.quiet)
+    if args.json:
+        print(show.json_text({"level": args.level, "files": reports}))
+    return int(any(r["errors"] or (args.strict and r["warnings"]) for r in reports))
+
+
+def check(path: str, level: str) -> dict[str, Any]:
+    """Errors, warnings and notes of one file as lines of text."""
+    report: dict[str, Any] = {"path": path, "errors": [], "warnings": [], "notes": []}
+    try:
+        file = formats.open(path, use_mmap=False)
+        for finding in findings(file, level):
+            kind = "errors" if finding.is_error(level) else "notes" if finding.level == NOTE else "warnings"
+            report[kind].append(f"{printable(path)}: {finding.text}")
+        report["summary"] = f"{file.format}, {len(file.kv)} keys, {len(file.tensors)} tensors, {show.amount(file.nbytes)}"
+    except PyggmlError as error:
+        report["errors"].append(str(error))
+    return report
+
+
+def reproduce(report: dict[str, Any], source: str | None, imatrix: str | None) -> None:
+    """Adds to a report whether the quantization that made the file gives the same bytes again."""
+    from pyggml.quantize import reproduce as again
+
+    path = printable(report["path"])
+    try:
+        found = again(report["path"], source, imatrix)
+    except PyggmlError as error:
+        report["errors"].append(str(error))
+        return
+    if found.same:
+        report["notes"].append(f"{path}: reproduced: {found.recipe} of {printable(found.source)} gives the same {found.n_tensors} tensors")
+    else:
+        report["errors"].append(f'{path}: not reproduced: tensor "{printable(found.difference)}" of {printable(found.source)} comes out different')
+
+
+def print_report(report: dict[str, Any], quiet: bool) -> None:
+    """Errors go to standard error, everything else to standard output."""
+    for line in report["errors"][:SHOWN]:
+        print(line, file=sys.stderr)
+    if len(report["errors"]) > SHOWN:
+        print(f"{printable(report['path'])}: {len(report['errors']) - SHOWN} more errors; --json lists all", file=sys.stderr)
+    if quiet:
+        return
+    for kind in ("warnings", "notes"):
+        for line in report[kind]:
+            print(f"{line} ({kind[:-1]})")
+    if not report["errors"]:
+        print(f"{printable(report['path'])}: sound ({report['summary']})")

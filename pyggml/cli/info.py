@@ -1,0 +1,90 @@
+"""`pyggml info FILE`: what is in a model file."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections import Counter
+from typing import Any
+
+import pyggml.formats as formats
+from pyggml.errors import PyggmlError
+from pyggml.formats import show
+from pyggml.formats.tensorfile import TensorFile
+from pyggml.formats.values import printable
+
+HELP = "show metadata and tensors of a model file"
+TEMPLATE = "tokenizer.chat_template"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a GGUF file, any part of a split model, or an address (https://..., hf:user/repo/file.gguf)")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--full", action="store_true", help="show long arrays and texts in full")
+    parser.add_argument("--json", action="store_true", help="print one JSON document with metadata and tensors")
+    parser.add_argument("--chat-template", action="store_true", help="print the chat template alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    file = formats.open(args.file, use_mmap=False)
+    if args.chat_template:
+        return print_template(file)
+    print(show.json_text(as_json(file, args.full)) if args.json else as_text(file, args.tensors, args.full))
+    return 0
+
+
+def print_template(file: TensorFile) -> int:
+    """The template with its line breaks; other control characters stay escaped."""
+    if TEMPLATE not in file.kv:
+        raise PyggmlError(f'{printable(file.path)}: key "{TEMPLATE}" is missing; the file has no chat template')
+    print("\n".join(printable(line) for line in str(file.kv[TEMPLATE]).split("\n")))
+    return 0
+
+
+def as_json(file: TensorFile, full: bool = False) -> dict[str, Any]:
+    """One document; arrays come with their length and, unless `full`, their first elements only."""
+    metadata = {}
+    for key in file.kv:
+        value, kind = file.kv[key], file.kv.type(key)
+        metadata[key] = {"type": kind, **({"length": len(value)} if kind.endswith("[]") else {}),
+                         "value": show.json_value(value, None if full else show.SHOWN_ITEMS)}
+    return {"path": file.path, "format": file.format, "byte_order": "little" if file.order == "<" else "big", "bytes": file.nbytes,
+            "alignment": file.alignment, "data_offset": file.data_offset, "warnings": file.warnings, "metadata": metadata,
+            "tensors": [show.json_tensor(t) for t in file.tensors.values()]}
+
+
+def as_text(file: TensorFile, tensors: bool = False, full: bool = False) -> str:
+    parts = [summary(file), metadata(file, full)]
+    if tensors and file.tensors:
+        rows = [("tensor", "type", "shape", "bytes", "offset")]
+        rows += [(printable(t.name), t.type.name, show.shape(t), str(t.nbytes), f"0x{t.offset:x}") for t in file.tensors.values()]
+        parts.append(show.columns(rows, frozenset((3, 4))))
+    parts += [f"warning: {w}" for w in file.warnings]
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(file: TensorFile) -> str:
+    order = "" if file.order == "<" else ", big-endian"
+    rows = [("file", printable(file.path) + (f" and {len(file.sources) - 1} more parts" if len(file.sources) > 1 else "")),
+            ("format", f"{file.format}{order}, alignment {file.alignment}"), ("size", f"{show.amount(file.nbytes)} ({file.nbytes} bytes)")]
+    if file.tensors:
+        weights = sum(t.size for t in file.tensors.values())
+        stored = sum(t.nbytes for t in file.tensors.values())
+        bits = f", {8 * stored / weights:.2f} bits per weight" if weights else ""
+        rows.append(("tensors", f"{len(file.tensors)}, {show.amount(weights, '').strip()} weights{bits}"))
+        counts = Counter(t.type.name for t in file.tensors.values())
+        rows.append(("types", ", ".join(f"{name} {n}" for name, n in counts.most_common())))
+    if TEMPLATE in file.kv:
+        rows.append(("template", "sha256 " + hashlib.sha256(str(file.kv[TEMPLATE]).encode("utf-8", "surrogateescape")).hexdigest()))
+    return show.columns(rows)
+
+
+def metadata(file: TensorFile, full: bool) -> str:
+    if not file.kv:
+        return "no metadata"
+    limits = (1 << 62, 1 << 62) if full else (show.SHOWN_ITEMS, show.SHOWN_TEXT)
+    rows = []
+    for key in file.kv:
+        value, kind = file.kv[key], file.kv.type(key)
+        rows.append((printable(key), f"{kind[:-1]}{len(value)}]" if kind.endswith("[]") else kind, show.text(value, *limits)))
+    return show.columns(rows)

@@ -1,0 +1,322 @@
+"""Running a model: what was loaded (Model), and one conversation with it (Context: cache, plans, prefill and decode).
+
+A context asks the architecture for its graph once, plans it for two kinds of batch (a few tokens; a full batch), and from
+then on a token costs a few stores into input arrays and one native call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pyggml import arch, native
+from pyggml.arch.blocks import Builder
+from pyggml.arch.config import Config
+from pyggml.cache import KVCache
+from pyggml.errors import Cancelled, ContextOverflow, ModelError, PyggmlError
+from pyggml.formats import open as open_file
+from pyggml.graph import OUTPUTS, TOKENS, Tensor, walk
+from pyggml.ops import OPS
+
+log = logging.getLogger("pyggml")
+
+
+class Model:
+    """A model file with its configuration: everything that contexts share."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.arch = str(file.kv.get("general.architecture", ""))
+        if not self.arch:
+            raise ModelError(f'{file.path}: the key "general.architecture" is missing, so this is not a model that can run')
+        self.graph = arch.find(self.arch, file.path)
+        self.config = Config.read(file.path, file.kv, self.arch)
+        table = file.tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise ModelError(f'{file.path}: the tensor "token_embd.weight" is missing; the file is incomplete or not a {self.arch} model')
+        self.n_vocab = table.shape[0]
+        self._stores: dict[tuple[bool, bool], Any] = {}
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], *, use_mmap: bool = True) -> Model:
+        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied."""
+        return Model(open_file(path, use_mmap=use_mmap))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from pyggml import tokenizers
+
+        return tokenizers.load(self.file.kv)
+
+    @property
+    def n_params(self) -> int:
+        return sum(int(np.prod(t.shape, dtype=np.int64)) for t in self.file.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file."""
+        return sum(t.nbytes for t in self.file.tensors.values())
+
+    def describe(self) -> str:
+        """Architecture, size and the most common type of its matrices: `llama 1.1B Q4_0`."""
+        share: dict[str, int] = {}
+        for t in self.file.tensors.values():
+            if len(t.shape) > 1:
+                share[t.type.name] = share.get(t.type.name, 0) + t.nbytes
+        n = self.n_params
+        size = f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+        return f"{self.arch} {size} {max(share, key=lambda k: share[k])}"
+
+    def weights(self, *, repack: bool, exact: bool) -> Any:
+        """The weights as the CPU backend holds them, shared by every context that wants them the same way."""
+        from pyggml.backends.cpu import WeightStore
+
+        key = (repack, exact)
+        if key not in self._stores:
+            self._stores[key] = WeightStore(repack=repack, exact=exact)
+        return self._stores[key]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where values meet weights: `x` is the input that the matrices `weights` multiply; `ids` picks experts, where there are any."""
+
+    weights: tuple[str, ...]
+    x: Tensor
+    ids: Tensor | None
+
+
+def find_sites(output: Tensor) -> list[Site]:
+    """Every input of a matrix product in a graph, each once."""
+    found: dict[tuple[int, int], list[Any]] = {}
+    for node in walk([output]):
+        if not node.is_leaf and node.op != "reshape" and OPS[node.op].matmul:
+            weight, x, *ids = node.srcs
+            found.setdefault((id(x), id(ids[0]) if ids else 0), [x, ids[0] if ids else None]).append(weight.name)  # type: ignore[union-attr]
+    return [Site(tuple(names), x, ids) for x, ids, *names in found.values()]
+
+
+class Crew:
+    """Decides whether a token is computed by the whole pool or by one thread, which is faster for small models.
+
+    Both are tried in turn for the first tokens, and the one with the fastest run is kept. A number of threads that the user
+    gave is never second-guessed, and large models always take the pool.
+    """
+
+    TRIALS = 12
+    SMALL_MODEL = 64 << 20          # bytes of weights: beyond it the pool wins by so much that trying is a waste
+
+    def __init__(self, undecided: bool) -> None:
+        self.alone = False
+        self._best = {False: float("inf"), True: float("inf")}
+        self._left = self.TRIALS if undecided else 0
+
+    def run(self, run: Callable[[bool], bool]) -> bool:
+        """Call `run(alone)` for one token."""
+        if not self._left:
+            return run(self.alone)
+        self._left -= 1
+        trial = self._left % 2 == 1
+        start = time.perf_counter()
+        done = run(trial)
+        if self._left < self.TRIALS - 2:        # the first of each packs weights and touches memory
+            self._best[trial] = min(self._best[trial], time.perf_counter() - start)
+        self.alone = self._best[True] < self._best[False]
+        return done
+
+
+class Context:
+    """One sequence of tokens with its cache. Not for two threads at once; `cancel` may come from anywhere.
+
+    n_ctx       tokens it holds; 0 takes the model's training context
+    n_batch     longest piece that `eval` takes at once (longer input is cut into such pieces)
+    n_ubatch    tokens that one native call computes
+    exact       decoded weights, float activations: the definition of the model, slow
+    watch       called after every batch with each input of a matrix product and its values (see Site)
+    """
+
+    def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
+                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False,
+                 watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
+        for name, value in (("n_ctx", n_ctx + 1), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("n_threads", n_threads or 1)):
+            if value < 1:
+                raise PyggmlError(f"{name} is {value}; it must be positive")
+        c = model.config
+        self.model = model
+        self.n_ctx = n_ctx or c.n_ctx_train
+        self.n_batch, self.n_ubatch = n_batch, min(n_ubatch, n_batch, self.n_ctx)
+        self.n_past = 0
+        self.cache = KVCache(c.n_layers, list(c.n_kv), c.head_dim, c.head_dim_v, self.n_ctx, type_k, type_v)
+        self._repack, self._exact, self._timing, self._watch = repack, exact, timing, watch
+        self._plans: dict[tuple[int, int], Any] = {}
+        self._cancelled = False
+        if native.lib is None:
+            log.warning("no native kernels (%s): computing with numpy, which is slow; install a C compiler and reinstall pyggml", native.why_missing)
+            self.pool = None
+        else:
+            from pyggml.backends.cpu import Pool
+
+            self.pool = Pool(n_threads)
+        self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
+        self._logits = np.empty((0, model.n_vocab), np.float32)
+
+    # ---- plans ---------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The logits node of this model's graph."""
+        return self.model.graph(Builder(self.model.file, self.model.config, self.cache, self.n_ctx))
+
+    @cached_property
+    def _sites(self) -> list[Site]:
+        return find_sites(self.output) if self._watch is not None else []
+
+    @property
+    def _captured_nodes(self) -> list[Tensor]:
+        return list({id(t): t for site in self._sites for t in (site.x, site.ids) if t is not None}.values())
+
+    def _tell(self, values: Sequence[np.ndarray], sizes: dict[Any, int]) -> None:
+        """Call `watch` with the values of every site, cut to this batch."""
+        by_node = {id(t): v[:sizes[t.shape[0]]] for t, v in zip(self._captured_nodes, values, strict=True)}
+        for site in self._sites:
+            self._watch(site, by_node[id(site.x)], by_node[id(site.ids)] if site.ids is not None else None)  # type: ignore[misc]
+
+    def _plan(self, n_tokens: int, n_outputs: int) -> Any:
+        """The plan for a batch of this size: small batches, batches with few logits, batches with all of them."""
+        from pyggml.plan import SMALL, Plan
+
+        limits = (SMALL, SMALL) if n_tokens <= SMALL else (self.n_ubatch, SMALL if n_outputs <= SMALL else self.n_ubatch)
+        if limits not in self._plans:
+            store = self.model.weights(repack=self._repack, exact=self._exact)
+            self._plans[limits] = Plan(self.output, store, {TOKENS: limits[0], OUTPUTS: limits[1]}, self._timing,
+                                        self._captured_nodes)
+        return self._plans[limits]
+
+    @cached_property
+    def _reference(self) -> Any:
+        from pyggml.backends.reference import ReferencePlan
+
+        return ReferencePlan([self.output, *self._captured_nodes])
+
+    # ---- evaluation -----------------------------------------------------------------------------------------------------------
+
+    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray:
+        """Append `tokens` and compute. Returns float32 logits (rows, n_vocab), a view that the next call overwrites.
+
+        logits: "last" (one row, after the last token), "all" (a row for each token) or "none".
+        Raises ContextOverflow when they do not fit, PyggmlError for an id outside the vocabulary, Cancelled after `cancel()`.
+        """
+        ids = np.asarray(tokens, np.int64).reshape(-1)
+        if logits not in ("last", "all", "none"):
+            raise PyggmlError(f"logits is {logits!r}; it must be last, all or none")
+        if self.n_past + len(ids) > self.n_ctx:
+            raise ContextOverflow(f"{self.n_past} + {len(ids)} tokens do not fit into the context of {self.n_ctx}; use a larger one (-c)")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.model.n_vocab:
+            bad = ids[(ids < 0) | (ids >= self.model.n_vocab)][0]
+            raise PyggmlError(f"token {bad} is outside the vocabulary of {self.model.n_vocab}")
+        self._cancelled = False
+        rows = []
+        start = self.n_past
+        for at in range(0, len(ids), self.n_ubatch):
+            piece = ids[at:at + self.n_ubatch]
+            n = len(piece)
+            wanted = range(n) if logits == "all" else [n - 1] if logits == "last" and at + n == len(ids) else []
+            out = self._run(piece, wanted)
+            if self._cancelled:
+                self.n_past = start
+                raise Cancelled(f"stopped after {at} of {len(ids)} tokens")
+            self.n_past += n
+            if len(wanted):
+                rows.append(out)
+                if at + n < len(ids):
+                    rows[-1] = out.copy()
+        self._logits = rows[0] if len(rows) == 1 else np.concatenate(rows) if rows else self._logits[:0]
+        return self._logits
+
+    def sequences(self, tokens: np.ndarray, start: int, wanted: Sequence[int]) -> np.ndarray:
+        """Evaluate the tokens start..start+n of several independent sequences at once: tokens (sequences, n) -> logits (rows, n_vocab).
+
+        Sequence s lives in its own share of the context, n_ctx // sequences tokens long. wanted: which of the n tokens of each
+        sequence get a row of logits. The view is overwritten by the next call; Cancelled after `cancel()`.
+        """
+        count, n = tokens.shape
+        share = self.n_ctx // count
+        if start + n > share or tokens.size > self.n_ubatch:
+            raise ContextOverflow(f"{count} sequences of {start + n} tokens do not fit into {self.n_ctx} cells and batches of {self.n_ubatch}")
+        pos = np.tile(np.arange(start, start + n), count)
+        first = np.repeat(np.arange(count) * share, n)
+        rows = (np.arange(count)[:, None] * n + np.asarray(wanted, np.int64)).reshape(-1)
+        self._cancelled = False
+        out = self._batch(tokens.reshape(-1), pos, first + pos, first, rows)
+        if self._cancelled:
+            raise Cancelled(f"stopped in tokens {start} to {start + n}")
+        return out
+
+    def _run(self, ids: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
+        """The tokens that follow n_past."""
+        cells = self.n_past if len(ids) == 1 else np.arange(self.n_past, self.n_past + len(ids))
+        return self._batch(ids, cells, cells, 0, wanted)
+
+    def _batch(self, ids: np.ndarray, pos: Any, cell: Any, first: Any, wanted: Any) -> np.ndarray:
+        """Token i at position pos[i] is stored in cell[i] and sees the cells first[i]..cell[i]; one native call."""
+        n, m = len(ids), len(wanted)
+        sizes = {TOKENS: n, OUTPUTS: m}
+        given = {"tokens": ids, "pos": pos, "cell": cell, "first": first, "wanted": wanted}
+        if self.pool is None:
+            out, *captured = self._reference.run({k: np.broadcast_to(np.asarray(v, np.int32), m if k == "wanted" else n) for k, v in given.items()})
+            self._tell(captured, sizes)
+            return out
+        plan = self._plan(n, m)
+        for name, value in given.items():
+            plan.inputs[name][:m if name == "wanted" else n] = value
+        plan.program.aborted[0] = self._cancelled
+        if n == 1:
+            self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
+        else:
+            plan.run(self.pool, sizes)
+        if self._watch is not None and not self._cancelled:
+            self._tell(plan.captured, sizes)
+        return plan.output[:m]
+
+    def cancel(self) -> None:
+        """Stop the running evaluation within milliseconds; callable from a signal handler or another thread."""
+        self._cancelled = True
+        for plan in self._plans.values():
+            plan.program.aborted[0] = 1
+
+    def truncate(self, n: int) -> None:
+        """Keep the first `n` tokens."""
+        if not 0 <= n <= self.n_past:
+            raise PyggmlError(f"cannot keep {n} tokens of {self.n_past}")
+        self.n_past = n
+
+    def reset(self) -> None:
+        self.n_past = 0
+
+    def save(self) -> list[np.ndarray]:
+        """The cache of the tokens so far, for `restore`."""
+        return self.cache.copy(self.n_past)
+
+    def restore(self, saved: list[np.ndarray]) -> None:
+        """Go back to what `save` returned, here or in another context of the same model with the same cache types."""
+        n = saved[0].shape[1]
+        if n > self.n_ctx:
+            raise ContextOverflow(f"the saved {n} tokens do not fit into the context of {self.n_ctx}; use a larger one (-c)")
+        self.cache.put(saved)
+        self.n_past = n
+
+    def op_times(self) -> list[tuple[str, str, int]]:
+        """(step, what it writes, nanoseconds so far) of every step, when made with timing=True."""
+        return [(s.op, _label(s), int(ns)) for plan in self._plans.values() if plan.program.step_ns is not None
+                for s, ns in zip(plan.steps, plan.program.step_ns, strict=True)]
+
+
+def _label(step: Any) -> str:
+    return next((t.name for t in step.src if t is not None and t.op == "weight"), step.out.name or step.out.op)

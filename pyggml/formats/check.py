@@ -1,0 +1,226 @@
+"""What is wrong, odd or missing in a model file, as a list of findings.
+
+Opening a file already proves its structure (gguf.py). On top of that a finding belongs to a level, at which it is an error; below it
+is a warning: `parse` (structure), `validate` (every number), `load` (whether a program can make sense of it).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyggml.formats import keys, numbers, render
+from pyggml.formats.tensorfile import OpaqueType, Tensor, TensorFile
+from pyggml.formats.values import StringArray, printable
+
+LEVELS = ("parse", "validate", "load")
+NOTE = "note"               # never an error
+
+
+@dataclass(frozen=True)
+class Finding:
+    level: str              # from which level on this is an error; "note": it never is
+    text: str
+
+    def is_error(self, level: str) -> bool:
+        return self.level != NOTE and LEVELS.index(self.level) <= LEVELS.index(level)
+
+
+def check(file: TensorFile, level: str = "validate") -> list[Finding]:
+    """Findings in a file that opened, up to what `level` looks at."""
+    rules = [structure, space, texts, metadata, tokenizer, template, layers, shapes]
+    if level != "parse":
+        rules.append(values)
+    return [finding for rule in rules for finding in rule(file)]
+
+
+def structure(file: TensorFile) -> Iterator[Finding]:
+    for t in file.tensors.values():
+        if isinstance(t.type, OpaqueType):
+            yield Finding("parse", f"offset 0x{t.offset:x}: tensor \"{printable(t.name)}\": {t.type.why()}")
+    for warning in file.warnings:
+        if not warning.startswith("tensor "):
+            yield Finding(NOTE, warning)
+
+
+def space(file: TensorFile) -> Iterator[Finding]:
+    """Bytes that belong to nothing."""
+    for source in file.sources:
+        tensors = sorted((t for t in file.tensors.values() if t.source is source), key=lambda t: t.offset)
+        if not tensors:
+            continue
+        end = file.data_offset if source is file.sources[0] else tensors[0].offset
+        for t in tensors:
+            gap = t.offset - end
+            if gap >= file.alignment:
+                yield Finding(NOTE, f'offset 0x{end:x}: {gap} unused bytes before tensor "{printable(t.name)}"')
+            end = t.offset + t.nbytes
+        left = source.size - end
+        if left >= file.alignment:
+            yield Finding(NOTE, f"offset 0x{end:x}: {left} bytes follow the last tensor")
+        elif end % file.alignment and not left:
+            yield Finding(NOTE, f"offset 0x{end:x}: the last tensor is not padded to the alignment {file.alignment}")
+
+
+def texts(file: TensorFile) -> Iterator[Finding]:
+    """Text that is not UTF-8."""
+    for key in file.kv:
+        value = file.kv[key]
+        whole = value if isinstance(value, str) else "".join(value.tolist()) if isinstance(value, StringArray) else ""
+        try:
+            whole.encode()
+        except UnicodeEncodeError:
+            yield Finding(NOTE, f'key "{printable(key)}": text that is not UTF-8; other programs may show it wrongly')
+
+
+def metadata(file: TensorFile) -> Iterator[Finding]:
+    """Known keys with a wrong type or a value that makes no sense; what every program needs and is not there."""
+    for key in file.kv:
+        problem = keys.problem(key, file.kv.typed_value(key))
+        if problem:
+            yield Finding("load", problem)
+    arch = _text(file, "general.architecture")
+    if not arch and file.tensors:
+        yield Finding("load", 'key "general.architecture" is missing; no program can tell what the tensors are for')
+    if arch and f"{arch}.block_count" in file.kv:
+        for name in ("context_length", "embedding_length", "attention.head_count"):
+            if f"{arch}.{name}" not in file.kv:
+                yield Finding(NOTE, f'key "{printable(arch)}.{name}" is missing')
+    used, experts = (_number(file, f"{arch}.{name}") for name in ("expert_used_count", "expert_count"))
+    if used is not None and experts is not None and used > experts:
+        yield Finding("load", f'key "{printable(arch)}.expert_used_count" is {used}, there are {experts} experts')
+    heads, kv_heads = (_number(file, f"{arch}.attention.{name}") for name in ("head_count", "head_count_kv"))
+    if heads == 0 or kv_heads == 0 or (heads and kv_heads and heads % kv_heads):
+        yield Finding("load", f"{heads} attention heads cannot share {kv_heads} key-value heads")
+
+
+def _text(file: TensorFile, key: str) -> str:
+    value = file.kv.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _number(file: TensorFile, key: str) -> int | None:
+    value = file.kv.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+TOKENS = "tokenizer.ggml.tokens"
+BYTE_TYPE = 6
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+
+def tokenizer(file: TensorFile) -> Iterator[Finding]:
+    kv, model = file.kv, _text(file, "tokenizer.ggml.model")
+    embedding = file.tensors.get("token_embd.weight")
+    if not model:
+        if embedding is not None:
+            yield Finding(NOTE, 'key "tokenizer.ggml.model" is missing: the file has no tokenizer')
+        return
+    if model in ("none", "no_vocab"):
+        return
+    tokens = kv.get(TOKENS)
+    if not isinstance(tokens, StringArray) or not len(tokens):
+        yield Finding("load", f'key "{TOKENS}" is missing or empty; the tokenizer "{printable(model)}" needs it')
+        return
+    for name in ("scores", "token_type"):
+        values = kv.get(f"tokenizer.ggml.{name}")
+        if isinstance(values, np.ndarray) and len(values) != len(tokens):
+            yield Finding("load", f'key "tokenizer.ggml.{name}" has {len(values)} elements for {len(tokens)} tokens')
+    if model == "llama" and "tokenizer.ggml.scores" not in kv:
+        yield Finding("load", 'key "tokenizer.ggml.scores" is missing; the tokenizer "llama" needs it')
+    if model == "gpt2" and "tokenizer.ggml.merges" not in kv:
+        yield Finding("load", 'key "tokenizer.ggml.merges" is missing; the tokenizer "gpt2" needs it')
+    for key in kv:
+        number = _number(file, key)
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and number is not None and number >= len(tokens):
+            yield Finding("load", f'key "{printable(key)}" is {number}, there are {len(tokens)} tokens')
+    words = tokens.tolist()
+    kinds = kv.get("tokenizer.ggml.token_type")
+    if model == "llama" and isinstance(kinds, np.ndarray):
+        for i in (kinds == BYTE_TYPE).nonzero()[0]:
+            if i < len(words) and not _BYTE_TOKEN.fullmatch(words[i]):
+                yield Finding("load", f'key "{TOKENS}": byte token {i} is "{printable(words[i])[:40]}"; it must be like <0x0A>')
+    if len(set(words)) < len(words):
+        yield Finding(NOTE, f'key "{TOKENS}": {len(words) - len(set(words))} tokens appear more than once')
+    if embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] < len(tokens):
+        yield Finding("load", f'tensor "token_embd.weight" has {embedding.shape[0]} rows for {len(tokens)} tokens')
+
+
+def template(file: TensorFile) -> Iterator[Finding]:
+    for key in file.kv:
+        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
+            problem = render.problem(file.kv[key]) if isinstance(file.kv[key], str) else ""
+            if problem:
+                yield Finding("load", f'key "{printable(key)}": the template does not render: {printable(problem)}')
+
+
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
+
+
+def layers(file: TensorFile) -> Iterator[Finding]:
+    """The layers that are declared are the layers that are there."""
+    declared = _number(file, f"{_text(file, 'general.architecture')}.block_count")
+    found = {int(m[1]) for name in file.tensors if (m := _LAYER.match(name))}
+    if declared is None or not found:
+        return
+    missing = next((i for i in range(min(declared, max(found) + 2)) if i not in found), None)
+    if max(found) >= declared or missing is not None:
+        detail = f"layer {missing} has no tensors" if missing is not None else f"there are tensors of layer {max(found)}"
+        yield Finding("load", f"the metadata declares {declared} layers, but {detail}")
+
+
+# Shapes of a plain decoder, rows first. Names are sizes: E embedding, F feed-forward, Q and K and V rows of the projections, X experts
+DECODERS = ("llama", "qwen2", "qwen3")
+SHAPES = {
+    "attn_norm.weight": "E", "ffn_norm.weight": "E", "attn_q.weight": "QE", "attn_k.weight": "KE", "attn_v.weight": "VE",
+    "attn_output.weight": "EO", "attn_q.bias": "Q", "attn_k.bias": "K", "attn_v.bias": "V",
+    "ffn_gate.weight": "FE", "ffn_up.weight": "FE", "ffn_down.weight": "EF", "ffn_gate_inp.weight": "XE",
+    "ffn_gate_exps.weight": "XFE", "ffn_up_exps.weight": "XFE", "ffn_down_exps.weight": "XEF",
+}
+
+
+def shapes(file: TensorFile) -> Iterator[Finding]:
+    """Tensor shapes against what the metadata declares, for architectures whose shapes are plain."""
+    arch = _text(file, "general.architecture")
+    if arch not in DECODERS:
+        return
+    embedding, heads = _number(file, f"{arch}.embedding_length"), _number(file, f"{arch}.attention.head_count")
+    if not embedding or not heads:
+        return
+    kv_heads = _number(file, f"{arch}.attention.head_count_kv") or heads
+    key = _number(file, f"{arch}.attention.key_length") or embedding // heads
+    value = _number(file, f"{arch}.attention.value_length") or embedding // heads
+    sizes = {"E": embedding, "Q": heads * key, "K": kv_heads * key, "V": kv_heads * value, "O": heads * value,
+             "F": _number(file, f"{arch}.feed_forward_length"), "X": _number(file, f"{arch}.expert_count")}
+    for t in file.tensors.values():
+        pattern = SHAPES.get(_LAYER.sub("", t.name)) if _LAYER.match(t.name) else {"output_norm.weight": "E"}.get(t.name)
+        if t.name in ("token_embd.weight", "output.weight") and t.shape[-1:] != (embedding,):
+            yield Finding("load", _shape_text(t, ("tokens", embedding)))
+        if pattern:
+            expected = tuple(sizes[c] for c in pattern)
+            if len(t.shape) != len(expected) or any(e is not None and e != n for e, n in zip(expected, t.shape, strict=True)):
+                yield Finding("load", _shape_text(t, expected))
+
+
+def _shape_text(t: Tensor, expected: tuple[Any, ...]) -> str:
+    by = " x ".join("any" if n is None else str(n) for n in expected)
+    return f'offset 0x{t.offset:x}: tensor "{printable(t.name)}" is {" x ".join(map(str, t.shape))}; the metadata asks for {by}'
+
+
+def values(file: TensorFile) -> Iterator[Finding]:
+    """NaN and infinity among weights and scales: the first of each tensor. Tensors are read side by side."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) as pool:
+        for t, bad in zip(file.tensors.values(), pool.map(numbers.first_bad, file.tensors.values()), strict=True):
+            if bad is None or isinstance(t.type, OpaqueType):
+                continue
+            row_blocks = max(1, t.shape[-1] // t.type.block if t.shape else 1)
+            row, block = divmod(bad.block, row_blocks)
+            what = f"block {block}: {bad.field}" if bad.field else f"weight {block}"
+            yield Finding("validate", f'offset 0x{t.offset + bad.block * t.type.bytes:x}: tensor "{printable(t.name)}": '
+                                      f"row {row}, {what} is {bad.value}")

@@ -1,0 +1,358 @@
+"""Reading GGUF, versions 1 to 3, both byte orders.
+
+    header     "GGUF", u32 version, u64 tensor count, u64 key count
+    keys       string key, u32 type, value                              string = u64 length, bytes
+    tensors    string name, u32 n_dims, u64 dims[] (innermost first), u32 type, u64 offset in the data
+    padding    to a multiple of general.alignment (32)
+    data       each tensor at its offset
+
+Version 1 has u32 for every count, length and dimension. The file is not trusted: every count and length is compared with the
+bytes that are left by division, as Python integers, before anything is allocated or read. What passes is sound: offsets lie in
+the file, rows divide into blocks, tensors do not overlap, names are unique text. Metadata values stay where they are until asked for.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from pyggml.errors import GGUFError
+from pyggml.formats.source import FIRST_READ, Source
+from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, TensorFile
+from pyggml.formats.values import ARRAY, BOOL, STRING, VALUE_TYPES, StringArray, Typed, ValueType, printable, scan_strings
+from pyggml.types import BY_ID
+
+MAGIC = b"GGUF"
+VERSIONS = (1, 2, 3)
+DEFAULT_ALIGNMENT = 32
+INT64_MAX = 2 ** 63 - 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What no sound file exceeds. They hold beside the size of the file: in a sparse file three gigabytes of text would fit."""
+
+    keys: int = 1 << 20
+    tensors: int = 1 << 20
+    elements: int = 64 << 20        # of one metadata array
+    string: int = 64 << 20          # bytes of one metadata string
+    key: int = 65535                # bytes of a key
+    name: int = 64                  # bytes of a tensor name
+    dims: int = 4
+    nesting: int = 64               # arrays within arrays
+    alignment: int = 64 << 10
+    type_id: int = 1023             # ids above are damage; unknown ones below may belong to another program
+
+
+class Entry(NamedTuple):
+    """Where a metadata value lies. `start` is its first byte after the type id (after the element type and count for an array)."""
+
+    type: ValueType
+    element: ValueType | None       # of an array
+    length: int                     # of an array
+    start: int
+    end: int
+    key_start: int                  # of the whole pair: key length, key, type id, value
+
+
+class _NeedMore(Exception):
+    """The part of the file at hand ends too early: `args[0]` more bytes from its start are needed."""
+
+
+class _Cursor:
+    """A checked walk over the start of a file. `where` says what is being read, for errors."""
+
+    def __init__(self, source: Source, buffer: Any, limits: Limits) -> None:
+        self.name, self.size, self.buffer, self.limits = printable(source.name), source.size, buffer, limits
+        self.have = len(buffer)
+        self.pos, self.where = 0, "header"
+        self.set_format("<", 3)
+
+    def set_format(self, order: str, version: int) -> None:
+        self.order, self.version = order, version
+        self.prefix = 4 if version == 1 else 8              # bytes of a count or length
+        self._u32 = struct.Struct(order + "I").unpack_from
+        self._count = struct.Struct(order + ("I" if version == 1 else "Q")).unpack_from
+
+    def fail(self, text: str, pos: int | None = None) -> NoReturn:
+        raise GGUFError(f"{self.name}: offset 0x{self.pos if pos is None else pos:x}: {self.where}: {text}")
+
+    def need(self, count: int, each: int, what: str) -> int:
+        """The position after `count` items of `each` bytes; an error when the file is too short for them."""
+        left = self.size - self.pos
+        if count > left // each:
+            self.fail(f"{what} needs {count * each} bytes, {left} are left in the file; it is cut short or damaged")
+        end = self.pos + count * each
+        if end > self.have:
+            raise _NeedMore(end)
+        return end
+
+    def u32(self, what: str) -> int:
+        end = self.need(1, 4, what)
+        value = self._u32(self.buffer, self.pos)[0]
+        self.pos = end
+        return value
+
+    def count(self, what: str) -> int:
+        end = self.need(1, self.prefix, what)
+        value = self._count(self.buffer, self.pos)[0]
+        self.pos = end
+        return value
+
+    def capped(self, what: str, limit: int, each: int) -> int:
+        """A count of things that take at least `each` bytes: within its limit and within the file."""
+        start, value = self.pos, self.count(what)
+        if value > limit:
+            self.fail(f"{what} is {value} (limit {limit})", start)
+        if value > (self.size - self.pos) // each:
+            left = self.size - self.pos
+            self.fail(f"{what} is {value}, more than the {left} bytes left in the file can hold; it is cut short or damaged", start)
+        return value
+
+    def text(self, what: str, limit: int) -> str:
+        """A key or a tensor name: not empty, UTF-8, without NUL."""
+        start = self.pos
+        length = self.capped(f"length of the {what}", limit, 1)
+        end = self.need(length, 1, what)
+        data = bytes(self.buffer[self.pos:end])
+        if not data:
+            self.fail(f"the {what} is empty", start)
+        if 0 in data:
+            self.fail(f"the {what} contains a NUL byte", start)
+        try:
+            value = data.decode()
+        except UnicodeDecodeError as error:
+            self.fail(f"the {what} is not UTF-8 (byte 0x{data[error.start]:02x})", self.pos + error.start)
+        self.pos = end
+        return value
+
+    # ---- values ----
+
+    def value_type(self, what: str) -> ValueType:
+        start, number = self.pos, self.u32(what)
+        if number >= len(VALUE_TYPES):
+            self.fail(f"{what} is {number} (limit {len(VALUE_TYPES) - 1})", start)
+        return VALUE_TYPES[number]
+
+    def skip_value(self, key_start: int) -> Entry:
+        """Check the value at `pos` and move past it."""
+        t = self.value_type("value type")
+        if t is ARRAY:
+            return self.skip_array(key_start, 1)
+        start = self.pos
+        if t is STRING:
+            self.pos = self.need(self.capped("length of the string", self.limits.string, 1), 1, "the string")
+        else:
+            end = self.need(1, t.size, f"the {t.name} value")
+            if t is BOOL and self.buffer[start] > 1:
+                self.fail(f"bool is {self.buffer[start]} (limit 1)")
+            self.pos = end
+        return Entry(t, None, 1, start, self.pos, key_start)
+
+    def skip_array(self, key_start: int, depth: int) -> Entry:
+        if depth > self.limits.nesting:
+            self.fail(f"arrays are nested {depth} deep (limit {self.limits.nesting})")
+        element = self.value_type("element type of the array")
+        smallest = {STRING: self.prefix, ARRAY: 4 + self.prefix}.get(element) or element.size
+        count = self.capped("length of the array", self.limits.elements, smallest)
+        start = self.pos
+        if element is STRING:
+            self.skip_strings(count)
+        elif element is ARRAY:
+            for _ in range(count):
+                self.skip_array(key_start, depth + 1)
+        else:
+            end = self.need(count, element.size, "the array")
+            if element is BOOL and count:
+                values = np.frombuffer(self.buffer, np.uint8, count, start)
+                if values.max() > 1:
+                    first = int(np.argmax(values > 1))
+                    self.fail(f"bool {first} of the array is {values[first]} (limit 1)", start + first)
+            self.pos = end
+        return Entry(ARRAY, element, count, start, self.pos, key_start)
+
+    def skip_strings(self, count: int) -> None:
+        end = scan_strings(self.buffer, self.pos, self.have, count, self.order, self.prefix, self.limits.string)
+        if end < 0:                         # name the string, or ask for more of the file
+            self.pos = -end - 1
+            self.need(self.capped("length of a string of the array", self.limits.string, 1), 1, "a string of the array")
+            raise _NeedMore(min(self.size, 2 * self.have))
+        self.pos = end
+
+
+class _Values:
+    """Decodes entries of one file; kept by its Metadata."""
+
+    def __init__(self, cursor: _Cursor) -> None:
+        self.buffer, self.order, self.prefix = cursor.buffer, cursor.order, cursor.prefix
+
+    def __call__(self, entry: Entry) -> Typed:
+        if entry.element is not None:
+            return self.array(entry.element, entry.length, entry.start, entry.end)[0]
+        if entry.type is STRING:
+            return Typed("str", bytes(self.buffer[entry.start + self.prefix:entry.end]).decode("utf-8", "surrogateescape"))
+        return Typed(entry.type.name, struct.unpack_from(self.order + entry.type.code, self.buffer, entry.start)[0])
+
+    def array(self, element: ValueType, count: int, start: int, end: int) -> tuple[Typed, int]:
+        """The array of `count` elements at `start`, and the position after it."""
+        if element is STRING:
+            if end < 0:
+                end = scan_strings(self.buffer, start, len(self.buffer), count, self.order, self.prefix, len(self.buffer))
+            return Typed("str[]", StringArray(self.buffer, start, end, count, self.order, self.prefix)), end
+        if element is ARRAY:
+            items, pos = [], start
+            for _ in range(count):
+                kind, n = struct.unpack_from(self.order + ("II" if self.prefix == 4 else "IQ"), self.buffer, pos)
+                item, pos = self.array(VALUE_TYPES[kind], n, pos + 4 + self.prefix, -1)
+                items.append(item)
+            return Typed("arr[]", items), pos
+        values = np.frombuffer(self.buffer, element.dtype(self.order), count, start) if count else np.empty(0, element.dtype(self.order))
+        return Typed(element.name + "[]", values), start + values.nbytes
+
+
+def read(source: Source, limits: Limits | None = None) -> TensorFile:
+    """The file behind `source`; GGUFError names the offset and the field of what is wrong with it."""
+    limits, n = limits or Limits(), FIRST_READ
+    while True:
+        try:
+            return _read(_Cursor(source, source.head(n), limits), source)
+        except _NeedMore as more:
+            n = max(2 * n, more.args[0])
+
+
+def _read(c: _Cursor, source: Source) -> TensorFile:
+    n_tensors, n_kv = _read_header(c)
+    entries: dict[str, Entry] = {}
+    for i in range(n_kv):
+        c.where, start = f"key {i} of {n_kv}", c.pos
+        key = c.text("key", c.limits.key)
+        c.where = f'key "{printable(key)}"'
+        if key in entries:
+            c.fail("the key appears twice", start)
+        entries[key] = c.skip_value(start)
+    kv = Metadata(entries, _Values(c))
+    warnings: list[str] = []
+    alignment = _alignment(c, kv, warnings)
+    infos = _read_infos(c, n_tensors)
+    table_end = c.pos
+    data = -(-table_end // alignment) * alignment
+    tensors = _place(c, source, infos, data, alignment, warnings)
+    return TensorFile([source], kv, tensors, format=f"GGUF v{c.version}", alignment=alignment, data_offset=data,
+                      table_end=table_end, order=c.order, warnings=warnings)
+
+
+def _read_header(c: _Cursor) -> tuple[int, int]:
+    """Counts of tensors and keys; finds out version and byte order."""
+    if c.size < len(MAGIC) + 4 or bytes(c.buffer[:4]) != MAGIC:
+        c.fail("not a GGUF file, the magic is not there" if c.size > 8 else f"not a GGUF file, it has {c.size} bytes")
+    c.pos = 4
+    version = c.u32("version")
+    if version & 0xFFFF == 0:                   # no version is that high: the other byte order
+        c.set_format(">", 3)
+        c.pos = 4
+        version = c.u32("version")
+    if version not in VERSIONS:
+        c.fail(f"version is {version}; versions {VERSIONS[0]} to {VERSIONS[-1]} are known", 4)
+    c.set_format(c.order, version)
+    p = c.prefix
+    start, n_tensors = c.pos, c.count("tensor count")
+    n_kv = c.capped("key count", c.limits.keys, p + 4 + 1)
+    at, c.pos = c.pos, start
+    c.capped("tensor count", c.limits.tensors, p + 4 + 4 + 8)
+    c.pos = at
+    return n_tensors, n_kv
+
+
+def _alignment(c: _Cursor, kv: Metadata, warnings: list[str]) -> int:
+    key = "general.alignment"
+    if key not in kv:
+        return DEFAULT_ALIGNMENT
+    entry, c.where = kv.entry(key), f'key "{key}"'
+    if kv.type(key) != "u32":
+        c.fail(f"the alignment is of type {kv.type(key)}; it must be u32", entry.start)
+    a = kv[key]
+    if a == 0 or a > c.limits.alignment or (a % 8 and a not in (1, 2, 4)):
+        c.fail(f"alignment is {a}; it must be a power of two from 8 to {c.limits.alignment}", entry.start)
+    if a < 8 or a & (a - 1):
+        warnings.append(f"alignment is {a}, not a power of two from 8 upwards; other programs may refuse the file")
+    return a
+
+
+class _Info(NamedTuple):
+    name: str
+    dims: tuple[int, ...]       # innermost first
+    type: int
+    offset: int                 # in the data
+    dims_at: int                # where these fields lie in the file
+    offset_at: int
+
+
+def _read_infos(c: _Cursor, n_tensors: int) -> dict[str, _Info]:
+    infos: dict[str, _Info] = {}
+    offset_of = struct.Struct(c.order + "Q").unpack_from
+    for i in range(n_tensors):
+        c.where, at = f"tensor {i} of {n_tensors}", c.pos
+        name = c.text("tensor name", c.limits.name)
+        c.where = f'tensor "{printable(name)}"'
+        if name in infos:
+            c.fail("the tensor appears twice", at)
+        start, n_dims = c.pos, c.u32("n_dims")
+        if n_dims > c.limits.dims:
+            c.fail(f"n_dims is {n_dims} (limit {c.limits.dims})", start)
+        dims_at, dims, elements = c.pos, [], 1
+        for k in range(n_dims):
+            dims.append(c.count(f"dimension {k}"))
+            elements *= max(1, dims[-1])
+            if elements > INT64_MAX:
+                c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^63 - 1)", dims_at)
+        start, kind = c.pos, c.u32("type")
+        if kind > c.limits.type_id:
+            c.fail(f"type is {kind} (limit {c.limits.type_id})", start)
+        end = c.need(1, 8, "offset")
+        infos[name] = _Info(name, tuple(dims), kind, offset_of(c.buffer, c.pos)[0], dims_at, c.pos)
+        c.pos = end
+    return infos
+
+
+def _place(c: _Cursor, source: Source, infos: dict[str, _Info], data: int, alignment: int, warnings: list[str]) -> dict[str, Tensor]:
+    """Tensors with their place in the file: aligned, inside it, apart from each other."""
+    room = max(0, source.size - data)           # the data may start past the end of a file that has none
+    sizes = {info.name: _bytes_of(c, info) for info in infos.values()}
+    order = sorted(infos.values(), key=lambda info: (info.offset, sizes[info.name] or 0))
+    tensors, covered, owner = {}, 0, ""
+    for k, info in enumerate(order):
+        c.where, c.pos = f'tensor "{printable(info.name)}"', info.offset_at
+        type = BY_ID.get(info.type) or OpaqueType(info.type)
+        size = sizes[info.name]
+        if size is None:                        # the bytes up to the next tensor; without knowing the type there is no better bound
+            size = max(0, (order[k + 1].offset if k + 1 < len(order) else room) - info.offset)
+            warnings.append(f'tensor "{printable(info.name)}": {OpaqueType(info.type).why()}')
+        if info.offset % alignment:
+            c.fail(f"offset {info.offset} is not a multiple of the alignment {alignment}")
+        if info.offset + size > (room if size else -(-room // alignment) * alignment):
+            c.fail(f"offset {info.offset} with {size} bytes of data ends {data + info.offset + size - source.size} bytes past the end "
+                   "of the file; the download is incomplete, or the entry is damaged")
+        if size and info.offset < covered:
+            c.fail(f'offset {info.offset} overlaps tensor "{printable(owner)}", which ends at {covered}')
+        if info.offset + size > covered:
+            covered, owner = info.offset + size, info.name
+        tensors[info.name] = Tensor(source, info.name, type, info.dims[::-1], data + info.offset, size, swapped=c.order == ">")
+    return {name: tensors[name] for name in infos}
+
+
+def _bytes_of(c: _Cursor, info: _Info) -> int | None:
+    """Bytes of a tensor's data; None when its type is unknown."""
+    t = BY_ID.get(info.type)
+    if t is None:
+        return None
+    row = info.dims[0] if info.dims else 1
+    if row % t.block:
+        c.where = f'tensor "{printable(info.name)}"'
+        c.fail(f"rows of {row} weights do not divide into {t.name} blocks of {t.block}", info.dims_at)
+    size = t.row_bytes(row)
+    for n in info.dims[1:]:
+        size *= n
+    return size

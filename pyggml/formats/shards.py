@@ -1,0 +1,62 @@
+"""Models split over several files, `NAME-00001-of-0000N.gguf`: opening any of them opens the whole as one TensorFile."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+from pyggml.errors import GGUFError
+from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
+from pyggml.formats.values import printable
+
+_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+COUNT, NUMBER, TENSORS = "split.count", "split.no", "split.tensors.count"
+
+
+def part_path(stem: str, number: int, count: int) -> str:
+    """The path of part `number` (from 1) of `count`."""
+    return f"{stem}-{number:05d}-of-{count:05d}.gguf"
+
+
+def parts_of(path: str | os.PathLike[str]) -> list[str]:
+    """Paths of all parts of the split model that `path` is named as a part of; just `path` when it is not named so."""
+    match = _NAME.fullmatch(os.fspath(path))
+    if not match or not 1 <= int(match["number"]) <= int(match["count"]):
+        return [os.fspath(path)]
+    return [part_path(match["stem"], i + 1, int(match["count"])) for i in range(int(match["count"]))]
+
+
+def is_split(kv: Metadata) -> bool:
+    return COUNT in kv and isinstance(kv[COUNT], int) and kv[COUNT] > 1
+
+
+def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFile:
+    """The whole model of which `opened` is a part. Its metadata is the first part's, without what describes the split."""
+    path, count = opened.path, opened.kv[COUNT]
+    paths = parts_of(path)
+    if len(paths) == 1:
+        raise GGUFError(f'{printable(path)}: key "{COUNT}" says it is one of {count} parts; '
+                        f'name them {part_path("NAME", 1, count)} and so on')
+    missing = [p for p in paths if not os.path.exists(p)]
+    if missing:
+        raise GGUFError(f"{printable(path)}: the model has {len(paths)} parts, missing: {', '.join(printable(p) for p in missing)}")
+    files = [opened if p == path else open_one(p) for p in paths]
+    tensors: dict[str, Tensor] = {}
+    for i, file in enumerate(files):
+        for key, expected in ((COUNT, len(paths)), (NUMBER, i)):
+            if key not in file.kv or file.kv[key] != expected:
+                raise GGUFError(f'{printable(file.path)}: key "{key}" is {file.kv.get(key)}, by the file name it should be {expected}; '
+                                'was the file renamed?')
+        for name, tensor in file.tensors.items():
+            if name in tensors:
+                raise GGUFError(f'{printable(file.path)}: tensor "{printable(name)}" is also in {printable(tensors[name].source.name)}')
+            tensors[name] = tensor
+    first = files[0]
+    expected = first.kv.get(TENSORS, len(tensors))
+    if expected != len(tensors):
+        raise GGUFError(f'{printable(first.path)}: key "{TENSORS}" is {expected}, the parts hold {len(tensors)} tensors')
+    entries = {key: first.kv.entry(key) for key in first.kv if key not in (COUNT, NUMBER, TENSORS)}
+    return TensorFile([f.sources[0] for f in files], Metadata(entries, first.kv.decode), tensors, format=first.format,
+                      alignment=first.alignment, data_offset=first.data_offset, order=first.order,
+                      warnings=[w for f in files for w in f.warnings])

@@ -1,0 +1,127 @@
+"""Where the bytes of a model come from: a memory map, plain reads of a file, or (remote.py) byte ranges over HTTP.
+
+A source has a `name`, a `size` in bytes, `head(n)`: a buffer with at least the first n bytes, and `array(offset, n)`:
+those bytes as uint8. A map hands out views; reads hand out copies and survive a file that shrinks meanwhile.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pyggml.errors import GGUFError, PyggmlError
+from pyggml.formats.atomic import open_file
+from pyggml.formats.values import printable
+
+FIRST_READ = 1 << 20
+
+
+class Source(Protocol):
+    name: str
+    size: int
+    map: mmap.mmap | None
+
+    def head(self, n: int) -> Any: ...
+    def array(self, offset: int, n: int) -> np.ndarray: ...
+
+
+def _open_regular(path: str) -> tuple[int, os.stat_result]:
+    """A read-only descriptor of a regular file and its state; PyggmlError says what else it is."""
+    try:
+        fd = open_file(path, os.O_RDONLY)
+    except OSError as error:
+        raise PyggmlError(f"{printable(path)}: cannot open: {error.strerror}") from None
+    state = os.fstat(fd)
+    if not stat.S_ISREG(state.st_mode):
+        os.close(fd)
+        kind = "a directory" if stat.S_ISDIR(state.st_mode) else "not a regular file"
+        raise PyggmlError(f"{printable(path)}: is {kind}; give the path of a model file")
+    return fd, state
+
+
+class _LocalFile:
+    """A file that is opened here, or one whose descriptor the caller opened and keeps open."""
+
+    map: mmap.mmap | None = None
+
+    def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
+        self.name = os.fspath(path)
+        self.borrowed = fd is not None
+        self.fd, self.state = _open_regular(self.name) if fd is None else (fd, os.fstat(fd))
+        self.size = self.state.st_size
+
+    def __del__(self) -> None:
+        if not self.borrowed and hasattr(self, "fd"):
+            os.close(self.fd)
+
+    def changed(self) -> bool:
+        """The file was written to or cut since it was opened (a new file renamed over it does not matter to the open one)."""
+        now = os.fstat(self.fd)
+        return (now.st_size, now.st_mtime_ns) != (self.state.st_size, self.state.st_mtime_ns)
+
+
+class MappedFile(_LocalFile):
+    """A read-only shared map: arrays are views of it, pages come in when they are touched."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path)
+        self.map = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ) if self.size else None
+        self._bytes = np.frombuffer(self.map, np.uint8) if self.map is not None else np.empty(0, np.uint8)
+
+    def head(self, n: int) -> Any:
+        return self.map if self.map is not None else b""
+
+    def array(self, offset: int, n: int) -> np.ndarray:
+        return self._bytes[offset:offset + n]
+
+
+class PlainFile(_LocalFile):
+    """Reads into private memory: nothing that happens to the file afterwards can hurt."""
+
+    def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
+        super().__init__(path, fd)
+        self._head = np.empty(0, np.uint8)
+
+    def head(self, n: int) -> Any:
+        have, n = len(self._head), min(n, self.size)
+        if have < n:
+            self._head = np.concatenate([self._head, self.array(have, n - have)])
+        return self._head.data
+
+    def array(self, offset: int, n: int) -> np.ndarray:
+        data = np.empty(n, np.uint8)
+        view, done = memoryview(data.data), 0
+        while done < n:
+            try:
+                got = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise GGUFError(f"{printable(self.name)}: offset 0x{offset + done:x}: cannot read: {error.strerror}") from None
+            if not got:
+                raise GGUFError(f"{printable(self.name)}: the file was cut to {offset + done} bytes while it was read; open it again")
+            done += got
+        return data
+
+
+class Memory:
+    """A model that is already in memory."""
+
+    map: mmap.mmap | None = None
+
+    def __init__(self, data: Any, name: str = "<memory>") -> None:
+        self.name, self._data = name, memoryview(data).cast("B")
+        self.size, self._bytes = self._data.nbytes, np.frombuffer(self._data, np.uint8)
+
+    def head(self, n: int) -> Any:
+        return self._data
+
+    def array(self, offset: int, n: int) -> np.ndarray:
+        return self._bytes[offset:offset + n]
+
+
+def local(path: str | os.PathLike[str], use_mmap: bool = True) -> MappedFile | PlainFile:
+    return MappedFile(Path(path)) if use_mmap else PlainFile(Path(path))

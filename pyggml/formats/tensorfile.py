@@ -1,0 +1,225 @@
+"""TensorFile: what every model format is read into. Metadata and tensors are looked up by name; nothing is copied until asked for."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyggml.errors import PyggmlError
+from pyggml.formats.source import Source
+from pyggml.formats.values import Typed, printable
+from pyggml.types import REMOVED, TensorType
+
+PIECE = 1 << 20         # bytes of a tensor that are looked at together: stays in the processor's cache
+
+
+@dataclass(frozen=True)
+class OpaqueType:
+    """A tensor type that this version does not know: its bytes can be listed, copied and hashed, never decoded."""
+
+    id: int
+    block = 1
+    quantized = True
+
+    @property
+    def name(self) -> str:
+        return REMOVED.get(self.id, f"type {self.id}")
+
+    def why(self) -> str:
+        if self.id in REMOVED:
+            return f"type {self.id} ({self.name}) was removed from the format in 2023 or 2024; convert the model again from its source"
+        return f"type {self.id} is unknown to this version of pyggml"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def swap(type: TensorType | OpaqueType, data: np.ndarray, label: str) -> np.ndarray:
+    """Blocks (uint8) in the other byte order. `label` names the tensor in the error for a type whose layout is unknown."""
+    if isinstance(type, OpaqueType):
+        raise PyggmlError(f"{label}: {type.why()}, so its byte order cannot be changed")
+    return np.ascontiguousarray(data).view(type.layout.newbyteorder(">")).astype(type.layout).view(np.uint8)
+
+
+class Metadata(Mapping[str, Any]):
+    """Read-only metadata: numbers, bools and text as Python values, numeric arrays as numpy views, arrays of text decoded lazily.
+
+    `type(key)` is the GGUF type ("u32", "str[]"), and `typed()` the whole as typed values, which write back unchanged.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], decode: Callable[[Any], Typed]) -> None:
+        self._entries, self.decode = entries, decode
+
+    def __getitem__(self, key: str) -> Any:
+        return _plain(self.typed_value(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def typed_value(self, key: str) -> Typed:
+        return self.decode(self._entries[key])
+
+    def type(self, key: str) -> str:
+        return self.typed_value(key).type
+
+    def typed(self) -> dict[str, Typed]:
+        return {key: self.typed_value(key) for key in self}
+
+    def entry(self, key: str) -> Any:
+        """Where the value lies in its file, as the reader of the format keeps it."""
+        return self._entries[key]
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} keys: {', '.join(printable(k) for k in list(self)[:4])}{', ...' if len(self) > 4 else ''}>"
+
+
+def _plain(value: Typed) -> Any:
+    return [_plain(v) for v in value.value] if value.type == "arr[]" else value.value
+
+
+def metadata(values: Mapping[str, Typed]) -> Metadata:
+    """Metadata from values in memory."""
+    return Metadata(dict(values), lambda value: value)
+
+
+class Tensor:
+    """One tensor of a file. `shape` is in numpy order (rows before columns), `offset` counts from the start of the file."""
+
+    def __init__(self, source: Source, name: str, type: TensorType | OpaqueType, shape: tuple[int, ...], offset: int, nbytes: int,
+                 swapped: bool = False) -> None:
+        self.source, self.name, self.type, self.shape, self.offset, self.nbytes = source, name, type, shape, offset, nbytes
+        self.swapped = swapped              # stored in the other byte order than blocks.h says (big-endian)
+        self._cached: Any = None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def mapped(self) -> bool:
+        """`raw` is a view of the file's map, so its pages can be given back and come again."""
+        return self.source.map is not None and not self.swapped
+
+    @property
+    def label(self) -> str:
+        """File and name, for errors."""
+        return f'{printable(self.source.name)}: tensor "{printable(self.name)}"'
+
+    @property
+    def stored(self) -> np.ndarray:
+        """The bytes as they lie in the file: uint8 (nbytes,); a view of the map, or a copy where the file is not mapped."""
+        return self.source.array(self.offset, self.nbytes)
+
+    @property
+    def raw(self) -> np.ndarray:
+        """The blocks: uint8 (rows, row_bytes), little-endian; a view of the map when the file is mapped and little-endian.
+
+        Without a map the copy is made once and shared by whoever holds it.
+        """
+        if self.mapped:
+            return self._rows(self.stored)
+        data = self._cached() if self._cached is not None else None
+        if data is None:
+            data = self._rows(swap(self.type, self.stored, self.label) if self.swapped else self.stored)
+            self._cached = weakref.ref(data)
+        return data
+
+    def pieces(self, limit: int = PIECE) -> Iterator[np.ndarray]:
+        """The blocks from first to last in uint8 arrays of whole blocks, about `limit` bytes each, little-endian."""
+        unit = 1 if isinstance(self.type, OpaqueType) else self.type.bytes
+        step = max(1, limit // unit) * unit
+        for start in range(0, self.nbytes, step):
+            piece = self.source.array(self.offset + start, min(step, self.nbytes - start))
+            yield swap(self.type, piece, self.label) if self.swapped else piece
+
+    def _rows(self, data: np.ndarray) -> np.ndarray:
+        if isinstance(self.type, OpaqueType):
+            return data.reshape(1, self.nbytes)
+        return data.reshape(math.prod(self.shape[:-1]), self.type.row_bytes(self.shape[-1] if self.shape else 1))
+
+    def numpy(self) -> np.ndarray:
+        """The numbers of an unblocked type, in `shape`, without a copy where the file is mapped. BF16 comes as its uint16 bits."""
+        if isinstance(self.type, OpaqueType) or self.type.quantized:
+            raise PyggmlError(f"{self.label} is {self.type}; use .dequantize() for floats or .raw for its blocks")
+        return self.raw.view(self.type.layout).reshape(self.shape)
+
+    def dequantize(self) -> np.ndarray:
+        """The weights as float32, in `shape`."""
+        if isinstance(self.type, OpaqueType):
+            raise PyggmlError(f"{self.label}: {self.type.why()}")
+        from pyggml.quants import dequantize
+        return dequantize(self.raw, self.type).reshape(self.shape)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape)) or "scalar"
+        return f"<{printable(self.name)} {self.type} {shape}, {self.nbytes} bytes at 0x{self.offset:x}>"
+
+
+class TensorFile:
+    """A model file: `kv` (metadata), `tensors` (name -> Tensor, in file order), and what was odd about it (`warnings`)."""
+
+    def __init__(self, sources: list[Source], kv: Metadata, tensors: dict[str, Tensor], *, format: str, alignment: int = 1,
+                 data_offset: int = 0, table_end: int = 0, order: str = "<", warnings: list[str] | None = None) -> None:
+        self.sources, self.kv, self.tensors = sources, kv, tensors
+        self.format, self.alignment, self.order = format, alignment, order
+        self.table_end, self.data_offset = table_end, data_offset       # end of the tensor table, and that rounded up to the alignment
+        self.warnings = warnings or []
+
+    @property
+    def path(self) -> str:
+        """The file's name; of a split model, the first part's."""
+        return self.sources[0].name
+
+    @property
+    def map(self) -> mmap.mmap | None:
+        """The memory map of the (first) file, or None when it is read instead."""
+        return self.sources[0].map
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.size for s in self.sources)
+
+    def advise(self, tensor: Tensor, advice: int) -> None:
+        """madvise the pages of a mapped tensor: mmap.MADV_WILLNEED before use, MADV_DONTNEED to give them back. No-op without a map.
+
+        Giving pages back keeps the neighbours' bytes: a page is only dropped from memory, and read again when touched.
+        """
+        where = tensor.source.map
+        if where is None or tensor.nbytes == 0:
+            return
+        start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        where.madvise(advice, start, tensor.offset + tensor.nbytes - start)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise PyggmlError(f'{self.path}: tensor "{printable(name)}" is missing; the file has {len(self.tensors)} others')
+        return self.tensors[name]
+
+    def __repr__(self) -> str:
+        return f"<{self.format} file {printable(self.path)}: {len(self.kv)} keys, {len(self.tensors)} tensors, {self.nbytes / 1e6:.1f} MB>"
+
+    def _repr_html_(self) -> str:
+        import html
+
+        def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+            cells = "".join("<tr>" + "".join(f"<td>{html.escape(printable(c))}</td>" for c in row) + "</tr>" for row in rows)
+            return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + f"</tr>{cells}</table>"
+
+        keys = [(k, self.kv.type(k), repr(self.kv[k])[:120]) for k in list(self.kv)[:100]]
+        tensors = [(t.name, t.type, " x ".join(map(str, t.shape)), t.nbytes) for t in list(self.tensors.values())[:300]]
+        parts = ((f"{len(self.kv)} keys", table(("key", "type", "value"), keys)),
+                 (f"{len(self.tensors)} tensors", table(("tensor", "type", "shape", "bytes"), tensors)))
+        return f"<b>{html.escape(repr(self))}</b>" + "".join(f"<details><summary>{head}</summary>{body}</details>" for head, body in parts)

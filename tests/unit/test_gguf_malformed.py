@@ -1,0 +1,89 @@
+"""Every malformed file is refused with one sentence that names the place; every legal oddity is read."""
+
+import importlib.util
+import re
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyggml import formats
+from pyggml.errors import GGUFError
+from pyggml.formats import values
+from pyggml.formats.source import Memory
+
+_spec = importlib.util.spec_from_file_location("malformed", Path(__file__).parents[2] / "tools" / "malformed.py")
+malformed = importlib.util.module_from_spec(_spec)
+sys.modules["malformed"] = malformed
+_spec.loader.exec_module(malformed)
+
+
+class InPieces(Memory):
+    """Gives the reader only as much of the start as it asks for, as a file that is read or fetched does."""
+
+    def head(self, n):
+        return bytes(self._data[:n])
+
+
+@pytest.mark.parametrize("source", [Memory, InPieces])
+@pytest.mark.parametrize("case", malformed.invalid(), ids=lambda c: c.name)
+def test_refused(case, source):
+    tracemalloc.start()
+    with pytest.raises(GGUFError) as caught:
+        formats.open_source(source(case.data, "x.gguf"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    message = str(caught.value)
+    assert case.says in message
+    assert re.match(r"x\.gguf: offset 0x[0-9a-f]+: ", message) and "\n" not in message
+    offset = int(re.search("offset 0x([0-9a-f]+)", message)[1], 16)
+    assert offset <= len(case.data)
+    assert peak < 16 * len(case.data) + (4 << 20)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("case", malformed.legal(), ids=lambda c: c.name)
+def test_read(case, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(values, "lib", None)
+    file = formats.open_source(InPieces(case.data, "x.gguf"))
+    for key in file.kv:
+        value = file.kv[key]
+        if isinstance(value, values.StringArray):
+            assert value.tolist() == [value[i] for i in range(len(value))]
+    for tensor in file.tensors.values():
+        assert tensor.raw.nbytes == tensor.nbytes
+
+
+def test_every_malformed_case_has_an_expectation():
+    assert all(case.says for case in malformed.invalid())
+    names = [case.name for case in malformed.invalid()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ["version_1_le", "version_2_le", "version_3_le", "version_2_be", "version_3_be"])
+def test_versions_and_byte_orders_read_alike(name):
+    case = next(c for c in malformed.legal() if c.name == name)
+    file = formats.open_source(Memory(case.data))
+    assert file.kv["s"] == "text" and file.kv["a"] == ["x", "yz"] and list(file.kv["u"]) == [1, 2]
+    assert list(file.kv["n"][0]) == [5] and file.kv["n"][1] == ["q"]
+    assert file.kv.type("u") == "u16[]" and file.kv.type("n") == "arr[]"
+    np.testing.assert_array_equal(file.tensors["a"].numpy(), np.arange(8, dtype=np.float32).reshape(2, 4))
+
+
+def test_unknown_and_removed_types_are_opaque():
+    case = next(c for c in malformed.legal() if c.name == "unknown_type_4")
+    file = formats.open_source(Memory(case.data, "x.gguf"))
+    tensor = file.tensors["a"]
+    assert tensor.nbytes == 32 and bytes(tensor.stored) == bytes(range(32))
+    with pytest.raises(Exception, match=r'x\.gguf: tensor "a": type 4 \(Q4_2\) was removed'):
+        tensor.dequantize()
+    assert any("Q4_2" in w for w in file.warnings)
+
+
+def test_odd_alignment_warns():
+    by_name = {c.name: c for c in malformed.legal()}
+    assert formats.open_source(Memory(by_name["alignment_24"].data)).warnings
+    assert not formats.open_source(Memory(by_name["alignment_64"].data)).warnings

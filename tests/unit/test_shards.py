@@ -1,0 +1,50 @@
+"""A split model opens as one from any part, and a part that is missing or does not belong is named."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from pyggml import formats
+from pyggml.errors import GGUFError
+from pyggml.formats import Typed, shards
+
+
+@pytest.fixture
+def parts(tmp_path):
+    paths = [tmp_path / shards.part_path("m", i + 1, 3) for i in range(3)]
+    for i, path in enumerate(paths):
+        kv = {"split.no": Typed("u16", i), "split.count": Typed("u16", 3), "split.tensors.count": Typed("i32", 3)}
+        formats.write(path, ({"general.name": "m"} if i == 0 else {}) | kv, {f"t{i}": np.full(4, i, np.float32)})
+    return paths
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_any_part_opens_the_whole(parts, which):
+    file = formats.open(parts[which])
+    assert dict(file.kv) == {"general.name": "m"} and list(file.tensors) == ["t0", "t1", "t2"]
+    assert [t.numpy()[0] for t in file.tensors.values()] == [0, 1, 2]
+    assert file.path == str(parts[0])
+
+
+def test_one_part_alone(parts):
+    assert list(formats.open(parts[1], split=False).tensors) == ["t1"]
+
+
+def test_missing_part_is_named(parts):
+    parts[2].unlink()
+    with pytest.raises(GGUFError, match="has 3 parts, missing: .*m-00003-of-00003.gguf"):
+        formats.open(parts[0])
+
+
+def test_swapped_parts_are_refused(parts):
+    shutil.copy(parts[2], parts[1])
+    with pytest.raises(GGUFError, match='"split.no" is 2, by the file name it should be 1'):
+        formats.open(parts[0])
+
+
+def test_renamed_part_says_how_to_name_it(parts):
+    other = parts[0].with_name("other.gguf")
+    parts[0].rename(other)
+    with pytest.raises(GGUFError, match="one of 3 parts; name them NAME-00001-of-00003.gguf"):
+        formats.open(other)

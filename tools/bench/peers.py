@@ -1,0 +1,154 @@
+"""pyggml beside its rivals on one machine: fresh processes in alternating order, medians of per-pair ratios with their intervals.
+
+    python tools/bench/peers.py -m model.gguf --rival llama_cpp --rival ik=path/to/llama-bench -p 512,128 -n 128 -d 0,4096
+
+Each rival first runs every test with each combination of its speed flags; the best are kept in a JSON file (`--flags`) and used
+from then on, until the program changes. A round is one run of every contestant; a round during which the machine was disturbed
+(see quiet.py) is recorded, left out, and run again. Results go to standard output, and as JSON to a file (`-o`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+from agreement import agreement
+from contestants import BenchError, Contestant, Test, ourselves, rival
+from pairing import compare
+from quiet import LIMITS, machine
+from report import markdown
+from runs import Bench, FlagBook, Setting, counts, measure_rounds, say, write_json
+from startup import measure_starts
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """One benchmark at a time on this machine."""
+    with open(Path(tempfile.gettempdir()) / "pyggml-bench.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError("another benchmark is running on this machine; wait for it") from None
+        yield
+
+
+def summarise(rounds: Sequence[dict], ours: str, strict: bool) -> dict:
+    """Median rates, and for each rival the comparison over the rounds that count (all of them unless `strict`)."""
+    counted = [r["runs"] for r in rounds if counts(r, strict)]
+    rates = {name: [runs[name]["rate"] for runs in counted] for name in rounds[0]["runs"]}
+    summary: dict = {"rounds": len(rounds), "counted": len(counted)}
+    if counted:
+        summary["rates"] = {name: median(values) for name, values in rates.items()}
+        summary["against"] = {name: compare(rates[ours], values).as_dict() for name, values in rates.items() if name != ours}
+    return summary
+
+
+def measure_test(bench: Bench, book: FlagBook, ours: Contestant, rivals: Sequence[Contestant], test: Test, model: Path,
+                 options: argparse.Namespace) -> dict:
+    """One test of one model; a rival that cannot run it sits it out, with the reason recorded."""
+    settings, absent = {ours: Setting(options.threads, [])}, {}
+    for contestant in rivals:
+        try:
+            settings[contestant] = book.best(bench, contestant, test, model, options.rival_threads or [options.threads])
+        except BenchError as error:
+            absent[contestant.name] = str(error)
+            say(f"{test.name} without {contestant.name}: {error}")
+    say(f"{model.name}, {test.name}")
+    rounds = measure_rounds(bench, settings, test, model, options.pairs)
+    chosen = {contestant.name: {"threads": s.threads, "flags": " ".join(s.flags)} for contestant, s in settings.items()}
+    return summarise(rounds, ours.name, bench.strict) | {"settings": chosen, "absent": absent, "runs": rounds}
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """The whole comparison; the JSON file is brought up to date after every test."""
+    cpus = options.cpus or ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    os.sched_setaffinity(0, processors(cpus))              # the calibrations must run where the contestants do
+    bench = Bench(["taskset", "-c", cpus], options.patience, options.timeout, not options.keep_disturbed, options.repetitions)
+    ours, rivals, book = ourselves(options.python), [rival(text) for text in options.rival], FlagBook(options.flags)
+    models: list[dict] = []
+    report = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": machine(),
+              "threads": options.threads, "processors": cpus, "limits": LIMITS,
+              "rivals": {c.name: {"command": c.command, "identity": c.identity} for c in rivals}, "models": models}
+    for path in options.model:
+        model = {"model": path.name, "bytes": path.stat().st_size, "tests": {}}
+        models.append(model)
+        for test in tests_of(options):
+            model["tests"][test.name] = measure_test(bench, book, ours, rivals, test, path, options)
+            if options.output:
+                write_json(options.output, report)
+        if options.agreement:
+            model["agreement"] = agreement(options.python, options.agreement, path, options.threads)
+        if options.cold:
+            model["start"] = measure_starts([ours, *rivals], path, options.threads, bench.prefix, options.cold)
+    if options.output:
+        write_json(options.output, report)
+    return report
+
+
+def tests_of(options: argparse.Namespace) -> list[Test]:
+    lengths = [(p, 0) for p in options.n_prompt if p] + [(0, n) for n in options.n_gen if n]
+    return [Test(p, n, depth) for depth in options.n_depth for p, n in lengths]
+
+
+def commit() -> str:
+    """The commit measured, with a + when files differ from it."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout.strip()
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def processors(text: str) -> list[int]:
+    """"0,2-4" -> [0, 2, 3, 4]."""
+    spans = [part.partition("-") for part in text.split(",")]
+    return [cpu for first, _, last in spans for cpu in range(int(first), int(last or first) + 1)]
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    def ints(text: str) -> list[int]:
+        return [int(word) for word in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("-m", "--model", type=Path, action="append", required=True, help="model file; may be given again")
+    add("--rival", action="append", default=[], metavar="NAME=PATH", help="a llama-bench binary, or llama_cpp[=PYTHON]; may be given again")
+    add("--python", default=sys.executable, help="the Python that runs pyggml")
+    add("-p", "--n-prompt", type=ints, default=[512, 128])
+    add("-n", "--n-gen", type=ints, default=[128])
+    add("-d", "--n-depth", type=ints, default=[0])
+    add("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)))
+    add("--rival-threads", type=ints, default=[], help="thread counts that a rival may choose from (default: -t)")
+    add("--cpus", help="processors to pin to, as taskset writes them (default: those allowed now)")
+    add("-r", "--repetitions", type=int, default=1, help="measurements in each process; more for tests of less than a second")
+    add("--pairs", type=int, default=11, help="undisturbed rounds wanted")
+    add("--flags", type=Path, default=Path("peers-flags.json"), help="where the best flags of rivals are kept")
+    add("--agreement", metavar="PYTHON", nargs="?", const=sys.executable, help="compare logits with the llama_cpp of PYTHON (this one)")
+    add("--cold", type=int, default=0, metavar="ROUNDS", help="also measure start to first token and memory, this many rounds")
+    add("--keep-disturbed", action="store_true", help="count disturbed rounds too (they stay marked)")
+    add("--patience", type=float, default=60, help="seconds to wait for a quiet machine before a run")
+    add("--timeout", type=float, default=1800, help="seconds a run may take")
+    add("-o", "--output", type=Path, help="write everything measured to this JSON file")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    options = arguments()
+    try:
+        with only_one():
+            print(markdown(measure(options)), end="")
+    except BenchError as error:
+        say(f"peers.py: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

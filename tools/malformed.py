@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Malformed GGUF files, and odd ones that are legal: a table of cases, each with what a reader must say.
+
+    python tools/malformed.py FOLDER      writes every case as a file; invalid ones start with "bad_", legal ones with "ok_"
+
+Files are put together here byte by byte, independent of pyggml's writer. The families follow the ways in which GGUF readers
+have failed: lengths and counts that wrap or allocate, dimensions, alignment, offsets, truncation, text, nesting, byte order.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARR, U64, I64, F64 = range(13)
+T_F32, T_F16, T_Q4_0, T_Q4_K = 0, 1, 2, 12
+HUGE = (2 ** 31, 2 ** 32 - 1, 2 ** 32, 2 ** 61, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 8, 2 ** 64 - 1)
+
+
+class Case(NamedTuple):
+    name: str
+    data: bytes
+    says: str = ""          # for a malformed file: part of the message; "" for a legal one
+
+
+class Maker:
+    """Builds the parts of a file of one version and byte order."""
+
+    def __init__(self, order: str = "<", version: int = 3) -> None:
+        self.order, self.version = order, version
+        self.length_code = "I" if version == 1 else "Q"
+
+    def pack(self, codes: str, *values: float) -> bytes:
+        return struct.pack(self.order + codes, *values)
+
+    def length(self, n: int) -> bytes:
+        return self.pack(self.length_code, n)
+
+    def string(self, text: str | bytes, length: int | None = None) -> bytes:
+        data = text.encode() if isinstance(text, str) else text
+        return self.length(len(data) if length is None else length) + data
+
+    def kv(self, key: str | bytes, kind: int, value: bytes) -> bytes:
+        return self.string(key) + self.pack("I", kind) + value
+
+    def array(self, element: int, n: int, data: bytes) -> bytes:
+        return self.pack("I", element) + self.length(n) + data
+
+    def info(self, name: str | bytes = "a", dims: tuple[int, ...] = (8,), kind: int = T_F32, offset: int = 0,
+             n_dims: int | None = None) -> bytes:
+        dims_bytes = b"".join(self.length(d) for d in dims)
+        return self.string(name) + self.pack("I", len(dims) if n_dims is None else n_dims) + dims_bytes + self.pack("IQ", kind, offset)
+
+    def file(self, kvs: tuple[bytes, ...] = (), infos: tuple[bytes, ...] = (), data: bytes = b"", *, align: int = 32,
+             magic: bytes = b"GGUF", n_kv: int | None = None, n_tensors: int | None = None, tail: bool = True) -> bytes:
+        head = magic + self.pack("I", self.version) + self.length(len(infos) if n_tensors is None else n_tensors)
+        head += self.length(len(kvs) if n_kv is None else n_kv) + b"".join(kvs) + b"".join(infos)
+        return head + (bytes(-len(head) % align) + data if tail else b"")
+
+
+M = Maker()
+ARCH = M.kv("general.architecture", STR, M.string("llama"))
+DATA = bytes(range(32))
+
+
+def header_cases() -> Iterator[Case]:
+    good = M.file((ARCH,), (M.info(),), DATA)
+    for n in (0, 1, 3, 4, 5, 7, 8, 12, 16, 20, 23):
+        yield Case(f"header_cut_{n}", good[:n], "")._replace(says="bytes" if n else "empty")
+    yield Case("magic_lower", b"gguf" + good[4:], "not a GGUF file")
+    yield Case("magic_reversed", b"FUGG" + good[4:], "not a GGUF file")
+    for version in (0, 4, 5, 99, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF):
+        yield Case(f"version_{version:x}", M.file(magic=b"GGUF" + struct.pack("<I", version))[:8] + good[8:], "version is")
+    for n in HUGE:
+        yield Case(f"tensor_count_{n:x}", M.file((ARCH,), (M.info(),), DATA, n_tensors=n), "tensor count is")
+        yield Case(f"key_count_{n:x}", M.file((ARCH,), (M.info(),), DATA, n_kv=n), "key count is")
+    for n in (2, 10, 1000):
+        yield Case(f"tensor_count_more_{n}", M.file((ARCH,), (M.info(),), DATA, n_tensors=n), "offset")
+        yield Case(f"key_count_more_{n}", M.file((ARCH,), (M.info(),), DATA, n_kv=n), "offset")
+    yield Case("key_count_wrap_48", M.file((ARCH,), n_kv=2 ** 64 // 48 + 1), "key count is")
+    yield Case("tensor_count_wrap_280", M.file((ARCH,), n_tensors=2 ** 64 // 280 + 1), "tensor count is")
+
+
+def text_cases() -> Iterator[Case]:
+    for n in HUGE:
+        yield Case(f"key_length_{n:x}", M.file((M.string("k", n) + M.pack("IB", U8, 1),)), "length of the key is")
+        yield Case(f"string_length_{n:x}", M.file((M.kv("k", STR, M.string("v", n)),)), "length of the string is")
+        yield Case(f"name_length_{n:x}", M.file((), (M.string("n", n) + M.pack("IQIQ", 1, 8, 0, 0),), DATA), "length of the tensor name is")
+        strings = M.array(STR, 2, M.string("a") + M.string("b", n))
+        yield Case(f"array_string_length_{n:x}", M.file((M.kv("k", ARR, strings),)), "length of a string of the array is")
+    yield Case("string_length_one_more", M.file((M.kv("k", STR, M.string("v", 2)),), tail=False), "length of the string is 2")
+    yield Case("key_empty", M.file((M.kv("", U8, b"\1"),)), "the key is empty")
+    yield Case("key_nul", M.file((M.kv("a\0b", U8, b"\1"),)), "NUL")
+    yield Case("key_not_utf8", M.file((M.kv(b"a\xff", U8, b"\1"),)), "not UTF-8")
+    yield Case("key_surrogate", M.file((M.kv(b"a\xed\xa0\x80", U8, b"\1"),)), "not UTF-8")
+    yield Case("key_too_long", M.file((M.kv("k" * 65536, U8, b"\1"),)), "length of the key is 65536 (limit 65535)")
+    yield Case("key_twice", M.file((M.kv("k", U8, b"\1"), M.kv("k", U8, b"\1"))), "twice")
+    yield Case("alignment_twice", M.file(tuple(M.kv("general.alignment", U32, M.pack("I", a)) for a in (32, 64))), "twice")
+    yield Case("name_empty", M.file((), (M.info(""),), DATA), "the tensor name is empty")
+    yield Case("name_nul", M.file((), (M.info("a\0b"),), DATA), "NUL")
+    yield Case("name_not_utf8", M.file((), (M.info(b"\x80"),), DATA), "not UTF-8")
+    yield Case("name_too_long", M.file((), (M.info("n" * 65),), DATA), "length of the tensor name is 65 (limit 64)")
+    yield Case("name_twice", M.file((), (M.info(), M.info(offset=32)), DATA * 2), "twice")
+
+
+def value_cases() -> Iterator[Case]:
+    for kind in (13, 14, 255, 2 ** 31, 2 ** 32 - 1):
+        yield Case(f"value_type_{kind:x}", M.file((M.kv("k", kind, bytes(16)),)), f"value type is {kind} (limit 12)")
+        yield Case(f"element_type_{kind:x}", M.file((M.kv("k", ARR, M.array(kind, 1, bytes(16))),)), f"element type of the array is {kind}")
+    for value in (2, 128, 255):
+        yield Case(f"bool_{value}", M.file((M.kv("k", BOOL, bytes([value])),)), f"bool is {value}")
+        yield Case(f"bool_in_array_{value}", M.file((M.kv("k", ARR, M.array(BOOL, 3, bytes([0, 1, value]))),)), "bool 2 of the array")
+    for kind, size in ((U8, 1), (U16, 2), (U32, 4), (F32, 4), (U64, 8), (F64, 8), (STR, 8), (ARR, 12)):
+        for n in (*HUGE, 2 ** 64 // size + 1 if size > 1 else 2 ** 62):
+            yield Case(f"array_length_{kind}_{n:x}", M.file((M.kv("k", ARR, M.array(kind, n, bytes(24))),)), "length of the array is")
+        yield Case(f"array_cut_{kind}", M.file((M.kv("k", ARR, M.array(kind, 3, bytes(3 * size - 1))),), tail=False), "array")
+    for depth in (65, 66, 1000, 100_000):
+        nested = M.array(ARR, 1, b"") * (depth - 1) + M.array(U8, 1, b"\1")
+        yield Case(f"nested_{depth}", M.file((M.kv("k", ARR, nested),)), "nested 65 deep (limit 64)")
+    yield Case("nested_huge_inside", M.file((M.kv("k", ARR, M.array(ARR, 1, M.array(U64, 2 ** 61, bytes(8)))),)), "length of the array is")
+
+
+def tensor_cases() -> Iterator[Case]:
+    for n in (5, 8, 9, 1000, 2 ** 31, 2 ** 32 - 1):
+        yield Case(f"n_dims_{n:x}", M.file((), (M.info(n_dims=n),), DATA * 3), f"n_dims is {n} (limit 4)")
+    for dims in ((2 ** 63,), (2 ** 64 - 1,), (2 ** 32, 2 ** 32), (2 ** 31, 2 ** 31, 2 ** 31), (2 ** 62, 3), (2 ** 16,) * 4,
+                 (0, 2 ** 62, 4), (2 ** 32, 2 ** 32, 0)):
+        yield Case(f"dims_wrap_{'x'.join(f'{d:x}' for d in dims)}", M.file((), (M.info(dims=dims),), DATA), "multiply to")
+    for dims, kind in (((2 ** 61 + 8,), T_F32), ((2 ** 61,), T_F32), ((2 ** 62, 1), T_F16), ((2 ** 40, 2 ** 20), T_F32), ((9,), T_F32),
+                       ((8, 2), T_F32), (((2 ** 64 // 18 + 1) // 32 * 32,), T_Q4_0), ((1 << 62,), T_Q4_0), ((2 ** 63 - 32,), T_Q4_0)):
+        name = "x".join(f"{d:x}" for d in dims)
+        yield Case(f"data_past_end_{kind}_{name}", M.file((), (M.info(dims=dims, kind=kind),), DATA), "past the end")
+    for row, kind, block in ((1, T_Q4_0, 32), (33, T_Q4_0, 32), (16, T_Q4_0, 32), (32, T_Q4_K, 256), (255, T_Q4_K, 256)):
+        yield Case(f"row_{row}_of_{block}", M.file((), (M.info(dims=(row, block), kind=kind),), bytes(1 << 16)), "do not divide into")
+    for kind in (1024, 65535, 2 ** 31, 2 ** 32 - 1):
+        yield Case(f"type_{kind:x}", M.file((), (M.info(kind=kind),), DATA), f"type is {kind} (limit 1023)")
+    for offset in (1, 4, 16, 31, 2 ** 63 + 1, 2 ** 64 - 1):
+        yield Case(f"offset_unaligned_{offset:x}", M.file((), (M.info(offset=offset),), DATA * 4), "not a multiple of the alignment 32")
+    for offset in (32, 1 << 20, 2 ** 32, 2 ** 63 - 32, 2 ** 63, 2 ** 64 - 32):
+        yield Case(f"offset_past_end_{offset:x}", M.file((), (M.info(offset=offset),), DATA), "past the end")
+    yield Case("offset_zero_size_past_end", M.file((), (M.info(dims=(0,), offset=2 ** 40),), DATA), "past the end")
+    yield Case("offset_opaque_past_end", M.file((), (M.info(kind=99, offset=64),), DATA), "past the end")
+    yield Case("overlap_same", M.file((), (M.info("a"), M.info("b")), DATA * 2), "overlaps")
+    yield Case("overlap_part", M.file((), (M.info("a", (16,)), M.info("b", offset=32)), DATA * 2), "overlaps")
+    yield Case("overlap_inside", M.file((), (M.info("a", (64,)), M.info("b", offset=32)), DATA * 8), "overlaps")
+    yield Case("overlap_far", M.file((), (M.info("a", (64,)), M.info("b", (0,), offset=32), M.info("c", offset=64)), DATA * 8), "overlaps")
+    infos = tuple(M.info(str(i), (2 ** 60,), offset=0) for i in range(5))
+    yield Case("sizes_sum_wrap", M.file((), infos, DATA), "past the end")
+    yield Case("no_data", M.file((), (M.info(),), b""), "past the end")
+    yield Case("no_data_no_padding", M.file((), (M.info(),), tail=False), "past the end")
+
+
+def alignment_cases() -> Iterator[Case]:
+    for a in (0, 3, 5, 7, 12, 31, 33, 1 << 17, 2 ** 31, 2 ** 32 - 1):
+        yield Case(f"alignment_{a:x}", M.file((M.kv("general.alignment", U32, M.pack("I", a)),), (M.info(),), DATA), f"alignment is {a}")
+    for kind, value in ((U64, M.pack("Q", 32)), (I32, M.pack("i", 32)), (U8, b"\x20"), (F32, M.pack("f", 32)), (STR, M.string("32")),
+                        (BOOL, b"\1"), (ARR, M.array(U32, 1, M.pack("I", 32)))):
+        yield Case(f"alignment_type_{kind}", M.file((M.kv("general.alignment", kind, value),), (M.info(),), DATA), "must be u32")
+
+
+def truncation_cases() -> Iterator[Case]:
+    kvs = (ARCH, M.kv("t", ARR, M.array(STR, 3, M.string("aa") + M.string("b") + M.string(""))), M.kv("f", ARR, M.array(F32, 4, bytes(16))),
+           M.kv("d", F64, bytes(8)))
+    good = M.file(kvs, (M.info("a", (8,)), M.info("b", (4, 2), offset=32)), DATA * 2)
+    for n in range(24, len(good)):
+        yield Case(f"cut_{n}", good[:n], "bytes")
+
+
+def foreign_cases() -> Iterator[Case]:
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    for name, data, says in (
+            ("lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git-LFS pointer"),
+            ("html", b"<!DOCTYPE html><html><body>404</body></html>", "HTML page"),
+            ("html_plain", b"\n<html>\n", "HTML page"),
+            ("xml", b'<?xml version="1.0"?><Error/>', "XML document"),
+            ("json", b'{"error": "not found"}', "JSON document"),
+            ("zip", b"PK\x03\x04" + bytes(60), "ZIP archive"),
+            ("pickle", b"\x80\x02}q\x00." + bytes(20), "pickle"),
+            ("gzip", b"\x1f\x8b\x08" + bytes(30), "gzip"),
+            ("safetensors", struct.pack("<Q", len(header)) + header + bytes(4), "safetensors"),
+            ("numpy", b"\x93NUMPY" + bytes(50), "numpy"),
+            ("empty", b"", "empty"),
+            ("zeros", bytes(4096), "not a GGUF file"),
+            ("text", b"hello world, this is text", "not a GGUF file")):
+        yield Case(f"foreign_{name}", data, says)
+
+
+def legal_cases() -> Iterator[Case]:
+    for order, version in (("<", 1), ("<", 2), ("<", 3), (">", 2), (">", 3)):
+        m = Maker(order, version)
+        nested = m.array(U8, 1, b"\5") + m.array(STR, 1, m.string("q"))
+        kvs = (m.kv("s", STR, m.string("text")), m.kv("a", ARR, m.array(STR, 2, m.string("x") + m.string("yz"))),
+               m.kv("u", ARR, m.array(U16, 2, m.pack("HH", 1, 2))), m.kv("n", ARR, m.array(ARR, 2, nested)))
+        name = f"version_{version}_{'le' if order == '<' else 'be'}"
+        yield Case(name, m.file(kvs, (m.info(dims=(4, 2)),), m.pack("8f", *range(8))))
+    yield Case("nothing", M.file(tail=False))
+    yield Case("no_tensors_no_padding", M.file((ARCH,), tail=False))
+    yield Case("nested_64", M.file((M.kv("k", ARR, M.array(ARR, 1, b"") * 63 + M.array(U8, 1, b"\1")),)))
+    yield Case("empty_arrays", M.file(tuple(M.kv(f"k{t}", ARR, M.array(t, 0, b"")) for t in range(13))))
+    yield Case("every_type", M.file(tuple(M.kv(f"k{t}", t, bytes(n)) for t, n in enumerate((1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8)))))
+    yield Case("nan_values", M.file((M.kv("n", F32, M.pack("f", float("nan"))), M.kv("i", F64, M.pack("d", float("inf"))))))
+    yield Case("value_not_utf8", M.file((M.kv("k", STR, M.string(b"a\xff\0b")), M.kv("a", ARR, M.array(STR, 1, M.string(b"\xc3"))))))
+    yield Case("unicode_key", M.file((M.kv("schl\u00fcssel", U8, b"\1"),)))
+    yield Case("long_key", M.file((M.kv("k" * 65535, U8, b"\1"),)))
+    yield Case("name_64", M.file((), (M.info("n" * 64),), DATA))
+    yield Case("scalar_tensor", M.file((), (M.info(dims=()),), DATA[:4]))
+    yield Case("four_dims", M.file((), (M.info(dims=(2, 1, 2, 2)),), DATA))
+    yield Case("zero_dim_inner", M.file((), (M.info(dims=(0, 4)), M.info("b")), DATA))
+    yield Case("zero_dim_outer", M.file((), (M.info(dims=(32, 0), kind=T_Q4_0), M.info("b")), DATA))
+    yield Case("zero_dim_at_end", M.file((), (M.info(), M.info("b", (0,), offset=32)), DATA))
+    yield Case("zero_dim_unpadded_end", M.file((), (M.info(dims=(5,)), M.info("b", (0,), offset=32)), DATA[:20]))
+    yield Case("no_tail_padding", M.file((), (M.info(dims=(5,)),), DATA[:20]))
+    yield Case("unsorted", M.file((), (M.info("b", offset=32), M.info("a")), DATA * 2))
+    yield Case("gap", M.file((), (M.info("a"), M.info("b", offset=128)), DATA * 5))
+    yield Case("trailing", M.file((), (M.info(),), DATA * 9))
+    for kind in (4, 31, 43, 99, 397):
+        yield Case(f"unknown_type_{kind}", M.file((), (M.info("a", kind=kind), M.info("b", offset=32)), DATA * 2))
+    for a in (8, 16, 64, 4096, 65536, 1, 2, 4, 24, 40):
+        key = M.kv("general.alignment", U32, M.pack("I", a))
+        infos = M.info("a"), M.info("b", offset=-(-32 // a) * a)
+        yield Case(f"alignment_{a}", M.file((key,), infos, DATA + bytes(-32 % a) + DATA, align=a))
+    strings = b"".join(M.string(str(i)) for i in range(100_000))
+    yield Case("many_strings", M.file((M.kv("k", ARR, M.array(STR, 100_000, strings)),)))
+    yield Case("many_keys", M.file(tuple(M.kv(f"k{i}", U8, b"\1") for i in range(5000))))
+    yield Case("many_tensors", M.file((), tuple(M.info(f"t{i}", offset=32 * i) for i in range(2000)), DATA * 2000))
+    yield Case("quantized", M.file((), (M.info("q", (32, 2), T_Q4_0),), bytes(36)))
+
+
+INVALID = (header_cases, text_cases, value_cases, tensor_cases, alignment_cases, truncation_cases, foreign_cases)
+
+
+def invalid() -> list[Case]:
+    return [case for family in INVALID for case in family()]
+
+
+def legal() -> list[Case]:
+    return list(legal_cases())
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for prefix, cases in (("bad", invalid()), ("ok", legal())):
+        for case in cases:
+            (folder / f"{prefix}_{case.name}.gguf").write_bytes(case.data)
+        print(f"{len(cases)} files {prefix}_*.gguf")
+
+
+if __name__ == "__main__":
+    main()
