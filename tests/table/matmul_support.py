@@ -87,8 +87,9 @@ class Weight:
 class Matmul:
     """A program of one mul_mat or glu_mat over x (T, K), with a `prepare` step before it where `prepare` is set."""
 
-    def __init__(self, x: np.ndarray, gate: Weight, up: Weight | None = None, *, norm: np.ndarray | None = None, bias: np.ndarray | None = None,
-                 bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0, scale: float = 1.0, prepare: bool = False) -> None:
+    def __init__(self, x: np.ndarray, gate: Weight, up: Weight | None = None, *, norm: np.ndarray | None = None,
+                 bias: np.ndarray | None = None, bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0,
+                 scale: float = 1.0, prepare: bool = False, release: bool = False) -> None:
         self.program = Program()
         self.out = np.empty((len(x), gate.shape[0]), np.float32)
 
@@ -101,11 +102,11 @@ class Matmul:
             self.program.step("prepare", buffer, [source, weight], [0, gate.format], [EPS])
             source, weight = buffer, -1
         if up is None:
-            self.program.step("mul_mat", add(self.out), [gate.view(self.program), source, weight, add(bias), add(residual)],
-                              [1, gate.format, int(prepare)], [EPS, scale])
+            sources = [gate.view(self.program, release), source, weight, add(bias), add(residual)]
+            self.program.step("mul_mat", add(self.out), sources, [1, gate.format, int(prepare)], [EPS, scale])
         else:
-            self.program.step("glu_mat", add(self.out), [gate.view(self.program), source, weight, up.view(self.program), add(bias), add(bias_up)],
-                              [1, gate.format, int(prepare), glu], [EPS])
+            sources = [gate.view(self.program), source, weight, up.view(self.program), add(bias), add(bias_up)]
+            self.program.step("glu_mat", add(self.out), sources, [1, gate.format, int(prepare), glu], [EPS])
         self.program.finish()
 
     def __call__(self, pool) -> np.ndarray:
@@ -116,4 +117,6 @@ class Matmul:
 
 def activation(kind: int, x: np.ndarray) -> np.ndarray:
     """GLU_SILU, GLU_GELU (tanh form), GLU_RELU in float64."""
-    return [lambda: x / (1 + np.exp(-x)), lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), lambda: np.maximum(x, 0)][kind]()
+    silu = x / (1 + np.exp(np.minimum(-x, 700)))
+    gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return (silu, gelu, np.maximum(x, 0))[kind]
