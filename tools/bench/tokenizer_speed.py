@@ -1,6 +1,6 @@
 """How long a vocabulary takes to be ready, and how fast text becomes ids and ids become text.
 
-    python tools/bench/tokenize.py VOCAB.gguf TEXT [TEXT ...]
+    python tools/bench/tokenizer_speed.py VOCAB.gguf TEXT [TEXT ...]
 
 Every figure is the best of --runs; with llama-cpp-python installed, llama.cpp's on the same file stands beside it.
 """
