@@ -88,7 +88,8 @@ class Matmul:
     """A program of one mul_mat or glu_mat over x (T, K), with a `prepare` step before it where `prepare` is set."""
 
     def __init__(self, x: np.ndarray, gate: Weight, up: Weight | None = None, *, norm: np.ndarray | None = None, bias: np.ndarray | None = None,
-                 bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0, scale: float = 1.0, prepare: bool = False) -> None:
+                 bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0, scale: float = 1.0,
+                 prepare: bool = False) -> None:
         self.program = Program()
         self.out = np.empty((len(x), gate.shape[0]), np.float32)
 
@@ -116,4 +117,5 @@ class Matmul:
 
 def activation(kind: int, x: np.ndarray) -> np.ndarray:
     """GLU_SILU, GLU_GELU (tanh form), GLU_RELU in float64."""
-    return [lambda: x / (1 + np.exp(-x)), lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), lambda: np.maximum(x, 0)][kind]()
+    forms = (lambda: x / (1 + np.exp(-x)), lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), lambda: np.maximum(x, 0))
+    return forms[kind]()

@@ -50,7 +50,8 @@ def attention(cache_type: str, tokens: int, depth: int) -> Program:
     views += [program.view(np.arange(depth, cells, dtype=np.int32)), program.view(np.zeros(tokens, np.int32))]
     dst = program.view(np.zeros((tokens, HEADS * HEAD), np.float32))
     if tokens <= 8:
-        views += [program.view(floats(tokens, KV_HEADS, HEAD)), program.view(floats(tokens, KV_HEADS, HEAD)), program.view(floats(tokens, HEAD // 2, 2))]
+        shapes = (tokens, KV_HEADS, HEAD), (tokens, KV_HEADS, HEAD), (tokens, HEAD // 2, 2)         # keys, values, angles
+        views += [program.view(floats(*shape)) for shape in shapes]
         program.step("attention_step", dst, views, i=[0, 0, HEAD], f=[HEAD ** -0.5, 0.0])
     else:
         program.step("attention", dst, views, i=[0], f=[HEAD ** -0.5, 0.0])
