@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, argv: list[str]) -> int:
     parser, module = parser_of(name)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         status = module.run(args)       # type: ignore[attr-defined]
         sys.stdout.flush()
         return status
