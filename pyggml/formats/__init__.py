@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pyggml.errors import GGUFError
-from pyggml.formats import gguf, inplace, shards, sniff
+from pyggml.formats import ggml, gguf, inplace, shards, sniff
 from pyggml.formats.source import Source, local
 from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
 from pyggml.formats.values import Typed, printable
@@ -30,6 +30,8 @@ def open(path: str | os.PathLike[str], *, use_mmap: bool = True, split: bool = T
 def open_source(source: Source, limits: gguf.Limits | None = None) -> TensorFile:
     """The model behind a source of bytes."""
     start = bytes(source.head(4096)[:4096])
+    if start[:4] in ggml.MAGICS:
+        return ggml.read(source)
     if not start.startswith(gguf.MAGIC):
         what = sniff.foreign(start, source.size)
         if what:

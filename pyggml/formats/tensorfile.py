@@ -133,7 +133,7 @@ class Tensor:
             return self._rows(self.stored)
         data = self._cached() if self._cached is not None else None
         if data is None:
-            data = self._rows(swap(self.type, self.stored, self.label) if self.swapped else self.stored)
+            data = self._rows(self.part(0, self.nbytes))
             self._cached = weakref.ref(data)
         return data
 
