@@ -110,7 +110,7 @@ class PlainFile(_LocalFile):
 class Memory:
     """A model that is already in memory."""
 
-    map = None
+    map: mmap.mmap | None = None
 
     def __init__(self, data: Any, name: str = "<memory>") -> None:
         self.name, self._data = name, memoryview(data).cast("B")
@@ -121,6 +121,20 @@ class Memory:
 
     def array(self, offset: int, n: int) -> np.ndarray:
         return self._bytes[offset:offset + n]
+
+
+def is_address(path: str) -> bool:
+    """Whether `path` names a file on a server (remote.py) rather than a local one."""
+    return path.startswith(("http://", "https://", "hf:"))
+
+
+def source_of(path: str | os.PathLike[str], use_mmap: bool = True) -> Source:
+    """The bytes of a local file or of one on a server."""
+    name = os.fspath(path)
+    if is_address(name):
+        from pyggml.formats.remote import HttpFile
+        return HttpFile(name)
+    return local(name, use_mmap)
 
 
 def local(path: str | os.PathLike[str], use_mmap: bool = True) -> MappedFile | PlainFile:
