@@ -98,3 +98,14 @@ int64_t     pyg_merge(const pyg_merger *merger, const char *text, int64_t n, con
 // Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.
 // Returns the position after the last string, or -1 - position of the first one that is longer than `limit` or does not fit.
 int64_t pyg_scan_strings(const uint8_t *data, int64_t pos, int64_t end, int64_t count, int wide, int swap, int64_t limit, int64_t *starts);
+
+// ---- XXH64 over bytes that come in pieces ------------------------------------------------------------------------------------------
+typedef struct {
+    uint64_t lanes[4];
+    uint64_t seed;
+    uint64_t total;             // bytes so far
+    uint8_t  rest[32];          // the last total % 32 of them
+} pyg_xxh64;
+void     pyg_xxh64_start(pyg_xxh64 *h, uint64_t seed);
+void     pyg_xxh64_add(pyg_xxh64 *h, const uint8_t *data, int64_t n);
+uint64_t pyg_xxh64_end(const pyg_xxh64 *h);
