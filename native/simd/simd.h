@@ -114,13 +114,29 @@ INLINE vf vf_group_sum(vf v, int rep) {         // every lane gets the sum over 
     return v;
 }
 
+// 2^x for x <= 0, and 0 below 2^-125. Adding 1.5 * 2^23 rounds x to a whole number n and leaves it in the low bits; 2^(x - n) is
+// a polynomial fitted for least relative error on [-1/2, 1/2]: 1e-7, or with `coarse` 1e-4, a twentieth of what bf16 rounds away.
+INLINE vf vf_exp2_below(vf x, int coarse) {
+    const float whole = 12582912.0f;
+    vi dead = x < -125.0f;
+    vf shifted = x + whole, r = x - (shifted - whole), p;
+    if (coarse) {
+        p = vf_fma(r, vf_set(5.500875e-2f), vf_set(2.4221097e-1f));
+        p = vf_fma(p, r, vf_set(6.9328296e-1f));
+    } else {
+        p = vf_fma(r, vf_set(1.3264697e-3f), vf_set(9.671513e-3f));
+        p = vf_fma(p, r, vf_set(5.5507340e-2f));
+        p = vf_fma(p, r, vf_set(2.4022242e-1f));
+        p = vf_fma(p, r, vf_set(6.9314700e-1f));
+    }
+    p = vf_fma(p, r, vf_set(1.0f));
+    return (vf)(((vi)p + ((vi)shifted << 23)) & ~dead);
+}
+
 // ---- pairs of bf16, the even one in the lower half of a lane ------------------------------------------------------------------------
-INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 whose upper half is the bf16 (lower half is noise)
+INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 whose upper half is the bf16 (the lower half is noise)
     vi u = (vi)v;
     return u + 0x7fff + ((u >> 16) & 1);
-}
-INLINE vf vf_pair_bf16(vf even, vf odd) {
-    return (vf)(((vi_round_bf16(even) >> 16) & 0xffff) | (vi_round_bf16(odd) & (int32_t)0xffff0000));
 }
 typedef int16_t vi_half __attribute__((vector_size(2 * VL)));
 INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
@@ -131,6 +147,15 @@ INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
 }
 #ifndef NATIVE_BF16
 enum { NATIVE_BF16 = 0 };
+INLINE vf vf_pair_bf16(vf even, vf odd) {       // lane i: even[i] and odd[i]
+    return (vf)(((vi_round_bf16(even) >> 16) & 0xffff) | (vi_round_bf16(odd) & (int32_t)0xffff0000));
+}
+INLINE vf vf_pack_bf16(vf low, vf high) {       // neighbours pair up: low[0] and low[1], low[2] and low[3], ... high[0] and high[1], ...
+    vf packed;
+    vf_to_bf16(&packed, low);
+    vf_to_bf16((char *)&packed + 2 * VL, high);
+    return packed;
+}
 INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd * b.odd
     acc = vf_fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
     return vf_fma((vf)((vi)a & (int32_t)0xffff0000), (vf)((vi)b & (int32_t)0xffff0000), acc);

@@ -134,11 +134,11 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     return changes
 
 
-def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes]:
-    """Every key with its bytes (key, type, value) in the edited file, in order, without padding; what stays is copied as it is."""
+def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes | memoryview]:
+    """Every key with its bytes (key, type, value) in the edited file, in order, without padding; what stays is a view, not a copy."""
     values = {key: typed(value) for key, value in edits.set.items()}
-    remove, buffer = set(edits.remove), file.sources[0].head(file.table_end)
-    pairs: dict[str, bytes] = {}
+    remove, buffer = set(edits.remove), memoryview(file.sources[0].head(file.table_end))
+    pairs: dict[str, bytes | memoryview] = {}
     for key in file.kv:
         if key in remove or key == PADDING:
             continue
@@ -146,7 +146,7 @@ def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes]:
         if name in values:
             pairs[name] = _encode(name, values[name], file.order)
         elif name == key:
-            pairs[name] = bytes(buffer[entry.key_start:entry.end])
+            pairs[name] = buffer[entry.key_start:entry.end]
         else:
             pairs[name] = encode_string(name, file.order) + bytes(buffer[entry.key_start + 8 + len(key.encode()):entry.end])
     for key, value in values.items():
@@ -175,24 +175,21 @@ def _moves_tensors(file: TensorFile, edits: Edits) -> bool:
 def _header(file: TensorFile, edits: Edits, grow: bool) -> bytes | None:
     """The new header, padding included, as long as the old one (None when it does not fit), or, with `grow`, longer by whole blocks."""
     pairs = _pairs(file, edits)
-    buffer = file.sources[0].head(file.table_end)
+    buffer = memoryview(file.sources[0].head(file.table_end))
     table_start = max((file.kv.entry(key).end for key in file.kv), default=_HEADER)
-    table = bytes(buffer[table_start:file.table_end])
-    body = b"".join(pairs.values())
-    used, end = _HEADER + len(body) + len(table), file.data_offset
+    table = buffer[table_start:file.table_end]
+    used, end = _HEADER + sum(map(len, pairs.values())) + len(table), file.data_offset
     if grow:
         step = math.lcm(atomic.BLOCK, file.alignment)
         end += -(-max(step, used + _SMALLEST_PADDING + RESERVE - end) // step) * step
     padding = _padding(used, file.table_end if not grow else end, end, file.alignment)
     if padding is None:
         return None
-    count = len(pairs)
     if padding:
-        body += encode_string(PADDING, file.order) + struct.pack(file.order + "IQ", STRING.id, padding - _SMALLEST_PADDING)
-        body += b" " * (padding - _SMALLEST_PADDING)
-        count += 1
-    head = bytes(buffer[:_HEADER - 8]) + struct.pack(file.order + "Q", count) + body + table
-    return head + bytes(end - len(head))
+        blanks = padding - _SMALLEST_PADDING
+        pairs[PADDING] = encode_string(PADDING, file.order) + struct.pack(file.order + "IQ", STRING.id, blanks) + b" " * blanks
+    start = bytes(buffer[:_HEADER - 8]) + struct.pack(file.order + "Q", len(pairs))
+    return b"".join([start, *pairs.values(), table, bytes(end - used - padding)])
 
 
 def _padding(used: int, table_end: int, end: int, alignment: int) -> int | None:
@@ -214,7 +211,7 @@ def _in_place(path: str | os.PathLike[str], fd: int, file: TensorFile, edits: Ed
     """Change the file where it lies; "" when that is not possible."""
     if _moves_tensors(file, edits) or file.data_offset > file.nbytes:
         return ""
-    old = bytes(file.sources[0].array(0, file.data_offset))
+    old = file.sources[0].array(0, file.data_offset)
     for grow, method in ((False, IN_PLACE), (True, INSERTED)):
         head = _header(file, edits, grow)
         if head is not None and inplace.replace_start(path, fd, old, head):

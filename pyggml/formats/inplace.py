@@ -59,18 +59,18 @@ def _lock(fd: int, target: str) -> bool:
     return True
 
 
-def replace_start(path: str | os.PathLike[str], fd: int, old: bytes, new: bytes) -> bool:
-    """Replace the first len(old) bytes of the file behind `fd` (from `alone`) by `new`, which is as long, or longer by whole blocks.
-
-    False when the file system cannot insert blocks; nothing has changed then. OSError is raised with the file as it was.
+def replace_start(path: str | os.PathLike[str], fd: int, old: np.ndarray, new: bytes) -> bool:
+    """Replace the first bytes of the file behind `fd` (from `alone`) by `new`, which is as long as they are (`old`, uint8), or longer
+    by whole blocks. False when the file system cannot insert blocks; nothing has changed then. OSError is raised with the file as it was.
     """
     target = os.path.realpath(path)
     inserted = len(new) - len(old)
-    first, last = (0, len(old)) if inserted else _difference(old, new)
-    if first == last:
+    places = np.flatnonzero(old != np.frombuffer(new, np.uint8)) if not inserted else np.array([0, len(old) - 1])
+    if not len(places):
         return True
+    first, last = int(places[0]), int(places[-1]) + 1
     size = os.fstat(fd).st_size
-    _write_undo(target, struct.pack("<QQQQ", size, inserted, first, last - first), old[first:last])
+    _write_undo(target, struct.pack("<QQQQ", size, inserted, first, last - first), old[first:last].tobytes())
     try:
         if inserted and not _fallocate(fd, _INSERT_RANGE, inserted):
             _drop_undo(target)
@@ -84,14 +84,6 @@ def replace_start(path: str | os.PathLike[str], fd: int, old: bytes, new: bytes)
         raise
     _drop_undo(target)
     return True
-
-
-def _difference(old: bytes, new: bytes) -> tuple[int, int]:
-    """The range in which two equally long byte strings differ; empty when they do not."""
-    if old == new:
-        return 0, 0
-    places = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
-    return int(places[0]), int(places[-1]) + 1
 
 
 def _write_undo(target: str, numbers: bytes, old: bytes) -> None:
@@ -109,8 +101,9 @@ def _write_undo(target: str, numbers: bytes, old: bytes) -> None:
 
 
 def _drop_undo(target: str) -> None:
+    """The change stands (or is taken back). The folder is not flushed: after a power cut the undo file may be there again, and
+    takes the change back."""
     os.unlink(undo_path(target))
-    atomic.sync_folder(os.path.dirname(target))
 
 
 def _undo(target: str, fd: int) -> None:
@@ -135,16 +128,16 @@ def _undo(target: str, fd: int) -> None:
 def recover(path: str | os.PathLike[str]) -> None:
     """Take back an edit of `path` that was interrupted. GGUFError where that needs rights that are not there."""
     target = os.path.realpath(path)
-    if not os.path.lexists(undo_path(target)):
-        return
     try:
-        fd = atomic.open_file(target, os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)                  # an editor at work finishes first
-            if os.path.lexists(undo_path(target)):
-                _undo(target, fd)
-        finally:
-            os.close(fd)
+        while os.path.lexists(undo_path(target)):
+            fd = atomic.open_file(target, os.O_RDWR)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)              # an editor at work finishes first
+                # a file renamed over this one meanwhile has undo files of its own: look again
+                if os.path.samestat(os.fstat(fd), os.stat(target)) and os.path.lexists(undo_path(target)):
+                    _undo(target, fd)
+            finally:
+                os.close(fd)
     except OSError as error:
         raise GGUFError(f"{printable(target)}: an edit of this file was interrupted and cannot be taken back ({error.strerror}); "
                         "open it once as a user who may write it") from None

@@ -85,12 +85,13 @@ class PlainFile(_LocalFile):
 
     def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
         super().__init__(path, fd)
-        self._head = b""
+        self._head = np.empty(0, np.uint8)
 
-    def head(self, n: int) -> bytes:
-        if len(self._head) < min(n, self.size):
-            self._head = self.array(0, min(n, self.size)).tobytes()
-        return self._head
+    def head(self, n: int) -> Any:
+        have, n = len(self._head), min(n, self.size)
+        if have < n:
+            self._head = np.concatenate([self._head, self.array(have, n - have)])
+        return self._head.data
 
     def array(self, offset: int, n: int) -> np.ndarray:
         data = np.empty(n, np.uint8)

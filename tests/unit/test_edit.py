@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import traceback
 
 import numpy as np
 import pytest
@@ -153,6 +154,23 @@ def test_force(model):
     assert formats.open(model).kv["general.name"] == 5
 
 
+def in_child(work):
+    """Run `work()` in a child process; returns its id. Exit status 0, or 1 with a traceback when it raises."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def status(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 # ---- faults -----------------------------------------------------------------------------------------------------------------------
 
 CALLS = {"open", "pwrite", "write", "fsync", "replace", "unlink", "fallocate", "copy_file_range", "pread", "fchmod", "fstat", "stat"}
@@ -190,15 +208,12 @@ def test_killed_at_every_call(model, monkeypatch, values, held_open):
     killed = 0
     for at in range(1, 200):
         model.write_bytes(original)
-        pid = os.fork()
-        if pid == 0:
-            with pytest.MonkeyPatch.context() as patch:
-                keep = open(model, "rb") if held_open else None     # noqa: SIM115 held until the process dies
-                Shim(patch, at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+        def work():
+            with pytest.MonkeyPatch.context() as patch, open(model if held_open else os.devnull, "rb"):
+                Shim(patch, at, lambda: os.kill(os.getpid(), signal.SIGKILL))       # noqa: B023 runs in this turn of the loop
                 edit(model, Edits(values))
-            del keep
-            os._exit(0)
-        died = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        died = status(in_child(work))
         assert died in (0, -signal.SIGKILL)
         assert contents(model) in (old, new)
         assert not os.path.exists(inplace.undo_path(str(model)))
@@ -225,15 +240,12 @@ def test_every_failing_call(model, monkeypatch, values, held_open, code):
         raise OSError(code, os.strerror(code))
     for at in range(1, 200):
         model.write_bytes(original)
-        with pytest.MonkeyPatch.context() as patch:
-            keep = open(model, "rb") if held_open else None         # noqa: SIM115 closed below
+        with pytest.MonkeyPatch.context() as patch, open(model if held_open else os.devnull, "rb"):
             shim = Shim(patch, at, act)
             try:
                 edit(model, Edits(values))
             except PyggmlError as error:
                 assert "m.gguf" in str(error) and "\n" not in str(error)
-            if keep:
-                keep.close()
         assert contents(model) in (old, new)
         if shim.seen < at:
             break
@@ -243,18 +255,18 @@ def test_every_failing_call(model, monkeypatch, values, held_open, code):
 
 def test_interrupted_edit_is_taken_back_by_the_next_reader(model, monkeypatch):
     original = model.read_bytes()
-    pid = os.fork()
-    if pid == 0:
-        real = os.fsync
+    real = os.fsync
 
-        def fsync(fd):
-            if os.path.samestat(os.fstat(fd), os.stat(model)):
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(fd)
-        inplace.os.fsync = fsync
-        edit(model, Edits(LARGE if can_insert(model.parent) else SMALL))
-        os._exit(0)
-    os.waitpid(pid, 0)
+    def fsync(fd):
+        if os.path.samestat(os.fstat(fd), os.stat(model)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(fd)
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            edit(model, Edits(LARGE if can_insert(model.parent) else SMALL))
+    assert status(in_child(work)) == -signal.SIGKILL
     assert model.read_bytes() != original and os.path.exists(inplace.undo_path(str(model)))
     formats.open(model)
     assert model.read_bytes() == original and [p.name for p in model.parent.iterdir()] == ["m.gguf"]
@@ -273,35 +285,25 @@ def test_readers_see_whole_versions_during_edits(model):
     names = [f"version {i} " + "x" * (50 * (i % 40)) for i in range(100)]
     tensors = contents(model)[1]
 
-    def child():
-        while True:
+    def read():
+        name = ""
+        while name != names[-1]:
             kv, data = contents(model)
-            if data != tensors or kv["general.name"][1] not in {*names, "model"}:
-                os._exit(1)
-            if kv["general.name"][1] == names[-1]:
-                os._exit(0)
-    pids = []
-    for _ in range(3):
-        pid = os.fork()
-        if pid == 0:
-            child()
-        pids.append(pid)
+            name = kv["general.name"][1]
+            assert data == tensors and name in {*names, "model"}
+    pids = [in_child(read) for _ in range(3)]
     for name in names:
         edit(model, Edits({"general.name": name}))
         time.sleep(0.001)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+    assert [status(pid) for pid in pids] == [0, 0, 0]
 
 
 def test_two_writers_at_once(model):
-    pids = []
-    for who in range(2):
-        pid = os.fork()
-        if pid == 0:
-            for i in range(40):
-                edit(model, Edits({f"writer{who}": i}))
-            os._exit(0)
-        pids.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+    def write(who):
+        for i in range(40):
+            edit(model, Edits({f"writer{who}": i}))
+    pids = [in_child(lambda who=who: write(who)) for who in range(2)]
+    assert [status(pid) for pid in pids] == [0, 0]
     kv = contents(model)[0]
     assert kv["writer0"] == ("u32", 39) and kv["writer1"] == ("u32", 39)
     assert [p.name for p in model.parent.iterdir()] == ["m.gguf"]
@@ -313,16 +315,11 @@ def test_interrupts_at_random_times(model):
     rng = np.random.default_rng(1)
     for i in range(60):
         names.add(f"name{i}")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                edit(model, Edits({"general.name": f"name{i}", "pad": "x" * int(rng.integers(0, 3)) * 9000}))
-            except KeyboardInterrupt:
-                os._exit(130)
-            os._exit(0)
+        edits = Edits({"general.name": f"name{i}", "pad": "x" * int(rng.integers(0, 3)) * 9000})
+        pid = in_child(lambda edits=edits: edit(model, edits))
         time.sleep(float(rng.random()) * 0.02)
         os.kill(pid, signal.SIGINT)
-        os.waitpid(pid, 0)
+        status(pid)
         kv, tensors = contents(model)
         assert tensors == good[1] and kv["general.name"][1] in names
         assert not [p for p in model.parent.iterdir() if p.name.endswith((".undo", ".tmp"))]
