@@ -3,10 +3,10 @@
 import json
 import struct
 
-import models
 import numpy as np
 import pytest
 
+import models
 from pyggml import cli
 from pyggml.context import Context, Model
 from pyggml.errors import Cancelled, PyggmlError

@@ -2,10 +2,10 @@
 
 import struct
 
-import models
 import numpy as np
 import pytest
 
+import models
 from pyggml import cli, formats
 from pyggml.context import Context, Model, find_sites
 from pyggml.errors import PyggmlError
