@@ -146,7 +146,7 @@ static void attend_pairs(query_group *g, const kv_tile *t, float softcap) { atte
 // ---- cache rows as a tile wants them ----------------------------------------------------------------------------------------------
 // Lanes i .. i + VL of a row of floats of any width; `type` is a constant.
 INLINE vf cache_vector(int type, const char *row, int64_t i) {
-    return type == TYPE_F16 ? vf_from_f16(row + 2 * i) : type == TYPE_BF16 ? vf_from_bf16(row + 2 * i) : vf_load(row + 4 * i);
+    return type == TYPE_f16 ? vf_from_f16(row + 2 * i) : type == TYPE_bf16 ? vf_from_bf16(row + 2 * i) : vf_load(row + 4 * i);
 }
 INLINE void key_row(int type, int pair, int64_t words, const char *row, float *to) {
     for (int64_t i = 0; i < words; i += VL)

@@ -46,7 +46,7 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s) 
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
-        .pair = NATIVE_BF16 && k->type == TYPE_BF16 && v->type == TYPE_BF16,      // rounding an F16 cache to BF16 would be felt
+        .pair = NATIVE_BF16 && k->type == TYPE_bf16 && v->type == TYPE_bf16,      // rounding an F16 cache to BF16 would be felt
     };
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
     return a;
@@ -116,7 +116,7 @@ INLINE void load_group(const attention_args *a, attention_memory *m, query_group
         if (table) rope_row(rope_kind, rope_dims, a->D, query, (const float *)row_at(table, 0, t, 0), m->row), query = m->row;
         for (int64_t d = 0; d < a->D; d++) m->row[d] = query[d] * scale;
         const float *words = m->row;
-        if (a->pair) key_row(TYPE_F32, 1, a->words, (const char *)m->row, m->row2), words = m->row2;
+        if (a->pair) key_row(TYPE_f32, 1, a->words, (const char *)m->row, m->row2), words = m->row2;
         scatter_row(g, r, a->words, words, g->q);
         int32_t lo = first_visible(a, t), hi = a->cell[t];
         for (int i = 0; i < g->rep; i++) g->lo[r * g->rep + i] = lo, g->hi[r * g->rep + i] = hi;
@@ -153,16 +153,16 @@ INLINE void load_tile(const attention_args *a, attention_memory *m, int64_t kv_h
     m->tile.cells = cells;
     int whole = a->D % (2 * VL) == 0;
     switch (whole ? a->k->type : -1) {
-    case TYPE_F32:  load_keys(a, m, TYPE_F32, 0, kv_head); break;
-    case TYPE_F16:  load_keys(a, m, TYPE_F16, 0, kv_head); break;
-    case TYPE_BF16: load_keys(a, m, TYPE_BF16, 0, kv_head); break;
-    default:        load_keys(a, m, TYPE_F32, 1, kv_head);
+    case TYPE_f32:  load_keys(a, m, TYPE_f32, 0, kv_head); break;
+    case TYPE_f16:  load_keys(a, m, TYPE_f16, 0, kv_head); break;
+    case TYPE_bf16: load_keys(a, m, TYPE_bf16, 0, kv_head); break;
+    default:        load_keys(a, m, TYPE_f32, 1, kv_head);
     }
     switch (whole ? a->v->type : -1) {
-    case TYPE_F32:  load_values(a, m, TYPE_F32, 0, kv_head); break;
-    case TYPE_F16:  load_values(a, m, TYPE_F16, 0, kv_head); break;
-    case TYPE_BF16: load_values(a, m, TYPE_BF16, 0, kv_head); break;
-    default:        load_values(a, m, TYPE_F32, 1, kv_head);
+    case TYPE_f32:  load_values(a, m, TYPE_f32, 0, kv_head); break;
+    case TYPE_f16:  load_values(a, m, TYPE_f16, 0, kv_head); break;
+    case TYPE_bf16: load_values(a, m, TYPE_bf16, 0, kv_head); break;
+    default:        load_values(a, m, TYPE_f32, 1, kv_head);
     }
 }
 
