@@ -49,11 +49,7 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s, 
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
-<<<<<<< HEAD
         .pair = NATIVE_BF16 && !any_f32 && (coarse || all_bf16),
-=======
-        .pair = NATIVE_BF16 && k->type == TYPE_bf16 && v->type == TYPE_bf16,      // rounding an F16 cache to BF16 would be felt
->>>>>>> matmul
     };
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
     return a;
