@@ -85,6 +85,8 @@ pyg_table  *pyg_table_new(const char *bytes, const int64_t *offsets, int64_t pre
 void        pyg_table_free(pyg_table *table);
 int32_t     pyg_table_find(const pyg_table *table, const char *text, int64_t n);                       // id or -1
 // A merger refers to its table, which must outlive it. fallback[256]: the token of a byte that is in no token, or -1.
+// whole_words: which words that are tokens are those tokens, whatever the merges say.
+enum { WHOLE_NEVER, WHOLE_ALWAYS, WHOLE_NEWLINES };
 pyg_merger *pyg_merger_spm(const pyg_table *table, const float *scores, const int32_t *fallback);
 pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n_merges, int byte_level,
                            int whole_words, const int32_t *fallback);                                  // merges: "left right", best first

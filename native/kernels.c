@@ -12,6 +12,7 @@
 #include "kernels/pack.h"
 #include "kernels/tile.h"
 #include "kernels/matmul.h"
+#include "kernels/experts.h"
 #include "kernels/rope.h"
 #include "kernels/attention.h"
 #include "kernels/moe.h"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Llama": "pyggml.llama", "LogitsProcessorList": "pyggml.llama", "StoppingCriteriaList": "pyggml.llama",
+    "Llama": "pyggml.llama", "LogitsProcessorList": "pyggml.arguments", "StoppingCriteriaList": "pyggml.arguments",
     "Model": "pyggml.context", "Context": "pyggml.context",
     "Sampler": "pyggml.sampling", "SamplingParams": "pyggml.sampling",
     "open": "pyggml.formats", "TensorFile": "pyggml.formats",
@@ -21,14 +21,14 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]     # noqa: PLE0604
 
 if TYPE_CHECKING:
+    from pyggml.arguments import LogitsProcessorList as LogitsProcessorList
+    from pyggml.arguments import StoppingCriteriaList as StoppingCriteriaList
     from pyggml.context import Context as Context
     from pyggml.context import Model as Model
     from pyggml.errors import PyggmlError as PyggmlError
     from pyggml.formats import TensorFile as TensorFile
     from pyggml.formats import open as open
     from pyggml.llama import Llama as Llama
-    from pyggml.llama import LogitsProcessorList as LogitsProcessorList
-    from pyggml.llama import StoppingCriteriaList as StoppingCriteriaList
     from pyggml.quants import dequantize as dequantize
     from pyggml.quants import quantize as quantize
     from pyggml.sampling import Sampler as Sampler

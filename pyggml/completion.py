@@ -1,10 +1,8 @@
-"""From generated tokens to text and OpenAI-shaped answers: stop strings, whole characters, log-probabilities per token."""
+"""From generated tokens to text: stop strings, whole characters, log-probabilities per token."""
 
 from __future__ import annotations
 
 import codecs
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,11 +105,6 @@ def prompt_logprobs(pieces: Pieces, tokens: Sequence[int], rows: Iterable[np.nda
     return entries
 
 
-def logprobs_dict(entries: Sequence[TokenLogprobs]) -> dict[str, list]:
-    return {"tokens": [e.token for e in entries], "text_offset": [e.offset for e in entries],
-            "token_logprobs": [e.logprob for e in entries], "top_logprobs": [e.top for e in entries]}
-
-
 # ---- a completion under way ----
 
 @dataclass
@@ -167,32 +160,3 @@ def join(parts: Iterable[Part]) -> Part:
         whole.n_tokens += part.n_tokens
         whole.finish_reason = part.finish_reason
     return whole
-
-
-# ---- answers ----
-
-def usage(n_prompt: int, n_generated: int) -> dict[str, int]:
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_generated, "total_tokens": n_prompt + n_generated}
-
-
-class TextAnswer:
-    """Dicts of the completions API: one id and time for a whole answer or all of its chunks."""
-
-    def __init__(self, model: str, with_logprobs: bool) -> None:
-        self.with_logprobs = with_logprobs
-        self.head = {"id": f"cmpl-{uuid.uuid4()}", "object": "text_completion", "created": int(time.time()), "model": model}
-
-    def whole(self, part: Part, n_prompt: int) -> dict[str, Any]:
-        return {**self.head, "choices": [self._choice(part, part.finish_reason)], "usage": usage(n_prompt, part.n_tokens)}
-
-    def stream(self, parts: Iterable[Part]) -> Iterator[dict[str, Any]]:
-        """A chunk for each part, and one without text that says why it ended."""
-        for part in parts:
-            if part.text:
-                yield {**self.head, "choices": [self._choice(part, None)]}
-            if part.finish_reason:
-                yield {**self.head, "choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": part.finish_reason}]}
-
-    def _choice(self, part: Part, finish_reason: str | None) -> dict[str, Any]:
-        logprobs = logprobs_dict(part.entries) if self.with_logprobs else None
-        return {"text": part.text, "index": 0, "logprobs": logprobs, "finish_reason": finish_reason}

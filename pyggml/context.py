@@ -80,7 +80,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact)
+            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16)
         return self._stores[key]
 
 
@@ -188,7 +188,7 @@ class Context:
         for site in self._sites:
             self._watch(site, by_node[id(site.x)], by_node[id(site.ids)] if site.ids is not None else None)  # type: ignore[misc]
 
-    def _plan(self, n_tokens: int, n_outputs: int) -> Any:
+    def plan(self, n_tokens: int, n_outputs: int) -> Any:
         """The plan for a batch of this size: small batches, batches with few logits, batches with all of them."""
         from pyggml.plan import SMALL, Plan
 
@@ -273,7 +273,7 @@ class Context:
             out, *captured = self._reference.run({k: np.broadcast_to(np.asarray(v, np.int32), m if k == "wanted" else n) for k, v in given.items()})
             self._tell(captured, sizes)
             return out
-        plan = self._plan(n, m)
+        plan = self.plan(n, m)
         for name, value in given.items():
             plan.inputs[name][:m if name == "wanted" else n] = value
         plan.program.aborted[0] = self._cancelled

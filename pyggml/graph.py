@@ -53,6 +53,14 @@ class Tensor:
     data: Any = None
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a node that has no symbols in its shape: a weight, a constant, a cache."""
+        numbers = tuple(d for d in self.shape if not isinstance(d, Symbol))
+        if len(numbers) < len(self.shape):
+            raise TypeError(f"{self} has sizes that are known only when the graph runs")
+        return numbers
+
+    @property
     def is_leaf(self) -> bool:
         return self.op in LEAVES
 

@@ -8,65 +8,33 @@ What pyggml has no use for is refused in a sentence unless it has its default va
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pyggml import completion, formats, tokenizers
+from pyggml.answers import ChatAnswer, TextAnswer
+from pyggml.arguments import (
+    CHAT,
+    CONSTRUCTOR,
+    NO_EFFECT,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    one_callable,
+    refuse,
+    sampling_params,
+)
 from pyggml.context import Context, Model
 from pyggml.errors import ContextOverflow, ParameterError
 from pyggml.sampling import RANDOM_SEED, Sampler, SamplingParams
 from pyggml.types import tensor_type
-
-LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]        # token ids so far, logits (n_vocab) -> logits
-StoppingCriteria = Callable[[np.ndarray, np.ndarray], bool]             # token ids so far, logits (n_vocab) -> stop now?
-
-
-class LogitsProcessorList(list):
-    """Processors applied one after the other."""
-
-    def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        for processor in self:
-            scores = processor(input_ids, scores)
-        return scores
-
-
-class StoppingCriteriaList(list):
-    """Criteria of which any one stops."""
-
-    def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> bool:
-        return any(stop(input_ids, scores) for stop in self)
-
-
-# Constructor arguments of llama_cpp.Llama that are taken with these values only ...
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "n_gpu_layers": (0,), "split_mode": (1,), "main_gpu": (0,), "tensor_split": (None,), "use_mlock": (False,), "kv_overrides": (None,),
-    "rope_scaling_type": (None, -1), "pooling_type": (-1,), "attention_type": (-1,), "rope_freq_base": (0.0,), "rope_freq_scale": (0.0,),
-    "yarn_ext_factor": (-1.0,), "yarn_attn_factor": (1.0,), "yarn_beta_fast": (32.0,), "yarn_beta_slow": (1.0,), "yarn_orig_ctx": (0,),
-    "embedding": (False,), "lora_base": (None,), "lora_scale": (1.0,), "lora_path": (None,), "numa": (False,), "chat_format": (None,),
-    "chat_handler": (None,), "draft_model": (None,), "tokenizer": (None,), "spm_infill": (False,),
-}
-# ... and those that choose between ways to compute the same thing on other machines, so that any value will do.
-_NO_EFFECT = {"offload_kqv", "op_offload", "flash_attn", "swa_full", "no_perf"}
-
-# llama_cpp's sampling arguments -> SamplingParams' names, and those that are taken with one value only
-_SAMPLING = {**{name: name for name in ("top_k", "top_p", "min_p", "typical_p", "temp", "repeat_penalty", "frequency_penalty",
-                                        "presence_penalty", "mirostat_tau", "mirostat_eta", "logit_bias")},
-             "mirostat_mode": "mirostat"}
-_SAMPLING_ONLY: dict[str, tuple[Any, ...]] = {"tfs_z": (1.0,), "penalize_nl": (True,), "grammar": (None,)}
-
-
-def _refuse_others(given: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where: str) -> None:
-    """TypeError for names that nobody knows, ParameterError for values that pyggml has no feature for."""
-    for name, value in given.items():
-        if name not in only:
-            raise TypeError(f"{where} has no argument {name!r}")
-        if value not in only[name]:
-            raise ParameterError(f"{name}={value!r} is not supported; leave it at {only[name][0]!r}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +57,7 @@ class Llama:
                  vocab_only: bool = False, use_mmap: bool = True, last_n_tokens_size: int = 64, type_k: int | str | None = None,
                  type_v: int | str | None = None, verbose: bool = False, **others: Any) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "others")} | others
-        _refuse_others({k: v for k, v in others.items() if k not in _NO_EFFECT}, _ONLY, "Llama()")
+        refuse({k: v for k, v in others.items() if k not in NO_EFFECT}, CONSTRUCTOR, "Llama()")
         if n_threads_batch not in (None, n_threads):
             raise ParameterError(f"n_threads_batch={n_threads_batch} is not supported: prompts and tokens use the same n_threads={n_threads}")
         self.model_path, self.verbose = os.fspath(model_path), verbose
@@ -227,11 +195,8 @@ class Llama:
     def set_seed(self, seed: int) -> None:
         self._seed = seed
 
-    def _params(self, seed: int | None = None, **sampling: Any) -> SamplingParams:
-        known = {_SAMPLING[k]: v for k, v in sampling.items() if k in _SAMPLING}
-        _refuse_others({k: v for k, v in sampling.items() if k not in _SAMPLING}, _SAMPLING_ONLY, "sampling")
-        bias = {int(token): float(value) for token, value in (known.pop("logit_bias", None) or {}).items()}
-        return SamplingParams(**known, logit_bias=bias, seed=self._seed if seed is None else seed, repeat_last_n=self._last_n)
+    def _sampling(self, seed: int | None = None, **sampling: Any) -> SamplingParams:
+        return sampling_params(self._seed if seed is None else seed, self._last_n, **sampling)
 
     def _choose(self, sampler: Sampler, processor: LogitsProcessor | None, row: np.ndarray) -> int:
         if processor is not None:
@@ -240,12 +205,12 @@ class Llama:
 
     def sample(self, *, idx: int | None = None, logits_processor: LogitsProcessor | None = None, **sampling: Any) -> int:
         """A token from the newest logits, or from row `idx` of `scores`. The same arguments go on with the same random numbers."""
-        params = self._params(**sampling)
+        params = self._sampling(**sampling)
         if self._sampler is None or self._sampler.params != params:
             self._sampler = Sampler(params)
         self._sampler.forget()
         self._sampler.accept(*self.eval_tokens)
-        return self._choose(self._sampler, _callable(logits_processor, LogitsProcessorList), self._newest() if idx is None else self.scores[idx])
+        return self._choose(self._sampler, one_callable(logits_processor, LogitsProcessorList), self._newest() if idx is None else self.scores[idx])
 
     def generate(self, tokens: Sequence[int], *, reset: bool = True, logits_processor: LogitsProcessor | None = None,
                  stopping_criteria: StoppingCriteria | None = None, **sampling: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -253,9 +218,9 @@ class Llama:
 
         What the cache has in common with `tokens` is not computed again. reset=False appends to the cache instead.
         """
-        sampler = Sampler(self._params(**sampling))
-        return self._generate(list(tokens), reset, sampler, _callable(logits_processor, LogitsProcessorList),
-                              _callable(stopping_criteria, StoppingCriteriaList))
+        sampler = Sampler(self._sampling(**sampling))
+        return self._generate(list(tokens), reset, sampler, one_callable(logits_processor, LogitsProcessorList),
+                              one_callable(stopping_criteria, StoppingCriteriaList))
 
     def _generate(self, tokens: list[int], reset: bool, sampler: Sampler, processor: LogitsProcessor | None,
                   stopping: StoppingCriteria | None) -> Generator[int, Sequence[int] | None, None]:
@@ -301,37 +266,58 @@ class Llama:
         """
         if suffix is not None:
             raise ParameterError("suffix is not supported: pyggml continues texts and does not fill gaps; leave it out")
-        if logprobs is not None and not 0 <= logprobs <= self.n_vocab():
-            raise ParameterError(f"logprobs={logprobs} is out of range; use 0 to {self.n_vocab()}")
-        tokens = self._prompt_tokens(prompt)
-        sampler = Sampler(self._params(seed, temp=temperature, **sampling))
-        answer = completion.TextAnswer(model or self.model_path, logprobs is not None)
+        tokens = self.tokenize(prompt, special=True) if isinstance(prompt, str) else [int(t) for t in prompt]
         text = prompt if isinstance(prompt, str) else self.detokenize(tokens).decode("utf-8", "replace")
-        parts = self._parts(tokens, text, max_tokens, sampler, completion.stop_strings(stop), logprobs, echo,
-                            _callable(logits_processor, LogitsProcessorList), _callable(stopping_criteria, StoppingCriteriaList))
-        return answer.stream(parts) if stream else answer.whole(completion.join(parts), len(tokens))
+        return self._complete(TextAnswer(model or self.model_path, logprobs is not None), tokens, text, echo, max_tokens, logprobs, stop, stream,
+                              logits_processor, stopping_criteria, self._sampling(seed, temp=temperature, **sampling))
 
     __call__ = create_completion
 
-    def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        tokens = self.tokenize(prompt, special=True) if isinstance(prompt, str) else [int(t) for t in prompt]
+    def create_chat_completion(self, messages: Sequence[Mapping[str, Any]], *, temperature: float = 0.2, max_tokens: int | None = None,
+                               logprobs: bool | None = None, top_logprobs: int | None = None, stop: str | Sequence[str] | None = (),
+                               stream: bool = False, seed: int | None = None, model: str | None = None,
+                               logits_processor: LogitsProcessor | None = None, **others: Any) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Answer the last of `messages` ({"role": ..., "content": ...}): a dict as of the OpenAI chat API, or its chunks with `stream`.
+
+        The prompt is what the model file's chat template makes of the messages. others: sampling arguments as for completions.
+        """
+        from pyggml.chat import chat_template
+
+        refuse({name: value for name, value in others.items() if name in CHAT}, CHAT, "create_chat_completion()")
+        sampling = self._sampling(seed, temp=temperature, **{name: value for name, value in others.items() if name not in CHAT})
+        prompt = chat_template(self._file.kv, self._tokenizer).render(messages)
+        tokens = self.tokenize(prompt, add_bos=False, special=True)
+        first = self.tokenize("")
+        if tokens[:len(first)] != first:            # many templates write the token that begins a text themselves
+            tokens = first + tokens
+        n_top = (top_logprobs or 0) if logprobs else None
+        return self._complete(ChatAnswer(model or self.model_path, n_top), tokens, "", False, max_tokens, n_top, stop, stream,
+                              logits_processor, None, sampling)
+
+    def _complete(self, answer: TextAnswer | ChatAnswer, tokens: list[int], text: str, echo: bool, max_tokens: int | None, logprobs: int | None,
+                  stop: str | Sequence[str] | None, stream: bool, processor: LogitsProcessor | None, criteria: StoppingCriteria | None,
+                  sampling: SamplingParams) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Complete `tokens`, which are `text`, into `answer`. Whatever is wrong with the request is raised here, before a stream begins."""
         if not tokens:
             if self._tokenizer.bos is None:
                 raise ParameterError("the prompt is empty, and the vocabulary has no token to begin with; give it some text")
             tokens = [self._tokenizer.bos]
-        if len(tokens) >= self.n_ctx():
-            raise ContextOverflow(f"the prompt of {len(tokens)} tokens leaves no room in the context of {self.n_ctx()}; make it larger with n_ctx")
-        return tokens
-
-    def _parts(self, tokens: list[int], text: str, max_tokens: int | None, sampler: Sampler, stops: Sequence[bytes], logprobs: int | None,
-               echo: bool, processor: LogitsProcessor | None, stopping: StoppingCriteria | None) -> Iterator[completion.Part]:
         room = self.n_ctx() - len(tokens)
-        limit = min(room, max_tokens) if max_tokens and max_tokens > 0 else room
-        if echo:
-            yield completion.Part(text, self._prompt_logprobs(tokens, logprobs, len(text)) if logprobs is not None else [])
-        generator = self._generate(tokens, True, sampler, processor, stopping)
-        yield from completion.parts(((token, self._newest()) for token in generator), self._pieces, self._tokenizer.eog, stops, limit,
-                                    logprobs, len(text))
+        if room <= 0:
+            raise ContextOverflow(f"the prompt of {len(tokens)} tokens leaves no room in the context of {self.n_ctx()}; make it larger with n_ctx")
+        if logprobs is not None and not 0 <= logprobs <= self.n_vocab():
+            raise ParameterError(f"logprobs={logprobs} is out of range; use 0 to {self.n_vocab()}")
+        generator = self._generate(tokens, True, Sampler(sampling), one_callable(processor, LogitsProcessorList),
+                                   one_callable(criteria, StoppingCriteriaList))
+        generated = completion.parts(((token, self._newest()) for token in generator), self._pieces, self._tokenizer.eog,
+                                     completion.stop_strings(stop), min(room, max_tokens) if max_tokens and max_tokens > 0 else room,
+                                     logprobs, len(text))
+        parts = itertools.chain(self._echo(tokens, text, logprobs), generated) if echo else generated
+        return answer.stream(parts) if stream else answer.whole(completion.join(parts), len(tokens))
+
+    def _echo(self, tokens: list[int], text: str, logprobs: int | None) -> Iterator[completion.Part]:
+        """The prompt as a part of the answer."""
+        yield completion.Part(text, [] if logprobs is None else self._prompt_logprobs(tokens, logprobs, len(text)))
 
     def _prompt_logprobs(self, tokens: list[int], n: int, end: int) -> list[completion.TokenLogprobs]:
         """Entries for a prompt of `end` characters, whose logits are computed for this; the cache then holds the prompt."""
@@ -377,8 +363,3 @@ def _id(token: int | None) -> int:
 def _type_name(kind: int | str | None) -> str:
     """The name of a cache type given by its number, its name or not at all."""
     return "F16" if kind is None else tensor_type(kind).name
-
-
-def _callable(given: Any, kind: Callable[[Iterable], Any]) -> Any:
-    """One callable from a callable or several."""
-    return given if given is None or callable(given) else kind(given)

@@ -31,10 +31,18 @@ class Candidates(NamedTuple):
     ids: np.ndarray | None = None
     sorted: bool = False        # logits fall from first to last
 
-    def take(self, index: np.ndarray | slice, sorted: bool) -> Candidates:
+    def take(self, index: np.ndarray, sorted: bool) -> Candidates:
         """The candidates at `index`."""
-        ids = np.arange(self.logits.size)[index] if isinstance(index, slice) else index
-        return Candidates(self.logits[index], ids if self.ids is None else self.ids[index], sorted)
+        return Candidates(self.logits[index], index if self.ids is None else self.ids[index], sorted)
+
+    def first(self, n: int) -> Candidates:
+        """The first `n` candidates."""
+        return Candidates(self.logits[:n], np.arange(n) if self.ids is None else self.ids[:n], self.sorted)
+
+    @property
+    def peak(self) -> np.float32:
+        """The largest logit."""
+        return self.logits[0] if self.sorted else self.logits.max()
 
 
 # ---- probabilities ----
@@ -88,7 +96,7 @@ def top_k(c: Candidates, k: int) -> Candidates:
     if k <= 0 or (c.sorted and k >= n):
         return c
     if c.sorted:
-        return c.take(slice(k), True)
+        return c.first(k)
     k = min(k, n)
     per_group = min(64, n // (2 * k))
     index = None
@@ -109,15 +117,14 @@ def top_p(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     if p >= 1.0:
         return c
     n = c.logits.size
-    peak = c.logits.max()
-    total = np.exp(c.logits - peak).sum()
+    total = None if c.sorted else np.exp(c.logits - c.peak).sum()
     k = n if c.sorted else 256
     while True:                         # few candidates hold p as a rule: sort those first, all of them only if need be
         best = top_k(c, k)
-        reached = np.cumsum(np.exp(best.logits - peak)) >= p * total
-        if reached[-1] or k >= n:
-            last = int(reached.argmax()) if reached[-1] else n - 1      # rounding may leave the whole sum below p
-            return best.take(slice(max(last + 1, min_keep, 1)), True)
+        mass = np.exp(best.logits - best.logits[0]).cumsum()
+        goal = p * (mass[-1] if total is None else total)
+        if mass[-1] >= goal or k >= n:
+            return best.first(max(int(mass.searchsorted(goal)) + 1, min_keep))
         k = min(n, 8 * k)
 
 
@@ -125,10 +132,11 @@ def min_p(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     """Candidates at least `p` times as likely as the likeliest, or the `min_keep` likeliest where those are more."""
     if p <= 0.0:
         return c
-    keep = c.logits >= c.logits.max() + math.log(p)
-    if np.count_nonzero(keep) < min_keep:
-        return top_k(c, min_keep)
-    return c.take(np.flatnonzero(keep), c.sorted)
+    least = c.peak + np.float32(math.log(p))
+    if c.sorted:
+        return c.first(max(c.logits.size - int(c.logits[::-1].searchsorted(least)), min_keep))
+    keep = np.flatnonzero(c.logits >= least)
+    return c.take(keep, False) if keep.size >= min_keep else top_k(c, min_keep)
 
 
 def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
@@ -149,8 +157,8 @@ def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
 def temperature(c: Candidates, temp: float) -> Candidates:
     """Logits divided by `temp`; 0 (and what is so near to it that the division overflows) leaves only the likeliest candidate."""
     if temp < 1e-6:
-        return c.take(np.array([c.logits.argmax()]), True)
-    return c if temp == 1.0 else c._replace(logits=c.logits / np.float32(temp))
+        return c.take(c.logits.argmax(axis=0, keepdims=True), True)
+    return c if temp == 1.0 else Candidates(c.logits / np.float32(temp), c.ids, c.sorted)
 
 
 # ---- choosing one ----
@@ -160,20 +168,23 @@ def greedy(logits: np.ndarray) -> int:
     return int(logits.argmax())
 
 
-_BLOCK = 512
+_BLOCK = 512        # a running sum over a whole vocabulary is slow, one over blocks and then inside one of them is not
 
 
 def draw(c: Candidates, u: float) -> tuple[int, float]:
     """The (token, its probability) that the number `u` in [0, 1) falls on when probabilities are laid end to end."""
-    weights = np.exp(c.logits - c.logits.max())
-    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64)     # a running sum over 128k is slow
-    ends = blocks.cumsum()
-    point = u * ends[-1]
-    b = min(int(ends.searchsorted(point, side="right")), ends.size - 1)
-    inside = weights[b * _BLOCK:(b + 1) * _BLOCK].cumsum(dtype=np.float64)
-    i = int(inside.searchsorted(point - (ends[b - 1] if b else 0.0), side="right"))
-    i = b * _BLOCK + i if i < inside.size else int(weights.argmax())        # rounding put the point behind the end
-    return (i if c.ids is None else int(c.ids[i])), float(weights[i] / ends[-1])
+    weights = np.exp(c.logits - c.peak)
+    start, before, total = 0, 0.0, None
+    if weights.size > _BLOCK:
+        ends = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK), dtype=np.float64).cumsum()
+        total = float(ends[-1])
+        block = min(int(ends.searchsorted(u * total, side="right")), ends.size - 1)
+        start, before = block * _BLOCK, float(ends[block - 1]) if block else 0.0
+    sums = weights[start:start + _BLOCK].cumsum(dtype=np.float64)
+    total = total or float(sums[-1])
+    i = int(sums.searchsorted(u * total - before, side="right"))
+    i = start + i if i < sums.size else int(weights.argmax())           # rounding put the point behind the end
+    return (i if c.ids is None else int(c.ids[i])), float(weights[i]) / total
 
 
 def mirostat_v2(c: Candidates, mu: float, tau: float, eta: float, u: float) -> tuple[int, float]:
@@ -181,7 +192,7 @@ def mirostat_v2(c: Candidates, mu: float, tau: float, eta: float, u: float) -> t
     with np.errstate(divide="ignore"):
         surprise = -np.log2(softmax(c.logits))
     keep = np.flatnonzero(surprise <= mu)
-    token, p = draw(c.take(keep if keep.size else np.array([c.logits.argmax()]), False), u)
+    token, p = draw(c.take(keep if keep.size else c.logits.argmax(axis=0, keepdims=True), False), u)
     return token, mu - eta * (-math.log2(p) - tau)
 
 

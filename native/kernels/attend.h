@@ -12,7 +12,8 @@
 // neighbouring d, V and P pair neighbouring cells.
 
 enum { TILE_CELLS = 64, GROUP_VECS = 2, PANEL = VREGS == 32 ? 8 : 4 };
-#define NEVER_SEEN (-1e30f)             // running maximum before any cell: finite, so that exp(score - maximum) is never NaN
+#define NEVER_SEEN (-1e30f)             // running maximum before any cell: finite, so that score - maximum is never NaN
+#define LOG2_E 1.44269504088896341f     // scores are kept times this: 2^x is cheaper than e^x
 
 typedef struct {
     int      vecs, rep, rows;           // vecs * VL lanes for `rows` rows of `rep` lanes each (rep > 1 only with one vector)
@@ -24,8 +25,16 @@ typedef struct {
 } query_group;
 
 INLINE int group_lanes(const query_group *g) { return g->vecs * VL; }
-INLINE int64_t word_at(const query_group *g, int row, int64_t word) {      // where word (or d) of a row lies in q (or out)
-    return word / g->rep * group_lanes(g) + row * g->rep + word % g->rep;
+// Between a row's own words (or d) and their places in q (or out): `rep` together in every group_lanes.
+INLINE void scatter_row(const query_group *g, int row, int64_t n, const float *words, float *to) {
+    to += row * g->rep;
+    for (int64_t i = 0; i < n; i += g->rep, to += group_lanes(g))
+        for (int r = 0; r < g->rep; r++) to[r] = words[i + r];
+}
+INLINE void gather_row(const query_group *g, int row, int64_t n, const float *from, float factor, float *d) {
+    from += row * g->rep;
+    for (int64_t i = 0; i < n; i += g->rep, from += group_lanes(g))
+        for (int r = 0; r < g->rep && i + r < n; r++) d[i + r] = from[r] * factor;
 }
 
 // Cuts the rows from `first_row` on into the next group's shape.
@@ -67,23 +76,23 @@ INLINE void tile_softmax(int V, int pair, query_group *g, float *S, int c0, int 
         vf old = vf_load(g->max + v * VL), max = old, sum = {0};
         for (int c = 0; c < cells; c++) {
             vf s = vf_load(S + (c * V + v) * VL);
-            if (softcap > 0.0f) s = vf_tanh(s) * softcap;
+            if (softcap > 0.0f) s = vf_tanh(s) * (softcap * LOG2_E);
             if (masked) s = vf_select((vi)(lo <= c0 + c) & (vi)(hi >= c0 + c), s, vf_set(-INFINITY));
             if (masked || softcap > 0.0f) vf_store(S + (c * V + v) * VL, s);
             max = vf_max(max, s);
         }
         if (pair && cells % 2) vf_store(S + (cells * V + v) * VL, vf_set(-INFINITY));
         for (int c = 0; c < cells; c += 1 + pair) {
-            vf p = vf_exp(vf_load(S + (c * V + v) * VL) - max);
+            vf p = vf_exp2_below(vf_load(S + (c * V + v) * VL) - max, pair);
             sum += p;
             if (pair) {
-                vf next = vf_exp(vf_load(S + ((c + 1) * V + v) * VL) - max);
+                vf next = vf_exp2_below(vf_load(S + ((c + 1) * V + v) * VL) - max, pair);
                 sum += next;
                 p = vf_pair_bf16(p, next);
             }
             vf_store(S + (c / (1 + pair) * V + v) * VL, p);
         }
-        rescale[v] = vf_exp(old - max);
+        rescale[v] = vf_exp2_below(old - max, 0);
         vf_store(g->max + v * VL, max);
         vf_store(g->sum + v * VL, vf_fma(vf_load(g->sum + v * VL), rescale[v], sum));
     }
@@ -109,9 +118,10 @@ typedef struct {
 
 INLINE void attend_shape(int V, int REP, int pair, query_group *g, const kv_tile *t, int masked, float softcap) {
     vf rescale[GROUP_VECS];
-    tile_scores(V, REP, pair, g, t->k, t->words, t->cells, t->scores);
-    tile_softmax(V, pair, g, t->scores, t->first, t->cells, masked, softcap, rescale);
-    int64_t d = 0, n = pair ? (t->cells + 1) / 2 : t->cells;
+    int cells = t->first + t->cells - 1 > g->hi_max ? g->hi_max - t->first + 1 : t->cells;      // the rest nobody sees
+    tile_scores(V, REP, pair, g, t->k, t->words, cells, t->scores);
+    tile_softmax(V, pair, g, t->scores, t->first, cells, masked, softcap, rescale);
+    int64_t d = 0, n = pair ? (cells + 1) / 2 : cells;
     for (; d + PANEL * REP <= t->padded; d += PANEL * REP) tile_output(PANEL, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
     for (; d + PANEL / 2 * REP <= t->padded; d += PANEL / 2 * REP) tile_output(PANEL / 2, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
     for (; d < t->padded; d += REP) tile_output(1, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
@@ -134,32 +144,31 @@ static void attend_floats(query_group *g, const kv_tile *t, float softcap) { att
 static void attend_pairs(query_group *g, const kv_tile *t, float softcap) { attend_group(1, g, t, softcap); }
 
 // ---- cache rows as a tile wants them ----------------------------------------------------------------------------------------------
-INLINE void zero_from(float *row, int64_t from, int64_t to) { memset(row + from, 0, (to - from) * sizeof(float)); }
+// Lanes i .. i + VL of a row of floats of any width; `type` is a constant.
+INLINE vf cache_vector(int type, const char *row, int64_t i) {
+    return type == TYPE_f16 ? vf_from_f16(row + 2 * i) : type == TYPE_bf16 ? vf_from_bf16(row + 2 * i) : vf_load(row + 4 * i);
+}
+INLINE void key_row(int type, int pair, int64_t words, const char *row, float *to) {
+    for (int64_t i = 0; i < words; i += VL)
+        vf_store(to + i, pair ? vf_pack_bf16(cache_vector(type, row, 2 * i), cache_vector(type, row, 2 * i + VL)) : cache_vector(type, row, i));
+}
+INLINE void value_rows(int type, int pair, int64_t padded, const char *row, const char *next, float *to) {
+    for (int64_t i = 0; i < padded; i += VL)
+        vf_store(to + i, pair ? vf_pair_bf16(cache_vector(type, row, i), cache_vector(type, next, i)) : cache_vector(type, row, i));
+}
 
-// n weights of any type as floats; `row` has room for whole vectors
-INLINE void float_row(int type, int64_t n, const char *from, float *row) {
-    int64_t i = 0;
-    if (type == TYPE_F16) {
-        for (; i + VL <= n; i += VL) vf_store(row + i, vf_from_f16(from + 2 * i));
-        for (; i < n; i++) row[i] = f16_to_f32(((const f16 *)from)[i]);
-    } else if (type == TYPE_F32) {
-        memcpy(row, from, n * sizeof(float));
-    } else {
-        dequantize_row(type, n, from, row);
-    }
-}
-INLINE void pair_row(int64_t padded, const float *row, float *words) {        // floats -> neighbouring pairs of bf16
-    for (int64_t i = 0; i < padded; i += VL) vf_to_bf16((char *)words + 2 * i, vf_load(row + i));
-}
-INLINE void pair_rows(int64_t padded, const float *even, const float *odd, float *words) {
-    for (int64_t i = 0; i < padded; i += VL) vf_store(words + i, vf_pair_bf16(vf_load(even + i), vf_load(odd + i)));
+// n weights of any type as floats, then zeros up to `padded`
+INLINE const char *float_row(int type, int64_t n, int64_t padded, const char *from, float *row) {
+    dequantize_row(type, n, from, row);
+    for (int64_t i = n; i < padded; i++) row[i] = 0.0f;
+    return (const char *)row;
 }
 
 INLINE void merge_group(const query_group *g, int64_t padded, float *out, float *max, float *sum, const float *out2, const float *max2, const float *sum2) {
     int lanes = group_lanes(g);
     for (int v = 0; v < lanes; v += VL) {
         vf a = vf_load(max + v), b = vf_load(max2 + v), top = vf_max(a, b);
-        vf fa = vf_exp(a - top), fb = vf_exp(b - top);
+        vf fa = vf_exp2_below(a - top, 0), fb = vf_exp2_below(b - top, 0);
         vf_store(max + v, top);
         vf_store(sum + v, vf_load(sum + v) * fa + vf_load(sum2 + v) * fb);
         for (int64_t i = v; i < padded / g->rep * lanes; i += lanes) vf_store(out + i, vf_load(out + i) * fa + vf_load(out2 + i) * fb);

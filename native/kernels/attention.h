@@ -6,7 +6,7 @@
 #include "attend.h"
 
 enum {
-    UNIT_ROWS = 128,                    // rows that share the conversion of a tile
+    UNIT_ROWS = 256,                    // rows that share the conversion of a tile
     SPLIT_CELLS = 256,                  // decoding: cells of one split, more when that would give over MAX_SPLITS
     MAX_SPLITS = 32,
 };
@@ -39,14 +39,17 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
     return end;
 }
 
-static attention_args attention_shape(const pyg_view *views, const pyg_step *s) {
+// bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
+// asks for them with `coarse`. An F32 cache is always read in full.
+static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
+    int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
     attention_args a = {
         .dst = &views[s->dst], .q = q, .k = k, .v = v,
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
-        .pair = NATIVE_BF16 && k->type == TYPE_BF16 && v->type == TYPE_BF16,      // rounding an F16 cache to BF16 would be felt
+        .pair = NATIVE_BF16 && !any_f32 && (coarse || all_bf16),
     };
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
     return a;
@@ -99,7 +102,7 @@ INLINE float *state_end(const query_group *g) { return g->sum + group_lanes(g); 
 INLINE void load_group(const attention_args *a, attention_memory *m, query_group *g, int64_t t0, int64_t kv_head,
                        const pyg_view *table, int rope_kind, int64_t rope_dims) {
     int lanes = group_lanes(g);
-    float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale;
+    float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2_E;
     g->lo_min = g->hi_min = INT32_MAX, g->lo_max = g->hi_max = INT32_MIN;
     memset(g->q, 0, a->words / g->rep * lanes * sizeof(float));
     memset(g->out, 0, a->padded / g->rep * lanes * sizeof(float));
@@ -109,15 +112,15 @@ INLINE void load_group(const attention_args *a, attention_memory *m, query_group
     }
     memset(g->lo, 0, lanes * sizeof(int32_t));          // lanes without a row see everything: their scores are 0
     memset(g->hi, 0x7f, lanes * sizeof(int32_t));
-    zero_from(m->row, a->D, 2 * a->padded);
+    for (int64_t d = a->D; d < 2 * a->padded; d++) m->row[d] = 0.0f;
     for (int r = 0; r < g->rows; r++) {
         int64_t t = t0 + (g->first_row + r) / a->share, head = kv_head * a->share + (g->first_row + r) % a->share;
         const float *query = (const float *)row_at(a->q, head, t, 0);
         if (table) rope_row(rope_kind, rope_dims, a->D, query, (const float *)row_at(table, 0, t, 0), m->row), query = m->row;
         for (int64_t d = 0; d < a->D; d++) m->row[d] = query[d] * scale;
         const float *words = m->row;
-        if (a->pair) pair_row(2 * a->words, m->row, m->row2), words = m->row2;
-        for (int64_t i = 0; i < a->words; i++) g->q[word_at(g, r, i)] = words[i];
+        if (a->pair) key_row(TYPE_f32, 1, a->words, (const char *)m->row, m->row2), words = m->row2;
+        scatter_row(g, r, a->words, words, g->q);
         int32_t lo = first_visible(a, t), hi = a->cell[t];
         for (int i = 0; i < g->rep; i++) g->lo[r * g->rep + i] = lo, g->hi[r * g->rep + i] = hi;
         g->lo_min = lo < g->lo_min ? lo : g->lo_min, g->lo_max = lo > g->lo_max ? lo : g->lo_max;
@@ -125,30 +128,44 @@ INLINE void load_group(const attention_args *a, attention_memory *m, query_group
     }
 }
 
-// Cells first .. first + cells of one KV head, converted once for every group of the unit.
-INLINE void load_tile(const attention_args *a, attention_memory *m, int64_t kv_head, int first, int cells) {
-    kv_tile *t = &m->tile;
-    t->first = first;
-    t->cells = cells;
-    for (int c = 0; c < cells; c++) {
-        const char *k = row_at(a->k, first + c, kv_head, 0);
-        float *row = a->pair ? m->row : t->k + c * a->words;
-        float_row(a->k->type, a->D, k, row);
-        zero_from(row, a->D, a->padded);
-        if (a->pair) {
-            zero_from(m->row, a->padded, 2 * a->words);
-            pair_row(2 * a->words, m->row, t->k + c * a->words);
-        }
+// Cells first .. first + cells of one KV head, converted once for every group of the unit. `type` is what the loops read: the
+// cache itself where its rows are whole vectors of floats, or with `through` a row that was turned into floats first.
+INLINE void load_keys(const attention_args *a, attention_memory *m, int type, int through, int64_t kv_head) {
+    const char *cell = row_at(a->k, m->tile.first, kv_head, 0);
+    float *to = m->tile.k;
+    for (int c = 0; c < m->tile.cells; c++, cell += a->k->nb[1], to += a->words) {
+        const char *row = through ? float_row(a->k->type, a->D, 2 * a->padded, cell, m->row) : cell;
+        key_row(type, a->pair, a->words, row, to);
     }
-    for (int c = 0; c < cells; c += 1 + a->pair) {
-        float *row = a->pair ? m->row : t->v + c * a->padded;
-        float_row(a->v->type, a->D, row_at(a->v, first + c, kv_head, 0), row);
-        zero_from(row, a->D, a->padded);
-        if (a->pair) {
-            if (c + 1 < cells) float_row(a->v->type, a->D, row_at(a->v, first + c + 1, kv_head, 0), m->row2);
-            zero_from(m->row2, c + 1 < cells ? a->D : 0, a->padded);
-            pair_rows(a->padded, m->row, m->row2, t->v + c / 2 * a->padded);
+}
+INLINE void load_values(const attention_args *a, attention_memory *m, int type, int through, int64_t kv_head) {
+    const char *cell = row_at(a->v, m->tile.first, kv_head, 0);
+    float *to = m->tile.v;
+    for (int left = m->tile.cells; left > 0; left -= 1 + a->pair, cell += (1 + a->pair) * a->v->nb[1], to += a->padded) {
+        const char *row = cell, *next = cell;           // an odd last cell pairs with itself: its partner's probability is 0
+        if (a->pair && left > 1) next += a->v->nb[1];
+        if (through) {
+            row = float_row(a->v->type, a->D, a->padded, row, m->row);
+            next = a->pair ? float_row(a->v->type, a->D, a->padded, next, m->row2) : row;
         }
+        value_rows(type, a->pair, a->padded, row, next, to);
+    }
+}
+INLINE void load_tile(const attention_args *a, attention_memory *m, int64_t kv_head, int first, int cells) {
+    m->tile.first = first;
+    m->tile.cells = cells;
+    int whole = a->D % (2 * VL) == 0;
+    switch (whole ? a->k->type : -1) {
+    case TYPE_f32:  load_keys(a, m, TYPE_f32, 0, kv_head); break;
+    case TYPE_f16:  load_keys(a, m, TYPE_f16, 0, kv_head); break;
+    case TYPE_bf16: load_keys(a, m, TYPE_bf16, 0, kv_head); break;
+    default:        load_keys(a, m, TYPE_f32, 1, kv_head);
+    }
+    switch (whole ? a->v->type : -1) {
+    case TYPE_f32:  load_values(a, m, TYPE_f32, 0, kv_head); break;
+    case TYPE_f16:  load_values(a, m, TYPE_f16, 0, kv_head); break;
+    case TYPE_bf16: load_values(a, m, TYPE_bf16, 0, kv_head); break;
+    default:        load_values(a, m, TYPE_f32, 1, kv_head);
     }
 }
 
@@ -164,7 +181,7 @@ INLINE void write_group(const attention_args *a, const query_group *g, int64_t t
         int64_t t = t0 + (g->first_row + r) / a->share, head = kv_head * a->share + (g->first_row + r) % a->share;
         float *to = (float *)row_at(a->dst, t, 0, 0) + head * a->D, sum = g->sum[r * g->rep];
         float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;     // a token that sees nothing gets zeros
-        for (int64_t d = 0; d < a->D; d++) to[d] = g->out[word_at(g, r, d)] * inverse;
+        gather_row(g, r, a->D, g->out, inverse, to);
     }
 }
 
@@ -172,7 +189,7 @@ INLINE void write_group(const attention_args *a, const query_group *g, int64_t t
 INLINE int64_t unit_tokens(const attention_args *a) { return a->share < UNIT_ROWS ? UNIT_ROWS / a->share : 1; }
 
 static void op_attention(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s);
+    attention_args a = attention_shape(w->plan->views, s, s->i[1]);
     attention_memory m;
     attention_layout(&m, &a, w->scratch, unit_tokens(&a) * a.share, 1, a.tokens);
     int64_t runs = 0;
@@ -187,7 +204,7 @@ static void op_attention(worker *w, const pyg_step *s) {
     }
 }
 static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s);
+    attention_args a = attention_shape(plan->views, s, s->i[1]);
     attention_memory m;
     return attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
 }
@@ -240,7 +257,7 @@ static void merge_splits(const attention_args *a, attention_memory *m, const cel
 }
 
 static void op_attention_step(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s);
+    attention_args a = attention_shape(w->plan->views, s, s->i[3]);
     cell_splits p = split_cells(&a);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, w->scratch, a.tokens * a.share, a.tokens, 0);
@@ -269,7 +286,7 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     for (int64_t kv_head; (kv_head = claim_again(w)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
 }
 static int64_t scratch_attention_step(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s);
+    attention_args a = attention_shape(plan->views, s, s->i[3]);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, NULL, a.tokens * a.share, a.tokens, 0);
     int64_t splits = (a.k->ne[1] + SPLIT_CELLS - 1) / SPLIT_CELLS;

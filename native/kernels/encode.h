@@ -109,8 +109,8 @@ static void encode_q1_0(int64_t n, const float *x, void *dst, const float *impor
             PACK(codes, b);                                                                             \
         }                                                                                               \
     }
-ENCODE_TERNARY(tq1_0, pack_tq1_0)
-ENCODE_TERNARY(tq2_0, pack_tq2_0)
+ENCODE_TERNARY(tq1_0, codes_to_tq1_0)
+ENCODE_TERNARY(tq2_0, codes_to_tq2_0)
 
 // ---- nonlinear 4-bit codes ---------------------------------------------------------------------------------------------------------------
 #define TABLE16(values, count, reach)                                                                   \

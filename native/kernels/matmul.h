@@ -20,7 +20,7 @@ typedef struct {                                 // one matrix of (rows, k): a w
 
 static matrix matrix_of(const pyg_view *v, int64_t expert, int layout) {
     int64_t tiles = tile_count(v->ne[1]);
-    int type = v->type, tile = layout == ACT_F32 && TILE_TYPES[type].block != 1 ? TYPE_F32 : type;
+    int type = v->type, tile = layout == ACT_F32 && TILE_TYPES[type].block != 1 ? TYPE_f32 : tile_of(type);
     int64_t bytes = tile_bytes(tile, v->ne[0]);
     return (matrix){
         .raw = row_at(v, 0, expert, 0), .packed = v->packed ? v->packed + expert * tiles * bytes : NULL,
@@ -66,28 +66,22 @@ static void pack_tiles(const matrix *m, int64_t first, int64_t last) {
     if (packed && m->release) release_pages(m, first, last);
 }
 
-// Dequantized rows as a tile of floats: [k][16], by way of one row at a time.
+// Dequantized rows as a tile of floats: [k][16].
 static void float_tile(const matrix *m, int64_t tile, float *out, float *row) {
     int rows = tile_rows(m, tile);
     for (int r = 0; r < TILE_ROWS; r++) {
-        if (r < rows) kernels->dequantize[m->type](m->k, m->raw + (tile * TILE_ROWS + r) * m->row_stride, row);
+        if (r < rows) dequantize_row(m->type, m->k, m->raw + (tile * TILE_ROWS + r) * m->row_stride, row);
         else memset(row, 0, m->k * sizeof(float));
         for (int64_t i = 0; i < m->k; i++) out[i * TILE_ROWS + r] = row[i];
     }
 }
 
-static const char *tile_at(const matrix *m, int64_t tile, char *scratch) {
-    if (m->packed) return m->packed + tile * m->bytes;
-    if (m->tile == m->type) PACKERS[m->type](m->raw + tile * TILE_ROWS * m->row_stride, m->row_stride, tile_rows(m, tile), m->k, scratch);
-    else float_tile(m, tile, (float *)scratch, (float *)(scratch + m->bytes));
+// A tile of a weight that is not packed, in scratch; float tiles need one row beside it.
+static int64_t tile_scratch(const matrix *m) { return m->bytes + m->k * (int64_t)sizeof(float); }
+static const char *make_tile(const matrix *m, int64_t tile, char *scratch) {
+    if (m->tile == TYPE_f32 && m->type != TYPE_f32) float_tile(m, tile, (float *)scratch, (float *)(scratch + m->bytes));
+    else PACKERS[m->type](m->raw + tile * TILE_ROWS * m->row_stride, m->row_stride, tile_rows(m, tile), m->k, scratch);
     return scratch;
-}
-
-// Scratch for one tile of a weight that is not packed.
-static int64_t tile_scratch(const pyg_view *w, int format) {
-    if (w->packed) return 0;
-    int tile = format == ACT_F32 ? TYPE_F32 : w->type;
-    return tile_bytes(tile, w->ne[0]) + w->ne[0] * (int64_t)sizeof(float) + LINE;
 }
 
 // ---- chunks ------------------------------------------------------------------------------------------------------------------------
@@ -141,13 +135,15 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
     if (!whole) memcpy(dst, y, rows * sizeof(float));
 }
 
-// Columns of the result: where column c is stored, and what is added to it.
-typedef struct { const pyg_view *dst, *residual; } target;
+// Columns of the result: where column c is stored, and what is added to it. map: which column of dst is meant, or NULL.
+typedef struct { const pyg_view *dst, *residual; const int32_t *map; } target;
+
+static float *target_at(const target *to, int64_t column) { return (float *)column_at(to->dst, to->map ? to->map[column] : column); }
 
 static void store_tile(const epilogue *e, const target *to, const float *a, const float *b, int64_t row, int rows, int64_t column, int N) {
     for (int n = 0; n < N; n++) {
         const float *residual = to->residual ? (const float *)column_at(to->residual, column + n) + row : NULL;
-        finish(e, a + n * TILE_ROWS, b + n * TILE_ROWS, row, rows, residual, (float *)column_at(to->dst, column + n) + row);
+        finish(e, a + n * TILE_ROWS, b + n * TILE_ROWS, row, rows, residual, target_at(to, column + n) + row);
     }
 }
 
@@ -160,50 +156,58 @@ static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts
 }
 
 // ---- the steps --------------------------------------------------------------------------------------------------------------------------
-// One group of row tiles x one block of column tiles, for one matrix or a gate/up pair.
-static void run_chunk(worker *w, const matrix *m, int n_matrices, const epilogue *e, const target *to,
-                      int64_t group, int64_t first_tile, int64_t last_tile, int layout, const char *acts, int64_t cols, int64_t first, int64_t last) {
-    (void)group;
+// A step's work, the same for all its chunks: one matrix, or a gate/up pair.
+typedef struct {
+    matrix m[2];
+    int matrices, layout;
+    epilogue finish;
+    target to;
+} job;
+
+// Row tiles [first_tile, last_tile) x column tiles [first, last) of `cols` columns. A column tile stays in the first-level cache
+// while the weights pass, and the results of neighbouring row tiles fall on neighbouring cache lines.
+static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
     _Alignas(64) float out[2][SMALL_COLS * TILE_ROWS];
-    int rows_layout = ACT_LAYOUT[layout].row_type != 0;
-    int64_t column_bytes = act_column_bytes(layout, m->k);
-    for (int i = 0; i < n_matrices; i++)
-        if (m[i].packed) pack_tiles(&m[i], first_tile, last_tile);
-    for (int64_t t = first_tile; t < last_tile; t++) {
-        const char *tile[2] = {NULL, NULL};
-        char *scratch = w->scratch;
-        for (int i = 0; i < n_matrices && !rows_layout; i++) {
-            tile[i] = tile_at(&m[i], t, scratch);
-            if (!m[i].packed) scratch += m[i].bytes;
-        }
-        for (int64_t c = first; c < last; c++) {
-            int N = act_tile_cols(cols, c);
-            const char *a = acts + c * SMALL_COLS * column_bytes;
-            for (int i = 0; i < n_matrices; i++) {
-                if (rows_layout) row_tile(&m[i], t, layout, a, N, out[i]);
-                else TILE_KERNELS[m[i].tile][N - 1](tile[i], a, m[i].k, out[i]);
+    const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
+    const int by_rows = ACT_LAYOUT[j->layout].row_type != 0;
+    const char *made[2] = {NULL, NULL};                      // the one tile of a chunk whose weight is not packed
+    for (int i = 0; i < j->matrices; i++) {
+        const matrix *m = &j->m[i];
+        if (m->packed) pack_tiles(m, first_tile, last_tile);
+        else if (!by_rows) made[i] = make_tile(m, first_tile, w->scratch + i * tile_scratch(&j->m[0]));
+    }
+    for (int64_t c = first; c < last; c++) {
+        const int N = act_tile_cols(cols, c);
+        const char *a = acts + c * SMALL_COLS * column_bytes;
+        for (int64_t t = first_tile; t < last_tile; t++) {
+            for (int n = 0; n < N; n++) __builtin_prefetch(target_at(&j->to, c * SMALL_COLS + n) + t * TILE_ROWS, 1);
+            for (int i = 0; i < j->matrices; i++) {
+                const matrix *m = &j->m[i];
+                if (by_rows) row_tile(m, t, j->layout, a, N, out[i]);
+                else TILE_KERNELS[m->tile][N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, out[i]);
             }
-            store_tile(e, to, out[0], out[1], t * TILE_ROWS, tile_rows(m, t), c * SMALL_COLS, N);
+            store_tile(&j->finish, &j->to, out[0], out[1], t * TILE_ROWS, tile_rows(&j->m[0], t), c * SMALL_COLS, N);
         }
     }
 }
 
-// mul_mat and glu_mat: second_weight is the source of Wup, or -1.
-static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogue e, const pyg_view *residual) {
+// mul_mat, or glu_mat with its second weight.
+static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogue finish, const pyg_view *residual) {
     const pyg_view *dst = view_of(w, s->dst), *weight = view_of(w, s->src[0]);
-    int64_t cols = dst->ne[1] * dst->ne[2];
-    int layout = act_layout(s->i[1], cols);
-    matrix m[2] = {matrix_of(weight, 0, layout)};
-    if (second) m[1] = matrix_of(second, 0, layout);
-    target to = {dst, residual};
-    chunking c = chunks_of(w, m[0].tiles, m[0].bytes * (second ? 2 : 1), cols);
-    int64_t tiles = div_up(cols, SMALL_COLS);
+    const int64_t cols = dst->ne[1] * dst->ne[2], col_tiles = div_up(cols, SMALL_COLS);
+    const int layout = act_layout(s->i[1], cols);
+    job j = {.matrices = second ? 2 : 1, .layout = layout, .finish = finish, .to = {dst, residual, NULL}};
+    j.m[0] = matrix_of(weight, 0, layout);
+    if (second) j.m[1] = matrix_of(second, 0, layout);
+    const int64_t tiles = j.m[0].tiles;
+    const chunking c = chunks_of(w, tiles, j.m[0].bytes * j.matrices, cols);
     const char *acts = NULL;
     for (int64_t i; (i = claim(w)) < c.groups * c.blocks;) {
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
-        run_chunk(w, m, second ? 2 : 1, &e, &to, g, g * c.group, least((g + 1) * c.group, m[0].tiles), layout, acts, cols,
-                  b * c.block, least((b + 1) * c.block, tiles));
+        // a tile made in scratch is made for all columns of the block at once: row tiles outside
+        int64_t last = least((g + 1) * c.group, tiles), step = j.m[0].packed ? c.group : 1;
+        for (int64_t t = g * c.group; t < last; t += step) run_chunk(w, &j, t, least(t + step, last), acts, cols, b * c.block, least((b + 1) * c.block, col_tiles));
     }
 }
 
@@ -219,10 +223,13 @@ static void op_glu_mat(worker *w, const pyg_step *s) {
     matmul(w, s, view_of(w, s->src[3]), e, NULL);
 }
 
-static int64_t scratch_mul_mat(const pyg_plan *plan, const pyg_step *s) {
-    int64_t bytes = tile_scratch(&plan->views[s->src[0]], s->i[1]);
-    return s->op == OP_glu_mat ? bytes + tile_scratch(&plan->views[s->src[3]], s->i[1]) : bytes;
+// Private memory for the tiles of a step whose weights are not packed; the columns may be few or many.
+static int64_t scratch_tiles(const pyg_view *first, const pyg_view *second, int format) {
+    matrix a = matrix_of(first, 0, ACT_LAYOUT[format].interleaved), b = matrix_of(second, 0, ACT_LAYOUT[format].interleaved);
+    return (a.packed ? 0 : tile_scratch(&a)) + (b.packed ? 0 : tile_scratch(&b));
 }
-static void op_mul_mat_id(worker *w, const pyg_step *s) { (void)w; (void)s; }
-static void op_glu_mat_id(worker *w, const pyg_step *s) { (void)w; (void)s; }
-static int64_t scratch_mul_mat_id(const pyg_plan *plan, const pyg_step *s) { (void)plan; (void)s; return 0; }
+
+static int64_t scratch_mul_mat(const pyg_plan *plan, const pyg_step *s) {
+    const int up = s->op == OP_glu_mat ? 3 : 0;
+    return scratch_tiles(&plan->views[s->src[0]], &plan->views[s->src[up]], s->i[1]);
+}

@@ -157,12 +157,12 @@ INLINE int ternary_fraction(const int8_t *q, int step, int count) {
     for (int i = 0; i < 5; i++) value = 3 * value + (i < count ? q[i * step] + 1 : 0);
     return (value * 256 + 242) / 243;
 }
-INLINE void pack_tq1_0(const int8_t *q, block_tq1_0 *b) {
+INLINE void codes_to_tq1_0(const int8_t *q, block_tq1_0 *b) {
     for (int j = 0; j < 32; j++) b->qs[j] = ternary_fraction(q + j, 32, 5);
     for (int j = 0; j < 16; j++) b->qs[32 + j] = ternary_fraction(q + 160 + j, 16, 5);
     for (int j = 0; j < 4; j++) b->qh[j] = ternary_fraction(q + 240 + j, 4, 4);
 }
-INLINE void pack_tq2_0(const int8_t *q, block_tq2_0 *b) {
+INLINE void codes_to_tq2_0(const int8_t *q, block_tq2_0 *b) {
     for (int j = 0; j < 64; j++) {
         const int8_t *p = q + 128 * (j / 32) + j % 32;
         b->qs[j] = (p[0] + 1) | (p[32] + 1) << 2 | (p[64] + 1) << 4 | (p[96] + 1) << 6;
@@ -177,7 +177,7 @@ INLINE void pack_tq2_0(const int8_t *q, block_tq2_0 *b) {
             float d = abs_max(256, x + k);                                                              \
             codes_roundf(256, x + k, inverse(d), q);                                                    \
             b->d = f32_to_f16(d);                                                                       \
-            pack_##name(q, b);                                                                          \
+            codes_to_##name(q, b);                                                                      \
         }                                                                                               \
     }
 QUANTIZE_TERNARY(tq1_0)

@@ -52,12 +52,12 @@ static void op_rope(worker *w, const pyg_step *s) {
 INLINE void store_row(int type, int64_t n, const float *x, char *to) {
     int64_t i = 0;
     switch (type) {
-    case TYPE_F32: memcpy(to, x, n * sizeof(float)); break;
-    case TYPE_F16:
+    case TYPE_f32: memcpy(to, x, n * sizeof(float)); break;
+    case TYPE_f16:
         for (; i + VL <= n; i += VL) vf_to_f16(to + 2 * i, vf_load(x + i));
         for (; i < n; i++) ((f16 *)to)[i] = f32_to_f16(x[i]);
         break;
-    case TYPE_BF16:
+    case TYPE_bf16:
         for (; i + VL <= n; i += VL) vf_to_bf16(to + 2 * i, vf_load(x + i));
         if (i < n) {
             bf16 last[VL];

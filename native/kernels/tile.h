@@ -9,17 +9,19 @@ typedef void tile_fn(const char *w, const char *a, int64_t k, float *out);
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns.
+INLINE int least_int(int a, int b) { return a < b ? a : b; }
 enum { TILE_VECS = TILE_ROWS / VL };
 typedef struct { int N, v0, vecs, n0, cols; } pass_shape;                         // of a column tile of N: which vectors, which columns
 
-// How far the templates unfold is the ISA's: PASS_ACC sums of a kind fit its registers, and SPECIALIZED is INLINE where a function
+// How far the templates unfold is the ISA's: PASS_ACC sums of a kind (FLOAT_ACC where there is
+// one kind only) fit its registers, and SPECIALIZED is INLINE where a function
 // per number of columns pays. The scalar build keeps its loops.
 #if defined ISA_scalar
-enum { PASS_ACC = 1 };
+enum { PASS_ACC = 1, FLOAT_ACC = 1 };
 #define SPECIALIZED static __attribute__((noinline))
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 #else
-enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4 };
+enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8 };
 #define SPECIALIZED INLINE
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
@@ -47,7 +49,25 @@ INLINE vi quants(const tile_type d, const char *p, const int t) {
 }
 
 // Weights that fill the byte are stored plus 128 (see S8_BIAS), the others are small unsigned numbers.
-INLINE vi dot(const tile_type d, vi sum, vi w, vi a) { return d.zero == 7 ? vi_dot_s8(sum, w, a) : vi_dot_u7(sum, w, a); }
+// c[v * cols + n] += lines of quads `first` .. `first + quads` of 32 weights x their activations.
+INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, const int quads, const char *planes, const char *q, vi *c) {
+    const int steps = d.zero == 7 ? 1 : least_int(quads, mac_steps(d.bits)), both = quads == 8 && d.bits != 8;
+    vi sum[PASS_ACC];
+    EACH(i, quads) {
+        const int t = first + (both ? (i & 1) * 4 + i / 2 : i);          // both halves of a nibble line while it is in a register
+        vi x[TILE_VECS];
+        EACH(v, s.vecs) x[v] = quants(d, planes + 4 * VL * (s.v0 + v), t);
+        EACH(n, s.cols) {
+            vi y = vi_set4(q + 4 * ((t - first) * s.N + s.n0 + n));
+            EACH(v, s.vecs) {
+                const int j = v * s.cols + n;
+                if (d.zero == 7) c[j] = vi_dot_s8(c[j], x[v], y);
+                else sum[j] = mac(i % steps == 0 ? mac_open(c[j]) : sum[j], x[v], y);
+                if (d.zero != 7 && (i + 1) % steps == 0) c[j] = mac_close(c[j], sum[j]);
+            }
+        }
+    }
+}
 INLINE int needs_start(const tile_type d) { return d.zero == 7 ? S8_BIAS != 0 : d.zero != 0; }
 
 // ---- blocks of 32 x ACT_A32 ------------------------------------------------------------------------------------------------------
@@ -59,21 +79,13 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
     for (int64_t b = 0; b < k / 32; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A32].column_bytes * N) {
         vi c[PASS_ACC];
         EACH(n, cols) {
-            vi start = needs_start(d) ? vi_set4(a + 4 * (2 * N + s.n0 + n)) << d.zero : vi_set(0);
+            vi start = needs_start(d) ? vi_set4_shift(a + 4 * (2 * N + s.n0 + n), d.zero) : vi_set(0);
             EACH(v, vecs) c[v * cols + n] = start;
         }
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
-        EACH(i, 8) {
-            const int t = (i & 1) * 4 + i / 2;               // both halves of a nibble line while it is in a register
-            vi x[TILE_VECS];
-            EACH(v, vecs) x[v] = quants(d, planes + 4 * VL * (s.v0 + v), t);
-            EACH(n, cols) {
-                vi y = vi_set4(q + 4 * (t * N + s.n0 + n));
-                EACH(v, vecs) c[v * cols + n] = dot(d, c[v * cols + n], x[v], y);
-            }
-        }
+        dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
-            vf scale = d.scales == F_E8M0 ? (vf)(vi_from_u8(w + VL * (s.v0 + v)) << 23) * 0.5f : vf_from_f16(w + lane * (s.v0 + v));
+            vf scale = d.scales == SCALES_E8M0 ? (vf)(vi_from_u8(w + VL * (s.v0 + v)) << 23) * 0.5f : vf_from_f16(w + lane * (s.v0 + v));
             EACH(n, cols) f[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale * vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
             if (d.mins) {
                 vf m = vf_from_f16(w + half + lane * (s.v0 + v));
@@ -105,19 +117,11 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
                     vi start = vi_set(0);
                     if (needs_start(d)) {
                         const char *minus = a + 4 * N + (2 * p + side) * (d.sub / 16) * 4 * N + 4 * (s.n0 + n);
-                        start = (d.sub == 32 ? vi_set4(minus) + vi_set4(minus + 4 * N) : vi_set4(minus)) << d.zero;
+                        start = d.sub == 32 ? vi_set4_shift(minus, d.zero) + vi_set4_shift(minus + 4 * N, d.zero) : vi_set4_shift(minus, d.zero);
                     }
                     EACH(v, vecs) c[v * cols + n] = start;
                 }
-                EACH(i, quads) {
-                    const int t = d.sub == 32 ? (i & 1) * 4 + i / 2 : i;
-                    vi x[TILE_VECS];
-                    EACH(v, vecs) x[v] = quants(d, lines + 4 * VL * (s.v0 + v), d.sub == 32 ? t : 4 * side + t);
-                    EACH(n, cols) {
-                        vi y = vi_set4(quad + 4 * (t * N + s.n0 + n));
-                        EACH(v, vecs) c[v * cols + n] = dot(d, c[v * cols + n], x[v], y);
-                    }
-                }
+                dot_lines(d, s, d.sub == 32 ? 0 : 4 * side, quads, lines, quad, c);
                 EACH(v, vecs) {
                     vi two = vi_pairs_from_u8(scales + p * pair_line + lane * (s.v0 + v));
                     if (d.scales == SCALES_NIBBLE) two &= 0x000f000f;
@@ -147,15 +151,46 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
     EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
 }
 
+// ---- codes with a float scale per 16, for either activation format ------------------------------------------------------------------
+INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+    const int N = s.N, vecs = s.vecs, cols = s.cols, layout = d.block == 32 ? ACT_A32 : ACT_A256, dwords = d.block == 32 ? 3 : 29;
+    vf f[PASS_ACC];
+    EACH(i, vecs * cols) f[i] = vf_set(0);
+    for (int64_t b = 0; b < k / d.block; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[layout].column_bytes * N) {
+        vf sum[PASS_ACC];
+        EACH(i, vecs * cols) sum[i] = vf_set(0);
+        UNROLL(1) for (int g = 0; g < d.block / 32; g++) EACH(h, 2) {
+            const char *quad = a + 4 * (dwords + 8 * g + 4 * h) * N;
+            vi c[PASS_ACC];
+            EACH(n, cols) {
+                vi start = vi_set(0);
+                if (S8_BIAS && d.block == 256) start = vi_set4_shift(a + 4 * ((1 + 2 * g + h) * N + s.n0 + n), d.zero);
+                if (S8_BIAS && d.block == 32) {              // A32 has no sums of 16: take them here
+                    EACH(t, 4) start = vi_dot_u7(start, vi_set((int32_t)0x80808080), vi_set4(quad + 4 * (t * N + s.n0 + n)));
+                    start = -start;
+                }
+                EACH(v, vecs) c[v * cols + n] = start;
+            }
+            dot_lines(d, s, 4 * h, 4, w + header_bytes(d) + g * planes_bytes(d), quad, c);
+            EACH(v, vecs) {
+                vf scale = vf_load((const float *)w + (2 * g + h) * TILE_ROWS + VL * (s.v0 + v));
+                EACH(n, cols) sum[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale, sum[v * cols + n]);
+            }
+        }
+        EACH(v, vecs) EACH(n, cols) f[v * cols + n] = vf_fma(sum[v * cols + n], vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
+    }
+    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+}
+
 // ---- floats x ACT_F32 -------------------------------------------------------------------------------------------------------------
 INLINE vf float_line(const tile_type d, const char *p) {
-    return d.id == TYPE_F32 ? vf_load(p) : d.id == TYPE_F16 ? vf_from_f16(p) : vf_from_bf16(p);
+    return d.id == TYPE_f32 ? vf_load(p) : d.id == TYPE_f16 ? vf_from_f16(p) : vf_from_bf16(p);
 }
 INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
-    enum { PHASES = 4 };                                     // a narrow pass needs independent sums to hide the latency of fma
-    const int phases = vecs * cols >= 4 ? 1 : PHASES, step = tile_block_bytes(d);
-    vf f[PHASES][PASS_ACC];
+    // a narrow pass needs more independent sums to hide the latency of fma
+    const int phases = vecs * cols <= 2 ? 4 : vecs * cols <= 4 ? 2 : 1, step = tile_block_bytes(d);
+    vf f[4][FLOAT_ACC];
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
@@ -172,7 +207,8 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
         EACH(v, vecs) EACH(n, cols) f[0][v * cols + n] = vf_fma(float_line(d, w + VL * d.bytes * (s.v0 + v)), vf_set(((const float *)a)[s.n0 + n]), f[0][v * cols + n]);
     EACH(v, vecs) EACH(n, cols) {
         vf y = f[0][v * cols + n];
-        if (phases == 4) y = (y + f[1][v * cols + n]) + (f[2][v * cols + n] + f[3][v * cols + n]);
+        if (phases > 1) y += f[1][v * cols + n];
+        if (phases > 2) y += f[2][v * cols + n] + f[3][v * cols + n];
         vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, y);
     }
 }
@@ -180,13 +216,15 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
 // ---- instances: a function per type and number of columns ---------------------------------------------------------------------------
 INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     if (d.block == 1) pass_1(d, s, w, a, k, out);
+    else if (d.scales == SCALES_F32) pass_codes(d, s, w, a, k, out);
     else if (d.block == 32) pass_32(d, s, w, a, k, out);
     else pass_256(d, s, w, a, k, out);
 }
 INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out) {
-    const int vecs = N * TILE_VECS <= PASS_ACC ? TILE_VECS : 1, rest = N % PASS_ACC;
+    const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
+    const int vecs = N * TILE_VECS <= acc ? TILE_VECS : 1, rest = N % acc;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
-        UNROLL(1) for (int n = 0; n < N - rest; n += PASS_ACC) pass(d, (pass_shape){N, v, vecs, n, PASS_ACC}, w, a, k, out);
+        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, (pass_shape){N, v, vecs, n, acc}, w, a, k, out);
         if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest}, w, a, k, out);
     }
 }
@@ -196,10 +234,10 @@ INLINE void passes(const tile_type d, const int N, const char *w, const char *a,
     SPECIALIZED void passes_##type(const int N, const char *w, const char *a, int64_t k, float *out) { passes(TILE_TYPES[TYPE_##type], N, w, a, k, out); } \
     TILE_KERNEL(type, 1) TILE_KERNEL(type, 2) TILE_KERNEL(type, 3) TILE_KERNEL(type, 4) \
     TILE_KERNEL(type, 5) TILE_KERNEL(type, 6) TILE_KERNEL(type, 7) TILE_KERNEL(type, 8)
-FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #undef T
-static tile_fn *const TILE_KERNELS[N_TYPES][SMALL_COLS] = {
-#define T(type, number, ...) [number] = {tile_##type##_1, tile_##type##_2, tile_##type##_3, tile_##type##_4, tile_##type##_5, tile_##type##_6, tile_##type##_7, tile_##type##_8},
-    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+static tile_fn *const TILE_KERNELS[N_TILES][SMALL_COLS] = {
+#define T(type, ...) [TYPE_##type] = {tile_##type##_1, tile_##type##_2, tile_##type##_3, tile_##type##_4, tile_##type##_5, tile_##type##_6, tile_##type##_7, tile_##type##_8},
+    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #undef T
 };

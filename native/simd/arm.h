@@ -29,10 +29,6 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {
     return acc + (vi)vpaddq_s32(p, q);
 }
 
-// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
-static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
-
 // ---- 32 bytes, 8 lanes: acc lane i takes bytes 4i .. 4i + 3 ------------------------------------------------------------------
 #define LOW(T, v) ({ T low_; memcpy(&low_, &(v), 16); low_; })
 #define HIGH(T, v) ({ T high_; memcpy(&high_, (const char *)&(v) + 16, 16); high_; })
@@ -69,6 +65,16 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
 #undef LOW
 #undef HIGH
 #undef JOIN
+
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
+static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return x * (1 << n) - (vi){0}; }     // 4 bytes << n in every lane
+// A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
+static inline int mac_steps(int bits) { (void)bits; return 8; }
+static inline vi mac_open(vi c) { return c; }
+static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
+static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
 
 // ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
 enum { VREGS = 32 };

@@ -56,15 +56,6 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) {   // pairs of int16
     return acc;
 }
 
-// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline vi vi_pairs_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0] | b[1] << 16, b[2] | b[3] << 16, b[4] | b[5] << 16, b[6] | b[7] << 16}; }
-static inline vi vi_lookup(const int8_t table[16], vi index) {     // each byte of index (0..15) replaced by its entry
-    int8_t x[16]; memcpy(x, &index, 16);
-    for (int i = 0; i < 16; i++) x[i] = table[x[i]];
-    vi v; memcpy(&v, x, 16);
-    return v;
-}
-
 // ---- 32 bytes, 8 lanes: acc lane i takes bytes 4i .. 4i + 3 ------------------------------------------------------------------
 INLINE i32x8 dot_s8x32(u8x32 w, i8x32 a) {      // signed bytes (the bits of w)
     i32x8 r = {0};
@@ -86,6 +77,21 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
     for (int i = 0; i < 32; i++) r[i] = -(bits >> i & 1);
     return r;
 }
+
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_pairs_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0] | b[1] << 16, b[2] | b[3] << 16, b[4] | b[5] << 16, b[6] | b[7] << 16}; }
+static inline vi vi_lookup(const int8_t table[16], vi index) {     // each byte of index (0..15) replaced by its entry
+    int8_t x[16]; memcpy(x, &index, 16);
+    for (int i = 0; i < 16; i++) x[i] = table[x[i]];
+    vi v; memcpy(&v, x, 16);
+    return v;
+}
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return x * (1 << n) - (vi){0}; }     // 4 bytes << n in every lane
+// A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
+static inline int mac_steps(int bits) { (void)bits; return 8; }
+static inline vi mac_open(vi c) { return c; }
+static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
+static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
 
 // ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
 enum { VREGS = 16 };

@@ -19,6 +19,7 @@
 typedef uint8_t  u8x16 __attribute__((vector_size(16)));
 typedef uint8_t  u8x32 __attribute__((vector_size(32)));
 typedef int8_t   i8x32 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef int32_t  i32x8 __attribute__((vector_size(32)));
 typedef float    f32x8 __attribute__((vector_size(32)));
@@ -50,8 +51,15 @@ INLINE vi vi_roundf(vf a) {                // as roundf: halves away from zero (
 
 INLINE u8x16 u8x16_load(const void *p) { u8x16 v; memcpy(&v, p, 16); return v; }
 INLINE u8x32 u8x32_load(const void *p) { u8x32 v; memcpy(&v, p, 32); return v; }
-INLINE u8x32 u8x32_from_halves(u8x16 low, u8x16 high) { u8x32 v; memcpy(&v, &low, 16); memcpy((char *)&v + 16, &high, 16); return v; }
-INLINE u8x32 u8x32_nibbles(const void *p) { u8x16 b = u8x16_load(p); return u8x32_from_halves(b & 15, b >> 4); }   // low nibbles, then high
+INLINE u8x32 u8x32_from_halves(u8x16 low, u8x16 high) {       // in registers: a store of halves and a load of the whole would stall
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+INLINE u8x32 u8x32_nibbles(const void *p) {                   // 16 bytes: their low nibbles, then their high ones
+    u8x16 b = u8x16_load(p);
+    typedef uint16_t u16x8 __attribute__((vector_size(16)));
+    return u8x32_from_halves(b, (u8x16)((u16x8)b >> 4)) & 15;
+}
 INLINE f32x8 f32x8_load(const void *p) { f32x8 v; memcpy(&v, p, 32); return v; }
 INLINE f32x8 f32x8_set(float x) { return x - (f32x8){0}; }
 INLINE f32x8 f32x8_from_i(i32x8 a) { return __builtin_convertvector(a, f32x8); }
@@ -114,13 +122,29 @@ INLINE vf vf_group_sum(vf v, int rep) {         // every lane gets the sum over 
     return v;
 }
 
+// 2^x for x <= 0, and 0 below 2^-125. Adding 1.5 * 2^23 rounds x to a whole number n and leaves it in the low bits; 2^(x - n) is
+// a polynomial fitted for least relative error on [-1/2, 1/2]: 1e-7, or with `coarse` 1e-4, a twentieth of what bf16 rounds away.
+INLINE vf vf_exp2_below(vf x, int coarse) {
+    const float whole = 12582912.0f;
+    vi dead = x < -125.0f;
+    vf shifted = x + whole, r = x - (shifted - whole), p;
+    if (coarse) {
+        p = vf_fma(r, vf_set(5.500875e-2f), vf_set(2.4221097e-1f));
+        p = vf_fma(p, r, vf_set(6.9328296e-1f));
+    } else {
+        p = vf_fma(r, vf_set(1.3264697e-3f), vf_set(9.671513e-3f));
+        p = vf_fma(p, r, vf_set(5.5507340e-2f));
+        p = vf_fma(p, r, vf_set(2.4022242e-1f));
+        p = vf_fma(p, r, vf_set(6.9314700e-1f));
+    }
+    p = vf_fma(p, r, vf_set(1.0f));
+    return (vf)(((vi)p + ((vi)shifted << 23)) & ~dead);
+}
+
 // ---- pairs of bf16, the even one in the lower half of a lane ------------------------------------------------------------------------
-INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 whose upper half is the bf16 (lower half is noise)
+INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 whose upper half is the bf16 (the lower half is noise)
     vi u = (vi)v;
     return u + 0x7fff + ((u >> 16) & 1);
-}
-INLINE vf vf_pair_bf16(vf even, vf odd) {
-    return (vf)(((vi_round_bf16(even) >> 16) & 0xffff) | (vi_round_bf16(odd) & (int32_t)0xffff0000));
 }
 typedef int16_t vi_half __attribute__((vector_size(2 * VL)));
 INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
@@ -131,6 +155,15 @@ INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
 }
 #ifndef NATIVE_BF16
 enum { NATIVE_BF16 = 0 };
+INLINE vf vf_pair_bf16(vf even, vf odd) {       // lane i: even[i] and odd[i]
+    return (vf)(((vi_round_bf16(even) >> 16) & 0xffff) | (vi_round_bf16(odd) & (int32_t)0xffff0000));
+}
+INLINE vf vf_pack_bf16(vf low, vf high) {       // neighbours pair up: low[0] and low[1], low[2] and low[3], ... high[0] and high[1], ...
+    vf packed;
+    vf_to_bf16(&packed, low);
+    vf_to_bf16((char *)&packed + 2 * VL, high);
+    return packed;
+}
 INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd * b.odd
     acc = vf_fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
     return vf_fma((vf)((vi)a & (int32_t)0xffff0000), (vf)((vi)b & (int32_t)0xffff0000), acc);

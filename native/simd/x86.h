@@ -28,6 +28,13 @@ static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32(
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+// (the operators would shift in a general register first, which costs a slow move per lane vector)
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm512_slli_epi32(_mm512_set1_epi32(x), n); }
+// A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
+static inline int mac_steps(int bits) { (void)bits; return 8; }
+static inline vi mac_open(vi c) { return c; }
+static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
+static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi16(_mm256_loadu_si256(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)index);
@@ -76,6 +83,13 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) {
 }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm256_slli_epi32(_mm256_set1_epi32(x), n); }
+// A sum of byte products in the making, for w below 2^bits: open, up to mac_steps times mac, close. It stays in 16 bits as long as
+// 2 * 127 * (2^bits - 1) * steps fits. (The saturating add never saturates; unlike + the compiler does not reorder it.)
+static inline int mac_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
+static inline vi mac_open(vi c) { (void)c; return (vi)_mm256_setzero_si256(); }
+static inline vi mac(vi sum, vi w, vi a) { return (vi)_mm256_adds_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)a)); }
+static inline vi mac_close(vi c, vi sum) { return c + (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
@@ -129,7 +143,7 @@ INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entrie
 enum { VREGS = 32 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm512_set1_ps(*p);
-    if (n == 2) return (vf)_mm512_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 2) { double pair; memcpy(&pair, p, 8); return (vf)_mm512_set1_pd(pair); }
     if (n == 4) return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
     if (n == 8) return (vf)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
     return (vf)_mm512_loadu_ps(p);
@@ -142,13 +156,19 @@ static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
 }
 #if defined __AVX512BF16__
 #define NATIVE_BF16 1
+static inline vf vf_pack_bf16(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+static inline vf vf_pair_bf16(vf even, vf odd) {
+    vi i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    __m512i zip = (__m512i)(i | (i + 16) << 16);            // halves i and 16 + i side by side
+    return (vf)_mm512_permutexvar_epi16(zip, (__m512i)vf_pack_bf16(even, odd));
+}
 static inline vf vf_dot_bf16(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #endif
 #else
 enum { VREGS = 16 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm256_set1_ps(*p);
-    if (n == 2) return (vf)_mm256_broadcastsd_pd(_mm_castps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+    if (n == 2) { double pair; memcpy(&pair, p, 8); return (vf)_mm256_set1_pd(pair); }
     if (n == 4) return (vf)_mm256_broadcast_ps((const __m128 *)p);
     return (vf)_mm256_loadu_ps(p);
 }

@@ -6,6 +6,7 @@ nothing is allocated any more; `run()` is one native call.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +57,11 @@ class WeightStore:
     pages behind it are released. `exact` keeps every weight raw and multiplies decoded weights with float activations.
     """
 
-    def __init__(self, *, repack: bool = True, exact: bool = False) -> None:
-        self.repack, self.exact = repack and not exact, exact
+    SLAB = 1 << 30          # packed weights lie one after another: apart, each would leave part of its last huge page unused
+
+    def __init__(self, *, repack: bool = True, exact: bool = False, capacity: int = SLAB) -> None:
+        self.repack, self.exact, self.capacity = repack and not exact, exact, capacity
+        self._slab, self._used = np.empty(0, np.uint8), 0
         self._packed: dict[str, tuple[Any, np.ndarray] | None] = {}
         self._gathered: set[str] = set()
 
@@ -67,9 +71,9 @@ class WeightStore:
 
     def packed_bytes(self, weight: Tensor) -> int:
         """Bytes of the packed form, 0 when the weight is computed from its raw rows."""
-        rows, k = int(np.prod(weight.shape[:-1])), weight.shape[-1]
-        whole_tiles = len(weight.shape) == 2 or weight.shape[-2] % 16 == 0        # an expert's tiles must not straddle
-        return lib.pyg_pack_bytes(tensor_type(weight.type).id, rows, k) if self.repack and whole_tiles else 0
+        shape = weight.sizes
+        whole_tiles = len(shape) == 2 or shape[-2] % 16 == 0        # an expert's tiles must not straddle
+        return lib.pyg_pack_bytes(tensor_type(weight.type).id, math.prod(shape[:-1]), shape[-1]) if self.repack and whole_tiles else 0
 
     def act_format(self, weight: Tensor) -> int:
         """How activations are prepared for this weight (ACT_* of native/engine.h)."""
@@ -80,15 +84,23 @@ class WeightStore:
         packed, ready = self._pack(weight) if pack else (None, None)
         raw = weight.data.raw.reshape(-1)
         release = packed is not None and weight.data.mapped and weight.name not in self._gathered
-        return program.view(raw, weight.type, weight.shape, packed=packed, ready=ready, release=release)
+        return program.view(raw, weight.type, weight.sizes, packed=packed, ready=ready, release=release)
 
     def _pack(self, weight: Tensor) -> tuple[Any, np.ndarray | None]:
         if weight.name not in self._packed:
             size = self.packed_bytes(weight)
-            rows = int(np.prod(weight.shape[:-1]))
-            self._packed[weight.name] = (huge_zeros(size), np.zeros(-(-rows // 16), np.uint8)) if size else None
+            rows = math.prod(weight.sizes[:-1])
+            self._packed[weight.name] = (self._room(size), np.zeros(-(-rows // 16), np.uint8)) if size else None
         entry = self._packed[weight.name]
         return (None, None) if entry is None else entry
+
+    def _room(self, size: int) -> np.ndarray:
+        """`size` zeroed bytes, aligned to a cache line."""
+        if self._used + size > self._slab.nbytes:
+            self._slab, self._used = huge_zeros(max(size, min(self.capacity, self.SLAB))), 0
+        start = self._used
+        self._used += -(-size // 64) * 64
+        return self._slab[start:start + size]
 
     @property
     def nbytes(self) -> int:
@@ -147,11 +159,11 @@ class Program:
         self._c_steps = ffi.new("pyg_step[]", self._steps)
         self._claims = np.zeros(8 * max(1, len(self._steps)) + 8, np.int64)
         aligned = self._claims[(-self._claims.ctypes.data // 8) % 8:]
-        self.step_ns = np.zeros(len(self._steps), np.int64) if timing else None
+        self.step_ns: np.ndarray | None = np.zeros(len(self._steps), np.int64) if timing else None
         self._plan = ffi.new("pyg_plan *", dict(
             views=self._c_views, n_views=len(self._views), steps=self._c_steps, n_steps=len(self._steps),
             slots=ffi.cast("int32_t *", self.slots.ctypes.data), claims=ffi.cast("int64_t *", aligned.ctypes.data),
-            step_ns=ffi.cast("int64_t *", self.step_ns.ctypes.data) if timing else ffi.NULL,
+            step_ns=ffi.cast("int64_t *", self.step_ns.ctypes.data) if self.step_ns is not None else ffi.NULL,
             abort=ffi.cast("int32_t *", self.aborted.ctypes.data)))
         lib.pyg_plan_sizes(self._plan)
         return self

@@ -36,7 +36,7 @@ class ReferencePlan:
         return self._weights[id(node)]
 
     def _compute(self, node: Tensor, values: dict[int, Any]) -> Any:
-        srcs = [None if s is None else values[id(s)] for s in node.srcs]
+        srcs: list[Any] = [None if s is None else values[id(s)] for s in node.srcs]
         if node.op == "reshape":
             return srcs[0].reshape(len(srcs[0]), *node.shape[1:])
         return OPS[node.op].reference(*srcs, **node.attrs)

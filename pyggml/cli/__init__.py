@@ -12,6 +12,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     parser, module = parser_of(name)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
     try:
         args = parser.parse_intermixed_args(argv)
         status = module.run(args)       # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,8 @@ def prompt_text(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         args.usage_error("give -p or -f, not both")
     if args.prompt is not None:
-        return unescape(args.prompt) if args.escape else args.prompt
+        text = decode(os.fsencode(args.prompt), "the text of -p")
+        return unescape(text) if args.escape else text
     if args.file is not None and args.file != "-":
         with open(args.file, "rb") as file:
             return decode(file.read(), args.file)

@@ -7,6 +7,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+from pyggml.cli._interrupt import on_interrupt
+from pyggml.errors import Cancelled
+
+
+@contextlib.contextmanager
+def cancellable() -> Iterator[threading.Event]:
+    """Long work that Ctrl-C ends at its next report: the event is for `bar`, and what the work says of its end is printed."""
+    with on_interrupt(lambda: None) as stop:
+        try:
+            yield stop
+        except Cancelled as reason:
+            if not stop.is_set():
+                raise
+            print(f"\n{reason}", file=sys.stderr)
+            raise KeyboardInterrupt from None
+
 
 @contextlib.contextmanager
 def bar(what: str, unit: str, stop: threading.Event | None = None) -> Iterator[Callable[[int, int, str], bool]]:

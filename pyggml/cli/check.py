@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", choices=LEVELS, default="validate",
                         help="parse: structure; validate (default): also every weight and scale; "
                              "load: also whether metadata and tensors fit together")
+    parser.add_argument("--reproduce", action="store_true", help="also quantize the recorded source again and compare every byte")
+    parser.add_argument("--source", metavar="FILE", help="with --reproduce: where the source is now (default: in the same folder)")
+    parser.add_argument("--imatrix", metavar="FILE", help="with --reproduce: where the importance matrix is now")
     parser.add_argument("--strict", action="store_true", help="a warning fails too")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
@@ -32,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     reports = []
     for path in args.files:
         report = check(path, args.level)
+        if args.reproduce:
+            reproduce(report, args.source, args.imatrix)
         reports.append(report)
         if not args.json:
             print_report(report, args.quiet)
@@ -52,6 +57,22 @@ def check(path: str, level: str) -> dict[str, Any]:
     except PyggmlError as error:
         report["errors"].append(str(error))
     return report
+
+
+def reproduce(report: dict[str, Any], source: str | None, imatrix: str | None) -> None:
+    """Adds to a report whether the quantization that made the file gives the same bytes again."""
+    from pyggml.quantize import reproduce as again
+
+    path = printable(report["path"])
+    try:
+        found = again(report["path"], source, imatrix)
+    except PyggmlError as error:
+        report["errors"].append(str(error))
+        return
+    if found.same:
+        report["notes"].append(f"{path}: reproduced: {found.recipe} of {printable(found.source)} gives the same {found.n_tensors} tensors")
+    else:
+        report["errors"].append(f'{path}: not reproduced: tensor "{printable(found.difference)}" of {printable(found.source)} comes out different')
 
 
 def print_report(report: dict[str, Any], quiet: bool) -> None:

@@ -22,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyggml.cli._interrupt import on_interrupt
-    from pyggml.cli._progress import bar
+    from pyggml.cli._progress import bar, cancellable
     from pyggml.measure import compare as measure
     from pyggml.measure import report
 
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("there is no text to compare on; give one with -f FILE")
     text = _text.read(args.file)
     parts: dict[str, Any] = {}
-    with on_interrupt(lambda: None) as stop:
+    with cancellable() as stop:
         with bar("comparing", "chunks", stop) as progress:
             found = measure.compare(args.reference, args.files, text, n_ctx=args.ctx_size, n_chunks=args.chunks, **_text.options(args),
                                     progress=lambda done, total, scores: progress(done, total, f"KLD {scores[0].kld.mean():.5f}"))

@@ -96,8 +96,8 @@ def statistics(imatrix: Any) -> str:
              f"{'entropy':>9} {'E (norm)':>8} {'outliers':>8} {'cosine':>7}"]
     layers: dict[int, list[Any]] = {}
     for r in rows:
-        layer = str(r["layer"]) if r["layer"] >= 0 else "-"
-        lines.append(f"{layer:>5} {r['tensor']:<20} {r['sum']:12.2f} {r['min']:9.4f} {r['max']:11.4f} {r['mean']:9.2f} {r['deviation']:9.2f} "
+        lines.append(f"{r['layer'] if r['layer'] >= 0 else '-':>5} "
+                     f"{r['tensor']:<20} {r['sum']:12.2f} {r['min']:9.4f} {r['max']:11.4f} {r['mean']:9.2f} {r['deviation']:9.2f} "
                      f"{100 * r['active']:7.2f}% {r['n']:6d} {r['entropy']:9.4f} {100 * r['evenness']:7.2f}% {100 * r['outliers']:7.2f}% "
                      f"{r['likeness']:7.4f}")
         if r["layer"] >= 0:

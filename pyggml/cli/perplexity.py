@@ -67,10 +67,10 @@ def tell_eta(start: float, done: int, total: int) -> None:
 
 def divergence(args: argparse.Namespace, model: Any) -> int:
     from pyggml.measure.perplexity import against
-    from pyggml.measure.scores import mean, summary
+    from pyggml.measure.scores import Tokens, summary
 
     total, results = against(model, args.base, **_text.options(args))
-    start, tokens = time.perf_counter(), None
+    start, tokens = time.perf_counter(), Tokens()
     for done, tokens in enumerate(results, 1):
         if done == 1:
             tell_eta(start, done, total)
@@ -78,8 +78,9 @@ def divergence(args: argparse.Namespace, model: Any) -> int:
         s = summary(tokens)
         ppl, ratio, kld, rms, top = (s[k] for k in ("Mean PPL(Q)", "Mean ln(PPL(Q)/PPL(base))", "Mean KLD", "RMS Δp", "Same top p"))
         print(f"{done:4d}    {ppl.value:9.4f} ± {ppl.error:9.4f}    {ratio.value:10.5f} ± {ratio.error:10.5f}"
-              f"    {kld.value:10.5f} ± {kld.error:10.5f}    {rms.value:6.3f} ± {rms.error:6.3f} %    {top.value:6.3f} ± {top.error:6.3f} %", flush=True)
-    print(report(summary(tokens)) if tokens is not None and len(tokens) >= 100 else f"{mean(tokens.kld).value:.6f} mean KLD")
+              f"    {kld.value:10.5f} ± {kld.error:10.5f}"
+              f"    {rms.value:6.3f} ± {rms.error:6.3f} %    {top.value:6.3f} ± {top.error:6.3f} %", flush=True)
+    print(report(summary(tokens)))
     return 0
 
 

@@ -48,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyggml.cli._interrupt import on_interrupt
-    from pyggml.cli._progress import bar
+    from pyggml.cli._progress import bar, cancellable
     from pyggml.quantize import quantize_file
 
     wants_mix = args.target_size is not None or args.target_bpw is not None
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.dry_run and not wants_mix:
         return show(source, recipe, options)
-    with on_interrupt(lambda: None) as stop:
+    with cancellable() as stop:
         if wants_mix:
             recipe = mix(args, source, target, options, stop)
             options["tensor_types"] = ()

@@ -38,7 +38,7 @@ class Measured:
         return 8 * self.nbytes / self.n_weights
 
     @property
-    def statistics(self) -> dict[str, Mean | float]:
+    def statistics(self) -> dict[str, Any]:
         return summary(self.tokens)
 
 
@@ -143,7 +143,8 @@ def table(found: Comparison) -> str:
         s = f.statistics
         kld, ratio, rms, top = (s[k] for k in ("Mean KLD", "Mean ln(PPL(Q)/PPL(base))", "RMS Δp", "Same top p"))
         rows.append([f.name, f"{f.nbytes / 2**20:.2f}", f"{f.bits_per_weight:.3f}", f"{kld.value:.6f}", f"{kld.error:.6f}",
-                     f"{s['Median KLD']:.6f}", f"{s['99.0% KLD']:.5f}", f"{ratio.value:+.5f}", f"{ratio.error:.5f}", f"{rms.value:.3f}", f"{top.value:.2f}"])
+                     f"{s['Median KLD']:.6f}",
+                     f"{s['99.0% KLD']:.5f}", f"{ratio.value:+.5f}", f"{ratio.error:.5f}", f"{rms.value:.3f}", f"{top.value:.2f}"])
     lines = _aligned(rows)
     pairs = [p for p in found.pairs if np.isfinite(p.difference.value)]
     if pairs:

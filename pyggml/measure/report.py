@@ -44,7 +44,7 @@ def html(found: Comparison) -> str:
     matplotlib.use("svg")
     rows = []
     for f in found.files:
-        s: dict[str, Any] = f.statistics
+        s = f.statistics
         rows.append({"name": f.name, "mib": f.nbytes / 2**20, "bpw": f.bits_per_weight, "kld": tuple(s["Mean KLD"]), "kld99": s["99.0% KLD"],
                      "ratio": tuple(s["Mean ln(PPL(Q)/PPL(base))"]), "rms": s["RMS Δp"].value, "top": s["Same top p"].value})
     page = Environment(autoescape=True).from_string(_PAGE)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -143,8 +144,8 @@ KLD_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1)
 P_PERCENTILES = (99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1)
 
 
-def summary(t: Tokens) -> dict[str, Mean | float]:
-    """The statistics of llama-perplexity --kl-divergence, by its names. Probabilities are in percent."""
+def summary(t: Tokens) -> dict[str, Any]:
+    """The statistics of llama-perplexity --kl-divergence by its names, each a Mean or a number. Probabilities are in percent."""
     ln_q, ln_p, ratio = mean(t.nll), mean(t.nll_base), mean(t.nll - t.nll_base)
     ppl, base = float(np.exp(ln_q.value)), float(np.exp(ln_p.value))
     dp = 100 * t.p_diff

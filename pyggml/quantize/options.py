@@ -17,7 +17,7 @@ Progress = Callable[[int, int, str], Any]
 def tell(progress: Progress | None, done: int, total: int, what: str) -> None:
     """Report progress; Cancelled when the callback returns False."""
     if progress is not None and progress(done, total, what) is False:
-        raise Cancelled(f"cancelled at {what or 'the start'} ({done} of {total})")
+        raise Cancelled(f"cancelled at {what or 'the end'}, {100 * done // max(1, total)}% done; the same command goes on from there")
 
 
 @dataclass(frozen=True)

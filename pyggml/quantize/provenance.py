@@ -65,7 +65,7 @@ class Hashing:
                 for at in range(0, source.size, _READ):
                     if self._stop.is_set():
                         return
-                    self._hash.update(memoryview(source.array(at, min(_READ, source.size - at))))
+                    self._hash.update(source.array(at, min(_READ, source.size - at)).data)
         except PyggmlError as error:
             self._error = error
 

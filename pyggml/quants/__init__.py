@@ -102,7 +102,7 @@ def _importance(x: np.ndarray, imatrix: np.ndarray | None) -> tuple[int, np.ndar
         return 1, None
     w = np.ascontiguousarray(imatrix, np.float32)
     if w.shape not in {x.shape[-1:], (*x.shape[:-2], x.shape[-1])}:
-        raise PyggmlError(f"an importance matrix of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
+        raise PyggmlError(f"an importance of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
     if not (np.isfinite(w).all() and (w >= 0).all()):
         raise PyggmlError("the importance matrix has a negative or non-finite entry; compute it again")
     w = w.reshape(-1, x.shape[-1])
@@ -111,7 +111,8 @@ def _importance(x: np.ndarray, imatrix: np.ndarray | None) -> tuple[int, np.ndar
     return len(w), np.where(mean > 0, w + np.float32(1e-6) * mean, np.float32(1))
 
 
-def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool, threads: int | None) -> None:
+def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool,
+                   threads: int | None) -> None:
     """x (rows, n), w (n,) or None, out uint8 (rows, bytes)."""
     n = x.shape[1]
     if lib is not None and not row.user_defined:
@@ -119,7 +120,9 @@ def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np
         missing = []
 
         def work(first: int, last: int) -> None:
-            if lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance, search):
+            status = lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance,
+                                      search)
+            if status:
                 missing.append(row)
         _in_chunks(len(x), n, threads, work)
         if not missing:

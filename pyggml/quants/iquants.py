@@ -18,7 +18,7 @@ _HALF, _QUARTER = np.float32(0.5), np.float32(0.25)
 
 def pairs(packed: np.ndarray) -> np.ndarray:
     """(n, k) bytes -> (n, 2k) nibbles, the low one first."""
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
+    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), 2 * packed.shape[1])
 
 
 def pack_pairs(q: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def signed(magnitudes: np.ndarray, negative: np.ndarray) -> np.ndarray:
 def even_signs(seven: np.ndarray) -> np.ndarray:
     """(n, groups) seven-bit fields -> (n, 8 * groups) sign bits with even parity in each group."""
     b = seven[..., None] >> np.arange(7, dtype=seven.dtype) & 1
-    return np.concatenate([b, b.sum(axis=-1, keepdims=True) & 1], axis=-1).reshape(len(seven), -1)
+    return np.concatenate([b, b.sum(axis=-1, keepdims=True) & 1], axis=-1).reshape(len(seven), 8 * seven.shape[1])
 
 
 @register

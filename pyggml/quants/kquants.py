@@ -71,7 +71,7 @@ class Q3_K(Codec):
     | hmask: 32 bytes of bit planes | qs: 64 bytes of 2-bit planes | scales: 12 bytes | d: f16 |
 
     weight = d * (scale - 32) * (q - 4), q = two bits of qs and the bit of hmask above them, a scale for every 16 weights.
-    scales: byte j of 0..7 holds the low nibbles of scale j and scale j + 8; bits 2p, 2p + 1 of byte 8 + j are the upper bits of scale 4p + j.
+    scales: byte j of 0..7 holds the low nibbles of scales j and j + 8; bits 2p, 2p + 1 of byte 8 + j are the upper two of scale 4p + j.
     """
 
     def decode(self, b: np.ndarray) -> np.ndarray:

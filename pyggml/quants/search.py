@@ -22,8 +22,15 @@ def weights(x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
 
 
 class Projection(Protocol):
-    extremes: tuple[float, ...]        # values that the weight of largest magnitude may stand for
-    jitter: np.ndarray                 # offsets of that value to try
+    @property
+    def extremes(self) -> tuple[float, ...]:
+        """Values that the weight of largest magnitude may stand for; a single one means that the scale is positive."""
+        ...
+
+    @property
+    def jitter(self) -> np.ndarray:
+        """Offsets of that value to try."""
+        ...
 
     def __call__(self, t: np.ndarray, w: np.ndarray) -> np.ndarray:
         """The values nearest to t (n, k) under the weights w."""
@@ -150,7 +157,8 @@ class Multipliers:
         return low if -low > high else high
 
 
-def fit_scaled(x: np.ndarray, w: np.ndarray, group: int, project: Projection, factors: Multipliers, rounds: int = 4):
+def fit_scaled(x: np.ndarray, w: np.ndarray, group: int, project: Projection, factors: Multipliers,
+               rounds: int = 4) -> tuple[np.ndarray, ...]:
     """Blocks of groups of `group` weights: weight = d * factor[group] * value. x, w (n, k).
 
     Returns d (n,), the integers s (n, groups) that choose the factors, and the values (n, k).
@@ -175,7 +183,7 @@ def fit_scaled(x: np.ndarray, w: np.ndarray, group: int, project: Projection, fa
     return best[0][:, 0], best[1].astype(np.int32), best[2]
 
 
-def fit_scaled_affine(x: np.ndarray, w: np.ndarray, group: int, top: int, most: int, rounds: int = 4):
+def fit_scaled_affine(x: np.ndarray, w: np.ndarray, group: int, top: int, most: int, rounds: int = 4) -> tuple[np.ndarray, ...]:
     """Blocks of groups: weight = d * s[group] * q - dmin * m[group], q in 0..top, s and m in 0..most. x, w (n, k).
 
     Returns d, dmin (n,), s, m (n, groups), q (n, k).

@@ -20,7 +20,7 @@ def _ternary(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _digits(packed: np.ndarray, count: int) -> np.ndarray:
     """(n, k) bytes -> (n, count * k) ternary codes: times 3^i, the leading base-3 digit of byte / 256 is digit i."""
     q = packed[:, None, :] * POW3[:count, None]
-    return (q.astype(np.uint16) * 3 >> 8).reshape(len(packed), -1)
+    return (q.astype(np.uint16) * 3 >> 8).reshape(len(packed), count * packed.shape[1])
 
 
 def _fractions(q: np.ndarray, count: int) -> np.ndarray:
@@ -88,7 +88,7 @@ class Q2_0(Codec):
     """
 
     def decode(self, b: np.ndarray) -> np.ndarray:
-        q = (b["qs"][:, :, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(len(b), -1)
+        q = (b["qs"][:, :, None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(len(b), 64)
         return (q.astype(np.float32) - 1) * column(b["d"])
 
     def encode(self, x: np.ndarray, w: np.ndarray | None) -> np.ndarray:

@@ -16,7 +16,7 @@ def random_cache(rng, cache_type: str, shape: tuple[int, int, int], visible: np.
         blocks = np.zeros((*shape[:2], shape[2] // row.block), row.layout)
         blocks["d"] = rng.standard_normal(blocks.shape) / {"Q8_0": 70, "Q4_0": 4}[cache_type]
         blocks["d"][:, ~visible] = np.nan
-        limits = dict(Q8_0=(-127, 128), Q4_0=(0, 256))[cache_type]
+        limits = {"Q8_0": (-127, 128), "Q4_0": (0, 256)}[cache_type]
         blocks["qs"] = rng.integers(*limits, blocks["qs"].shape)
         q = blocks["qs"].astype(np.float64)
         if cache_type == "Q4_0":

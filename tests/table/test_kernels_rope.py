@@ -52,5 +52,5 @@ def test_store(isa, threads, cache_type, dtype, D):
     else:
         stored = x.astype(dtype)
     want[:, cell] = stored.transpose(1, 0, 2)
-    run("store", isa, (cache, dict(type=cache_type, shape=cache.shape)), [x, cell], threads=threads)
+    run("store", isa, (cache, {"type": cache_type, "shape": cache.shape}), [x, cell], threads=threads)
     assert np.array_equal(cache, want, equal_nan=cache_type != "BF16")

@@ -34,7 +34,7 @@ def test_element_wise(isa, threads, shape):
 def test_strided_sources(isa):
     wide = floats(5, 3, 48)
     a, dst = wide[:, 1], np.zeros((5, 48), np.float32)
-    run("add", isa, dst, [(a, dict(strides=a.strides[:-1])), (a, dict(strides=a.strides[:-1]))])
+    run("add", isa, dst, [(a, {"strides": a.strides[:-1]}), (a, {"strides": a.strides[:-1]})])
     assert np.array_equal(dst, 2 * a)
 
 

@@ -86,6 +86,8 @@ def test_text_that_is_no_utf8(monkeypatch, capsys):
     stdin(monkeypatch, b"ab\xff")
     assert cli.main(["run", "fake"]) == 1
     assert "standard input is not UTF-8: byte 0xff at offset 2" in capsys.readouterr().err
+    assert cli.main(["run", "fake", "-p", os.fsdecode(b"abc\xff")]) == 1
+    assert "the text of -p is not UTF-8: byte 0xff at offset 3" in capsys.readouterr().err
 
 
 def fail_with(monkeypatch, error):

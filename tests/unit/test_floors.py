@@ -12,9 +12,9 @@ FLOORS = [
     {"formats", "quants"},
     {"backends"},
     {"ops"},
-    {"graph", "plan", "backward"},
+    {"graph", "fuse", "lower", "plan", "backward"},
     {"arch"},
-    {"context", "cache", "sampling", "completion", "grammar", "chat", "tokenizers", "toolcalls", "llama"},
+    {"context", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama"},
     {"quantize", "train", "convert", "serve", "measure"},
     {"cli", "__init__", "__main__"},
 ]

@@ -305,3 +305,55 @@ def test_text_buffer_holds_back_no_more_than_it_must():
     buffer = TextBuffer([b"aab"])
     assert [buffer.push(bytes([c])) for c in b"xaaacab"] == ["x", "", "", "a", "aac", "", "ab"]
     assert not buffer.stopped and buffer.flush() == ""
+
+
+# ---- chat ----
+
+@pytest.fixture
+def chat(monkeypatch):
+    """A Llama whose template strings the messages together."""
+    def load(path, **_):
+        model = fake_engine.FakeModel()
+        model.file.kv["tokenizer.chat_template"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        return model
+
+    monkeypatch.setattr(fake_engine.FakeModel, "load", load)
+    return Llama("fake.gguf", n_ctx=40)
+
+
+MESSAGES = [{"role": "system", "content": "x"}, {"role": "user", "content": "abc"}]
+
+
+def test_chat(chat):
+    answer = chat.create_chat_completion(MESSAGES, temperature=0, max_tokens=3)
+    assert list(answer) == ["id", "object", "created", "model", "choices", "usage"]
+    assert answer["object"] == "chat.completion" and answer["id"].startswith("chatcmpl-")
+    assert answer["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "def"}, "logprobs": None, "finish_reason": "length"}]
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert chat._context.evaluated[0][1] == [0, ID[b"x"], 3, 4, 5]
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(chat):
+    chat.create_chat_completion([{"role": "user", "content": "<s>abc"}], temperature=0, max_tokens=1)
+    assert chat._context.evaluated[0][1] == [0, 3, 4, 5]
+
+
+def test_chat_stream(chat):
+    chunks = list(chat.create_chat_completion(MESSAGES, temperature=0, stop="ef", stream=True))
+    assert [(c["choices"][0]["delta"], finish(c)) for c in chunks] == [({"role": "assistant"}, None), ({"content": "d"}, None), ({}, "stop")]
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+
+
+def test_chat_logprobs(chat):
+    answer = chat.create_chat_completion(MESSAGES, temperature=0, max_tokens=1, logprobs=True, top_logprobs=2)
+    (entry,) = answer["choices"][0]["logprobs"]["content"]
+    assert entry["token"] == "d" and [other["token"] for other in entry["top_logprobs"]] == ["d", "<s>"]
+    assert entry["top_logprobs"][0]["logprob"] == entry["logprob"] < 0
+
+
+@pytest.mark.parametrize("given", [{"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"functions": [{}]}], ids=lambda g: next(iter(g)))
+def test_chat_refuses_what_it_has_not(chat, given):
+    with pytest.raises(ParameterError, match=next(iter(given))):
+        chat.create_chat_completion(MESSAGES, **given)
+    with pytest.raises(TypeError, match="toools"):
+        chat.create_chat_completion(MESSAGES, toools=[])

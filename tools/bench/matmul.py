@@ -95,7 +95,8 @@ def main() -> None:
                 for cols in map(int, options.cols.split(",")):
                     t, size = measure(name, rows, k, cols, threads, options.memory, options.seconds)
                     rate = rows * k * cols / t / 1e9
-                    print(f"{name:7} {shape:>12} {threads:7} {cols:5} {t * 1e6:10.1f} {rate:8.1f} {rate / options.peak:6.0%} {size / t / 1e9:7.1f}", flush=True)
+                    print(f"{name:7} {shape:>12} {threads:7} {cols:5} {t * 1e6:10.1f} {rate:8.1f} {rate / options.peak:6.0%} "
+                          f"{size / t / 1e9:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

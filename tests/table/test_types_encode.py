@@ -1,0 +1,133 @@
+"""Encoders: the formula types byte for byte ggml's, the searched types with no more error than ggml's."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from type_cases import (  # noqa: F401
+    BLOCKED,
+    FORMULA,
+    SEARCHED,
+    as_bytes,
+    every_isa,
+    golden,
+    isa,
+    numpy_encode,
+    squared_error,
+)
+
+from pyggml import quants
+from pyggml.types import TYPES, tensor_type
+
+X, IMATRIX = golden("input")["X"], golden("input")["imatrix"]
+
+
+def ggml_bytes(name: str) -> np.ndarray | None:
+    """ggml's encoding of X without importance."""
+    vectors, more = golden(name), golden("more")
+    for found in (vectors.get("plain_bytes"), vectors.get("act_bytes"), more.get(f"{name}_bytes")):
+        if found is not None:
+            return as_bytes(found)
+    return None
+
+
+@every_isa
+@pytest.mark.parametrize("row", [t for t in TYPES if t.name in FORMULA and ggml_bytes(t.name) is not None], ids=str)
+def test_formula_types_give_ggmls_bytes(row, isa):  # noqa: F811
+    want = ggml_bytes(row.name)
+    assert (quants.quantize(X, row) == want).all()
+    assert (numpy_encode(row, X, None) == want).all()
+
+
+def test_every_formula_type_is_compared():
+    assert {t.name for t in TYPES if t.name in FORMULA and ggml_bytes(t.name) is not None} == FORMULA - {"F32"}
+
+
+def ggml_error(row, w: np.ndarray | None) -> np.ndarray:
+    """ggml's error on each row of X."""
+    kind = "plain" if w is None else "imat"
+    known = golden("more").get(f"{row.name}_{kind}_error")
+    return known if known is not None else squared_error(row, as_bytes(golden(row.name)[f"{kind}_bytes"]), X, w)
+
+
+# Where ggml's error is below this part of the energy, it is only the rounding of half-float scales, and a matter of luck.
+NEGLIGIBLE = 3e-7
+WEIGHTED_TOO = [tensor_type(name) for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")]
+
+
+@every_isa
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("row", [*SEARCHED, *WEIGHTED_TOO], ids=str)
+def test_searched_types_err_no_more_than_ggml(row, weighted, isa):  # noqa: F811
+    w = IMATRIX if weighted else None
+    theirs, ours = ggml_error(row, w), squared_error(row, quants.quantize(X, row, w), X, w)
+    energy = (X.astype(np.float64) ** 2 * (1 if w is None else w)).sum(axis=1)
+    assert (ours <= theirs * (1 + 1e-6) + NEGLIGIBLE * energy).all(), (ours / theirs)
+    assert ours.sum() <= theirs.sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("row", SEARCHED, ids=str)
+def test_numpy_encoder_comes_close_to_c(row):
+    x = X[:4, :512]
+    for w in (None, IMATRIX[:512]):
+        c, numpy = (squared_error(row, b, x, w).sum() for b in (quants.quantize(x, row, w), numpy_encode(row, x, w)))
+        assert numpy <= 1.35 * c
+
+
+@pytest.mark.parametrize("row", [t for t in BLOCKED if t.name not in {"Q8_1", "Q8_K"}], ids=str)
+def test_wider_search_does_not_err_more(row):
+    """But for a little: alternating minimization that starts better may still end in a slightly worse valley."""
+    x = X[[0, 5], :512]
+    for w in (None, IMATRIX[:512]):
+        normal, wide = (squared_error(row, quants.quantize(x, row, w, search=s), x, w).sum() for s in (False, True))
+        assert wide <= normal * 1.002
+
+
+@pytest.mark.parametrize("row", BLOCKED, ids=str)
+def test_bytes_do_not_depend_on_threads(row):
+    x = np.tile(X[:2, :256], (3, 5)) if row in SEARCHED else np.random.default_rng(0).normal(size=(2100, 1024)).astype(np.float32)
+    before = quants._CHUNK
+    quants._CHUNK = 2048 if row in SEARCHED else before
+    try:
+        assert (quants.quantize(x, row, threads=1) == quants.quantize(x, row, threads=3)).all()
+    finally:
+        quants._CHUNK = before
+
+
+@pytest.mark.parametrize("row", BLOCKED, ids=str)
+def test_hostile_but_finite_rows_stay_finite(row):
+    rows = np.zeros((6, 256), np.float32)
+    rows[1] = 1e-40                                            # denormals
+    rows[2, ::3] = 60000
+    rows[3, 7] = -1e-3                                         # a single weight
+    rows[4] = np.where(np.arange(256) % 2, 3e4, -3e4)
+    rows[5] = np.linspace(-1e-7, 1e-7, 256)
+    no_column_matters = np.zeros(256, np.float32)
+    for w in (None, no_column_matters):
+        y = quants.dequantize(quants.quantize(rows, row, w), row)
+        assert np.isfinite(y).all()
+        assert not y[0].any()
+        assert np.abs(y).max() < 2e5
+
+
+@settings(max_examples=40, deadline=None)
+@given(x=hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([0, 256, 512])),
+                    elements=st.floats(-1000, 1000, width=32)),
+       row=st.sampled_from([t for t in BLOCKED if t in map(tensor_type, FORMULA - {"TQ1_0", "TQ2_0", "MXFP4"} - {"F32", "F16", "BF16"})]))
+def test_round_trip_keeps_shape_and_nearness(x, row):
+    """Each weight comes back within one step of its block's range over the number of codes."""
+    y = quants.dequantize(quants.quantize(x, row), row)
+    assert y.shape == x.shape
+    levels = {"Q4": 15, "Q5": 31, "Q8": 254}[row.name[:2]]
+    blocks, back = x.reshape(-1, row.block), y.reshape(-1, row.block)
+    reach = 2 * np.abs(blocks).max(axis=1, initial=0)
+    step = reach / levels + 0.002 * reach + 1e-4               # half-float scales add their own rounding
+    assert (np.abs(blocks - back) <= 1.01 * step[:, None]).all()
+
+
+@pytest.mark.parametrize("row", [t for t in TYPES if t.name in {"F32", "F64", "I8", "I16", "I32", "I64"}], ids=str)
+@given(values=st.lists(st.integers(-100, 100), min_size=1, max_size=50))
+def test_plain_numbers_round_trip(row, values):
+    x = np.array([values], np.float32)
+    assert (quants.dequantize(quants.quantize(x, row), row) == x).all()
