@@ -137,6 +137,8 @@ def _body(reply: Any, n: int) -> np.ndarray:
 
 
 def _explain(code: int) -> str:
+    if 300 <= code < 400:
+        return f"status {code}: the server redirects in a circle, or to an address that is not http"
     return {401: "status 401: the server asks for a login; set HF_TOKEN for a private repository",
             403: "status 403: access is not allowed; accept the model's terms, or set HF_TOKEN", 404: "status 404: there is no such file",
             416: "status 416: the file is empty or shorter than expected"}.get(code, f"the server answers with status {code}")
