@@ -61,7 +61,7 @@ def test_a_cut_legacy_file_is_refused_wherever_it_is_cut(tmp_path):
     made().save(tmp_path / "i.dat", "dat")
     data = (tmp_path / "i.dat").read_bytes()
     whole = len(data) - 8 - len("x.txt")             # chunks and the text's name may be missing
-    for end in (*range(0, whole, 3), *range(whole + 1, len(data))):
+    for end in (*range(0, whole, 3), *range(whole + 1, whole + 4), *range(whole + 5, len(data))):
         (tmp_path / "i.dat").write_bytes(data[:end])
         with pytest.raises(PyggmlError, match="i.dat: "):
             Imatrix.load(tmp_path / "i.dat")
