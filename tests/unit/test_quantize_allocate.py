@@ -2,10 +2,10 @@
 
 import itertools
 
-import models
 import numpy as np
 import pytest
 
+import models
 from pyggml import cli, formats
 from pyggml.errors import PyggmlError
 from pyggml.quantize import allocate

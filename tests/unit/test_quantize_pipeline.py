@@ -2,10 +2,10 @@
 
 import os
 
-import models
 import numpy as np
 import pytest
 
+import models
 from pyggml import cli, formats, quants
 from pyggml.context import Context, Model
 from pyggml.errors import Cancelled, PyggmlError
