@@ -14,6 +14,9 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum { COLUMN_BLOCK = 8 };                       // column tiles in a chunk: 64 columns of activations stay in the L2 cache
 enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights: worth a claim; small enough to balance
+enum { STREAM_BYTES = 512 << 10 };               // for a few columns, where weights come from memory: a stream is slow to start
+enum { RUN_TILES = 8 };                          // tiles of one matrix before the other's: likewise
+enum { PREFETCH_BYTES = 1024 };                  // of the next stream, while this one ends
 
 typedef struct {                                 // one matrix of (rows, k): a weight, or one expert's part of it
     const char *raw;                             // its first row in the file
@@ -95,7 +98,8 @@ typedef struct { int64_t group, groups, block, blocks; } chunking;        // row
 static chunking chunks_of(const worker *w, int64_t tiles, int64_t bytes, int64_t cols) {
     chunking c = {.block = COLUMN_BLOCK};
     int64_t fair = div_up(tiles, 4 * w->nth);                              // a few chunks each, so that the last ones even out
-    c.group = most(least(fair, CHUNK_BYTES / bytes), div_up(CHUNK_MIN_BYTES, bytes));
+    int64_t limit = cols <= SMALL_COLS ? STREAM_BYTES : CHUNK_BYTES;
+    c.group = most(least(fair, limit / bytes), div_up(CHUNK_MIN_BYTES, bytes));
     c.groups = div_up(tiles, c.group);
     c.blocks = div_up(div_up(cols, SMALL_COLS), c.block);
     return c;
@@ -167,8 +171,15 @@ typedef struct {
 
 // Row tiles [first_tile, last_tile) x column tiles [first, last) of `cols` columns. A column tile stays in the first-level cache
 // while the weights pass, and the results of neighbouring row tiles fall on neighbouring cache lines.
+// The first lines of tiles that come next: the processor's own prefetch only sees them when they are there.
+static inline void prefetch_run(const job *j, int matrix_index, int64_t tile) {
+    const matrix *m = &j->m[matrix_index];
+    if (!m->packed || tile >= m->tiles) return;
+    for (int at = 0; at < PREFETCH_BYTES; at += LINE) __builtin_prefetch(m->packed + tile * m->bytes + at);
+}
+
 static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
-    _Alignas(64) float out[2][SMALL_COLS * TILE_ROWS];
+    _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
     const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
     const int by_rows = ACT_LAYOUT[j->layout].row_type != 0;
     const char *made[2] = {NULL, NULL};                      // the one tile of a chunk whose weight is not packed
@@ -180,14 +191,20 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
     for (int64_t c = first; c < last; c++) {
         const int N = act_tile_cols(cols, c);
         const char *a = acts + c * SMALL_COLS * column_bytes;
-        for (int64_t t = first_tile; t < last_tile; t++) {
-            for (int n = 0; n < N; n++) __builtin_prefetch(target_at(&j->to, c * SMALL_COLS + n) + t * TILE_ROWS, 1);
+        for (int64_t start = first_tile; start < last_tile; start += RUN_TILES) {
+            const int64_t end = least(start + RUN_TILES, last_tile);
             for (int i = 0; i < j->matrices; i++) {
                 const matrix *m = &j->m[i];
-                if (by_rows) row_tile(m, t, j->layout, a, N, out[i]);
-                else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, out[i]);
+                for (int64_t t = start; t < end; t++) {
+                    float *sums = out[i][t - start];
+                    if (i == 0) for (int n = 0; n < N; n++) __builtin_prefetch(target_at(&j->to, c * SMALL_COLS + n) + t * TILE_ROWS, 1);
+                    if (t == end - 1) prefetch_run(j, i + 1 < j->matrices ? i + 1 : 0, i + 1 < j->matrices ? start : end);
+                    if (by_rows) row_tile(m, t, j->layout, a, N, sums);
+                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, sums);
+                }
             }
-            store_tile(&j->finish, &j->to, out[0], out[1], t * TILE_ROWS, tile_rows(&j->m[0], t), c * SMALL_COLS, N);
+            for (int64_t t = start; t < end; t++)
+                store_tile(&j->finish, &j->to, out[0][t - start], out[1][t - start], t * TILE_ROWS, tile_rows(&j->m[0], t), c * SMALL_COLS, N);
         }
     }
 }
