@@ -14,7 +14,6 @@ _HOME = {
     "Model": "pyggml.context", "Context": "pyggml.context",
     "Sampler": "pyggml.sampling", "SamplingParams": "pyggml.sampling",
     "open": "pyggml.formats", "TensorFile": "pyggml.formats",
-    "quantize": "pyggml.quants", "dequantize": "pyggml.quants",
     "PyggmlError": "pyggml.errors",
 }
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from pyggml.formats import TensorFile as TensorFile
     from pyggml.formats import open as open
     from pyggml.llama import Llama as Llama
-    from pyggml.quants import dequantize as dequantize
-    from pyggml.quants import quantize as quantize
     from pyggml.sampling import Sampler as Sampler
     from pyggml.sampling import SamplingParams as SamplingParams
 
