@@ -67,7 +67,8 @@ char *pyg_arena_new(size_t bytes);                         // zeroed, 2 MB align
 void  pyg_arena_free(char *arena, size_t bytes);
 
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
-int     pyg_act_format(int type, int packed, int exact);   // how activations are prepared for weights of `type`; exact: as floats
+// exact: 1 as floats, 0 as ggml rounds them, -1 with one scale per 256 also for the types that ggml gives one per 32 (k % 256 == 0)
+int     pyg_act_format(int type, int packed, int exact);   // how activations are prepared for weights of `type`
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` prepared columns of length k
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none
 
@@ -85,6 +86,8 @@ pyg_table  *pyg_table_new(const char *bytes, const int64_t *offsets, int64_t pre
 void        pyg_table_free(pyg_table *table);
 int32_t     pyg_table_find(const pyg_table *table, const char *text, int64_t n);                       // id or -1
 // A merger refers to its table, which must outlive it. fallback[256]: the token of a byte that is in no token, or -1.
+// whole_words: which words that are tokens are those tokens, whatever the merges say.
+enum { WHOLE_NEVER, WHOLE_ALWAYS, WHOLE_NEWLINES };
 pyg_merger *pyg_merger_spm(const pyg_table *table, const float *scores, const int32_t *fallback);
 pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *offsets, int64_t prefix, int32_t n_merges, int byte_level,
                            int whole_words, const int32_t *fallback);                                  // merges: "left right", best first
@@ -96,3 +99,14 @@ int64_t     pyg_merge(const pyg_merger *merger, const char *text, int64_t n, con
 // Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.
 // Returns the position after the last string, or -1 - position of the first one that is longer than `limit` or does not fit.
 int64_t pyg_scan_strings(const uint8_t *data, int64_t pos, int64_t end, int64_t count, int wide, int swap, int64_t limit, int64_t *starts);
+
+// ---- XXH64 over bytes that come in pieces ------------------------------------------------------------------------------------------
+typedef struct {
+    uint64_t lanes[4];
+    uint64_t seed;
+    uint64_t total;             // bytes so far
+    uint8_t  rest[32];          // the last total % 32 of them
+} pyg_xxh64;
+void     pyg_xxh64_start(pyg_xxh64 *h, uint64_t seed);
+void     pyg_xxh64_add(pyg_xxh64 *h, const uint8_t *data, int64_t n);
+uint64_t pyg_xxh64_end(const pyg_xxh64 *h);

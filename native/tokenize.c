@@ -361,10 +361,15 @@ static int reserve(workspace *w, int32_t symbols) {
     return w->symbols && w->heap;
 }
 
+static int all_newlines(const char *text, int32_t n) {
+    while (n && text[n - 1] == '\n') n--;
+    return !n;
+}
+
 // The ids of one word of n bytes: how many were written (at most n), or -1 without memory.
 static int32_t merge_word(workspace *w, const char *text, int32_t n, int32_t *ids) {
     const pyg_merger *m = w->merger;
-    if (m->whole_words) {
+    if (m->whole_words == WHOLE_ALWAYS || (m->whole_words == WHOLE_NEWLINES && all_newlines(text, n))) {
         int32_t id = pyg_table_find(m->table, text, n);
         if (id >= 0 && id < m->n_vocab) { ids[0] = id; return 1; }
     }

@@ -80,7 +80,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact)
+            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16)
         return self._stores[key]
 
 

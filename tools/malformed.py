@@ -9,6 +9,7 @@ have failed: lengths and counts that wrap or allocate, dimensions, alignment, of
 
 from __future__ import annotations
 
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -132,7 +133,8 @@ def tensor_cases() -> Iterator[Case]:
     for dims, kind in (((2 ** 61 + 8,), T_F32), ((2 ** 61,), T_F32), ((2 ** 62, 1), T_F16), ((2 ** 40, 2 ** 20), T_F32), ((9,), T_F32),
                        ((8, 2), T_F32), (((2 ** 64 // 18 + 1) // 32 * 32,), T_Q4_0), ((1 << 62,), T_Q4_0), ((2 ** 63 - 32,), T_Q4_0)):
         name = "x".join(f"{d:x}" for d in dims)
-        yield Case(f"data_past_end_{kind}_{name}", M.file((), (M.info(dims=dims, kind=kind),), DATA), "past the end")
+        says = "multiply to" if math.prod(dims) >= 2 ** 60 else "past the end"
+        yield Case(f"data_past_end_{kind}_{name}", M.file((), (M.info(dims=dims, kind=kind),), DATA), says)
     for row, kind, block in ((1, T_Q4_0, 32), (33, T_Q4_0, 32), (16, T_Q4_0, 32), (32, T_Q4_K, 256), (255, T_Q4_K, 256)):
         yield Case(f"row_{row}_of_{block}", M.file((), (M.info(dims=(row, block), kind=kind),), bytes(1 << 16)), "do not divide into")
     for kind in (1024, 65535, 2 ** 31, 2 ** 32 - 1):
@@ -147,7 +149,7 @@ def tensor_cases() -> Iterator[Case]:
     yield Case("overlap_part", M.file((), (M.info("a", (16,)), M.info("b", offset=32)), DATA * 2), "overlaps")
     yield Case("overlap_inside", M.file((), (M.info("a", (64,)), M.info("b", offset=32)), DATA * 8), "overlaps")
     yield Case("overlap_far", M.file((), (M.info("a", (64,)), M.info("b", (0,), offset=32), M.info("c", offset=64)), DATA * 8), "overlaps")
-    infos = tuple(M.info(str(i), (2 ** 60,), offset=0) for i in range(5))
+    infos = tuple(M.info(str(i), (2 ** 59,), offset=0) for i in range(8))
     yield Case("sizes_sum_wrap", M.file((), infos, DATA), "past the end")
     yield Case("no_data", M.file((), (M.info(),), b""), "past the end")
     yield Case("no_data_no_padding", M.file((), (M.info(),), tail=False), "past the end")

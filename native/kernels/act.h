@@ -40,54 +40,72 @@ static int64_t act_bytes(int format, int64_t k, int64_t cols) {
     return (wide > bytes ? wide : bytes) * cols;
 }
 
-// ---- one block of one column: x is 32 or 256 floats, the column is number n of N ------------------------------------------
-// Rounds 32 floats times `scale` to bytes; returns the sum of the first and of the last 16.
-INLINE void round32(const float *x, float scale, int8_t q[32], int32_t sum[2]) {
-    for (int h = 0; h < 2; h++) {
-        vi total = vi_set(0);
-        for (int i = 16 * h; i < 16 * h + 16; i += VL) {
-            vi v = vi_round(vf_load(x + i) * scale);
-            vi_to_i8(q + i, v);
-            total += v;
-        }
-        sum[h] = vi_sum(total);
-    }
+// ---- a piece of one column: up to 256 floats to bytes, then into column n of N -------------------------------------------------
+enum { ACT_PIECE = 256 };      // floats normalized and rounded at a time, on the stack
+
+typedef struct { float d[8]; int32_t sum[16]; int8_t q[ACT_PIECE]; } act_piece;      // d per 32; sums of 16
+
+// Two sums of four neighbours each.
+INLINE void sums_of_4(const int32_t *x, int32_t *sum) {
+    typedef int32_t four __attribute__((vector_size(16)));
+    four a, b;
+    memcpy(&a, x, 16);
+    memcpy(&b, x + 4, 16);
+    four t = __builtin_shuffle(a, b, (four){0, 2, 4, 6}) + __builtin_shuffle(a, b, (four){1, 3, 5, 7});
+    t += __builtin_shuffle(t, (four){1, 0, 3, 2});
+    t = __builtin_shuffle(t, (four){0, 2, 0, 2});
+    memcpy(sum, &t, 8);
 }
 
-static inline void act_a32(const float *x, char *block, int N, int n) {
-    float d = abs_max(32, x) / 127.0f;
-    int8_t q[32];
-    int32_t sum[2];
-    round32(x, inverse(d), q, sum);
-    float *f = (float *)block;
-    f[n] = d;
-    f[N + n] = d * (float)(sum[0] + sum[1]);
-    ((int32_t *)f)[2 * N + n] = -(sum[0] + sum[1]);
-    for (int t = 0; t < 8; t++) memcpy(block + 4 * ((3 + t) * N + n), q + 4 * t, 4);
+// Rounds `count` floats to bytes, block b of 32 times factor[b], and takes the sums.
+INLINE void round_piece(const float *x, int count, const float factor[8], act_piece *p) {
+    for (int i = 0; i < count; i += VL) vi_to_i8(p->q + i, vi_round(vf_load(x + i) * factor[i / 32]));
+    int32_t quad[ACT_PIECE / 4];
+    for (int i = 0; i < count / 4; i += VL) vi_store(quad + i, vi_dot_u7(vi_set(0), vi_set(0x01010101), vi_load(p->q + 4 * i)));
+    for (int i = 0; i < count / 16; i += 2) sums_of_4(quad + 4 * i, p->sum + i);
 }
 
-static inline void act_a256(const float *x, char *block, int N, int n) {
-    // the value of largest magnitude becomes -127, so that the scale takes its sign with it
-    float extreme = signed_max(256, x), factor = extreme != 0 ? -127.0f / extreme : 0;
-    int32_t *dword = (int32_t *)block;
-    ((float *)block)[n] = inverse(factor);
-    int32_t sum[16];
+INLINE void put_quads(const int8_t *q, int quads, int32_t *first, int N) {
+    for (int t = 0; t < quads; t++, first += N) memcpy(first, q + 4 * t, 4);
+}
+
+static void act_a32(const float *x, int count, char *block, int N, int n) {
+    act_piece p;
+    float factor[8];
+    for (int b = 0; b < count / 32; b++) p.d[b] = abs_max(32, x + 32 * b);
+    for (int b = count / 32; b < 8; b++) p.d[b] = 0;
     for (int b = 0; b < 8; b++) {
-        int8_t q[32];
-        round32(x + 32 * b, factor, q, sum + 2 * b);
-        for (int t = 0; t < 8; t++) memcpy(&dword[(29 + 8 * b + t) * N + n], q + 4 * t, 4);
+        p.d[b] /= 127.0f;
+        factor[b] = inverse(p.d[b]);
     }
-    for (int i = 0; i < 16; i++) dword[(1 + i) * N + n] = -sum[i];
-    for (int i = 0; i < 8; i++) dword[(17 + i) * N + n] = (sum[2 * i] & 0xffff) | (int32_t)((uint32_t)sum[2 * i + 1] << 16);
-    for (int i = 0; i < 4; i++) {
-        int32_t a = sum[4 * i] + sum[4 * i + 1], b = sum[4 * i + 2] + sum[4 * i + 3];
-        dword[(25 + i) * N + n] = (a & 0xffff) | (int32_t)((uint32_t)b << 16);
+    round_piece(x, count, factor, &p);
+    for (int b = 0; b < count / 32; b++, block += ACT_LAYOUT[ACT_A32].column_bytes * N) {
+        int32_t sum = p.sum[2 * b] + p.sum[2 * b + 1], *dword = (int32_t *)block + n;
+        float s = p.d[b] * (float)sum;
+        memcpy(dword, &p.d[b], 4);
+        memcpy(dword + N, &s, 4);
+        dword[2 * N] = -sum;
+        put_quads(p.q + 32 * b, 8, dword + 3 * N, N);
     }
+}
+
+INLINE int32_t pair_of(int32_t low, int32_t high) { return (low & 0xffff) | (int32_t)((uint32_t)high << 16); }
+
+static void act_a256(const float *x, char *block, int N, int n) {
+    act_piece p;
+    // the value of largest magnitude becomes -127, so that the scale takes its sign with it
+    const float extreme = signed_max(256, x), factor = extreme != 0 ? -127.0f / extreme : 0, d = inverse(factor);
+    const float same[8] = {factor, factor, factor, factor, factor, factor, factor, factor};
+    round_piece(x, 256, same, &p);
+    int32_t *dword = (int32_t *)block + n;
+    memcpy(dword, &d, 4);
+    for (int i = 0; i < 16; i++) dword[(1 + i) * N] = -p.sum[i];
+    for (int i = 0; i < 8; i++) dword[(17 + i) * N] = pair_of(p.sum[2 * i], p.sum[2 * i + 1]);
+    for (int i = 0; i < 4; i++) dword[(25 + i) * N] = pair_of(p.sum[4 * i] + p.sum[4 * i + 1], p.sum[4 * i + 2] + p.sum[4 * i + 3]);
+    put_quads(p.q, 64, dword + 29 * N, N);
 }
 
 // ---- columns ---------------------------------------------------------------------------------------------------------------
-enum { ACT_PIECE = 256 };      // floats normalized and rounded at a time, on the stack
-
 typedef struct { const float *weight; float eps; } act_norm;       // weight NULL: x as it is
 
 // Column x of k floats into column n of a tile of N (row layouts: N = 1, the row starts at `tile`).
@@ -106,7 +124,7 @@ static void act_column(int layout, const float *x, act_norm norm, int64_t k, cha
         char *block = tile + i / row->block * row->column_bytes * N;
         switch (layout) {
         case ACT_F32: for (int j = 0; j < count; j++) ((float *)block)[j * N + n] = y[j]; break;
-        case ACT_A32: for (int j = 0; j < count; j += 32) act_a32(y + j, block + j / 32 * row->column_bytes * N, N, n); break;
+        case ACT_A32: act_a32(y, count, block, N, n); break;
         case ACT_A256: act_a256(y, block, N, n); break;
         default: kernels->quantize[row->row_type](count, y, block, NULL);
         }

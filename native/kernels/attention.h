@@ -39,14 +39,17 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
     return end;
 }
 
-static attention_args attention_shape(const pyg_view *views, const pyg_step *s) {
+// bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
+// asks for them with `coarse`. An F32 cache is always read in full.
+static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
+    int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
     attention_args a = {
         .dst = &views[s->dst], .q = q, .k = k, .v = v,
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
-        .pair = NATIVE_BF16 && k->type == TYPE_bf16 && v->type == TYPE_bf16,      // rounding an F16 cache to BF16 would be felt
+        .pair = NATIVE_BF16 && !any_f32 && (coarse || all_bf16),
     };
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
     return a;
@@ -186,7 +189,7 @@ INLINE void write_group(const attention_args *a, const query_group *g, int64_t t
 INLINE int64_t unit_tokens(const attention_args *a) { return a->share < UNIT_ROWS ? UNIT_ROWS / a->share : 1; }
 
 static void op_attention(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s);
+    attention_args a = attention_shape(w->plan->views, s, s->i[1]);
     attention_memory m;
     attention_layout(&m, &a, w->scratch, unit_tokens(&a) * a.share, 1, a.tokens);
     int64_t runs = 0;
@@ -201,7 +204,7 @@ static void op_attention(worker *w, const pyg_step *s) {
     }
 }
 static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s);
+    attention_args a = attention_shape(plan->views, s, s->i[1]);
     attention_memory m;
     return attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
 }
@@ -254,7 +257,7 @@ static void merge_splits(const attention_args *a, attention_memory *m, const cel
 }
 
 static void op_attention_step(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s);
+    attention_args a = attention_shape(w->plan->views, s, s->i[3]);
     cell_splits p = split_cells(&a);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, w->scratch, a.tokens * a.share, a.tokens, 0);
@@ -283,7 +286,7 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     for (int64_t kv_head; (kv_head = claim_again(w)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
 }
 static int64_t scratch_attention_step(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s);
+    attention_args a = attention_shape(plan->views, s, s->i[3]);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, NULL, a.tokens * a.share, a.tokens, 0);
     int64_t splits = (a.k->ne[1] + SPLIT_CELLS - 1) / SPLIT_CELLS;

@@ -8,67 +8,69 @@
 INLINE i8x32 i8x32_load(const void *p) { i8x32 v; memcpy(&v, p, 32); return v; }
 INLINE f32x8 group_scale(const float *scale, int span, int g) { return span == GROUP ? f32x8_set(scale[g]) : f32x8_pair(scale + 2 * g); }
 
-// One activation block per 32 weights.
-#define DOT_q8_0(name, QK, SPAN, ZERO, SIGN, MIN)                                                       \
+// The loop over blocks: four at a time, each into its own sum, so that additions do not wait for one another.
+#define DOT_LOOP(name, QK, act, PER_BLOCK)                                                              \
     static float dot_##name(int64_t n, const void *weights, const void *activations) {                  \
         const block_##name *b = weights;                                                                \
-        const block_q8_0 *a = activations;                                                              \
-        f32x8 acc = {0};                                                                                \
-        for (int64_t k = 0; k < n; k += QK, b++) {                                                      \
-            float scale[QK / SPAN], min[QK / SPAN];                                                     \
-            scales_##name(b, scale, min);                                                               \
+        const block_##act *a = activations;                                                             \
+        f32x8 acc[4] = {{0}, {0}, {0}, {0}};                                                            \
+        float mins = 0;                                                                                 \
+        int64_t k = 0;                                                                                  \
+        for (; k + 4 * QK <= n; k += 4 * QK, b += 4, a += 4 * (PER_BLOCK))                              \
             UNROLL(4)                                                                                   \
-            for (int g = 0; g < QK / GROUP; g++, a++) {                                                 \
-                i32x8 isum = ISUM_##SIGN(codes_##name(b, g), ZERO, i8x32_load(a->qs));                  \
-                acc = f32x8_fma(f32x8_from_i(isum), group_scale(scale, SPAN, g) * f16_to_f32(a->d), acc); \
-            }                                                                                           \
-        }                                                                                               \
-        return f32x8_sum(acc);                                                                          \
+            for (int u = 0; u < 4; u++) acc[u] = dot_block_##name(b + u, a + u * (PER_BLOCK), acc[u], &mins); \
+        for (; k < n; k += QK, b++, a += PER_BLOCK) acc[0] = dot_block_##name(b, a, acc[0], &mins);     \
+        return f32x8_sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + mins;                                 \
     }
+
+// One activation block per 32 weights.
+#define DOT_q8_0(name, QK, SPAN, ZERO, SIGN, MIN)                                                       \
+    INLINE f32x8 dot_block_##name(const block_##name *b, const block_q8_0 *a, f32x8 acc, float *mins) { \
+        float scale[QK / SPAN], min[QK / SPAN];                                                         \
+        (void)mins;                                                                                     \
+        scales_##name(b, scale, min);                                                                   \
+        UNROLL(4)                                                                                       \
+        for (int g = 0; g < QK / GROUP; g++, a++) {                                                     \
+            i32x8 isum = ISUM_##SIGN(codes_##name(b, g), ZERO, i8x32_load(a->qs));                      \
+            acc = f32x8_fma(f32x8_from_i(isum), group_scale(scale, SPAN, g) * f16_to_f32(a->d), acc);   \
+        }                                                                                               \
+        return acc;                                                                                     \
+    }                                                                                                   \
+    DOT_LOOP(name, QK, q8_0, QK / GROUP)
 
 // The same with mins: they meet the sum of the activation block, which it carries as a half float.
 #define DOT_q8_1(name, QK, SPAN, ZERO, SIGN, MIN)                                                       \
-    static float dot_##name(int64_t n, const void *weights, const void *activations) {                  \
-        const block_##name *b = weights;                                                                \
-        const block_q8_1 *a = activations;                                                              \
-        f32x8 acc = {0};                                                                                \
-        float mins = 0;                                                                                 \
-        for (int64_t k = 0; k < n; k += QK, b++, a++) {                                                 \
-            float scale[1], min[1];                                                                     \
-            scales_##name(b, scale, min);                                                               \
-            i32x8 isum = ISUM_##SIGN(codes_##name(b, 0), ZERO, i8x32_load(a->qs));                      \
-            acc = f32x8_fma(f32x8_from_i(isum), f32x8_set(scale[0] * f16_to_f32(a->d)), acc);           \
-            mins += min[0] * f16_to_f32(a->s);                                                          \
-        }                                                                                               \
-        return f32x8_sum(acc) + mins;                                                                   \
-    }
+    INLINE f32x8 dot_block_##name(const block_##name *b, const block_q8_1 *a, f32x8 acc, float *mins) { \
+        float scale[1], min[1];                                                                         \
+        scales_##name(b, scale, min);                                                                   \
+        i32x8 isum = ISUM_##SIGN(codes_##name(b, 0), ZERO, i8x32_load(a->qs));                          \
+        *mins += min[0] * f16_to_f32(a->s);                                                             \
+        return f32x8_fma(f32x8_from_i(isum), f32x8_set(scale[0] * f16_to_f32(a->d)), acc);              \
+    }                                                                                                   \
+    DOT_LOOP(name, QK, q8_1, 1)
 
 // One activation block per 256 weights, with the integer sum of every 16: zero points and mins meet those sums.
 #define DOT_q8_K(name, QK, SPAN, ZERO, SIGN, MIN)                                                       \
-    static float dot_##name(int64_t n, const void *weights, const void *activations) {                  \
-        const block_##name *b = weights;                                                                \
-        const block_q8_K *a = activations;                                                              \
-        f32x8 acc = {0};                                                                                \
-        for (int64_t k = 0; k < n; k += QK, b++, a++) {                                                 \
-            float scale[QK / SPAN], min[QK / SPAN];                                                     \
-            scales_##name(b, scale, min);                                                               \
-            f32x8 block = {0};                                                                          \
-            if (MIN || ZERO) {                                                                          \
-                for (int i = 0; i < QK / SPAN; i += 8) {                                                \
-                    i32x8 sums = SPAN == GROUP ? i32x8_pairs_i16(a->bsums) : i32x8_from_i16(a->bsums + i); \
-                    f32x8 shift = MIN ? f32x8_load(min + i) : f32x8_load(scale + i) * (float)-(ZERO);   \
-                    block = f32x8_fma(f32x8_from_i(sums), shift, block);                                \
-                }                                                                                       \
+    INLINE f32x8 dot_block_##name(const block_##name *b, const block_q8_K *a, f32x8 acc, float *mins) { \
+        float scale[QK / SPAN], min[QK / SPAN];                                                         \
+        (void)mins;                                                                                     \
+        scales_##name(b, scale, min);                                                                   \
+        f32x8 block[2] = {{0}, {0}};                                                                    \
+        if (MIN || ZERO) {                                                                              \
+            for (int i = 0; i < QK / SPAN; i += 8) {                                                    \
+                i32x8 sums = SPAN == GROUP ? i32x8_pairs_i16(a->bsums) : i32x8_from_i16(a->bsums + i);  \
+                f32x8 shift = MIN ? f32x8_load(min + i) : f32x8_load(scale + i) * (float)-(ZERO);       \
+                block[0] = f32x8_fma(f32x8_from_i(sums), shift, block[0]);                              \
             }                                                                                           \
-            UNROLL(8)                                                                                   \
-            for (int g = 0; g < QK / GROUP; g++) {                                                      \
-                i32x8 isum = ISUM_##SIGN(codes_##name(b, g), 0, i8x32_load(a->qs + GROUP * g));         \
-                block = f32x8_fma(f32x8_from_i(isum), group_scale(scale, SPAN, g), block);              \
-            }                                                                                           \
-            acc = f32x8_fma(block, f32x8_set(a->d), acc);                                               \
         }                                                                                               \
-        return f32x8_sum(acc);                                                                          \
-    }
+        UNROLL(8)                                                                                       \
+        for (int g = 0; g < QK / GROUP; g++) {                                                          \
+            i32x8 isum = ISUM_##SIGN(codes_##name(b, g), 0, i8x32_load(a->qs + GROUP * g));             \
+            block[g % 2] = f32x8_fma(f32x8_from_i(isum), group_scale(scale, SPAN, g), block[g % 2]);    \
+        }                                                                                               \
+        return f32x8_fma(block[0] + block[1], f32x8_set(a->d), acc);                                    \
+    }                                                                                                   \
+    DOT_LOOP(name, QK, q8_K, 1)
 #define DOT_none(name, QK, SPAN, ZERO, SIGN, MIN)
 #define X(id, name, QK, SPAN, ZERO, SIGN, MIN, act) DOT_##act(name, QK, SPAN, ZERO, SIGN, MIN)
 BLOCK_TYPES(X)

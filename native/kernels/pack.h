@@ -32,7 +32,7 @@ typedef struct {
     const int8_t *codebook;      // NULL, or what the 16 nibbles stand for
 } tile_type;
 
-// T(name, ...): everything a kernel must know about a packed type; the packer is pack_<name> below
+// T(name, ...): everything a kernel must know about a packed type; the packer is r16_<name> below
 #define FLOAT_TILES(T) T(f32, .bytes = 4) T(f16, .bytes = 2) T(bf16, .bytes = 2)
 #define BLOCK32_TILES(T) \
     T(q4_0, .bits = 4, .zero = 3) T(q4_1, .bits = 4, .mins = 1) T(q5_0, .bits = 5, .zero = 4) T(q5_1, .bits = 5, .mins = 1) \
@@ -89,33 +89,47 @@ static int act_format(int type, int packed, int exact) {
         BLOCK_TYPES(X)
 #undef X
     };                                                       // plain numbers: ACT_F32
-    return exact ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
+    if (exact < 0 && TILE_TYPES[type].block == 32) return ACT_A256;
+    return exact > 0 ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
 }
 
-// ---- quads: four weights of one row, as bytes, from the file's blocks (i: number of the quad in the block) ----------------------
-INLINE uint32_t load4(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
-INLINE uint32_t low4(uint32_t x) { return x & 0x0f0f0f0fu; }
-INLINE uint32_t low2(uint32_t x) { return x & 0x03030303u; }
-INLINE uint32_t low1(uint32_t x) { return x & 0x01010101u; }
-INLINE uint32_t spread4(uint32_t bits) { return low1((bits & 15) * 0x00204081u); }      // bit i to byte i
+// ---- quads: 16 weights of one row as bytes, four quads, from the file's blocks (i: which 16 of the block) -------------------------
+typedef uint32_t quads4 __attribute__((vector_size(16)));
+INLINE quads4 load16(const void *p) { quads4 x; memcpy(&x, p, 16); return x; }
+INLINE quads4 low4(quads4 x) { return x & 0x0f0f0f0fu; }
+INLINE quads4 low2(quads4 x) { return x & 0x03030303u; }
+INLINE quads4 low1(quads4 x) { return x & 0x01010101u; }
+INLINE quads4 spread16(uint32_t bits) {                       // bit i to byte i, for 16 bits
+    const quads4 x = {bits & 15, bits >> 4 & 15, bits >> 8 & 15, bits >> 12 & 15};
+    return low1(x * 0x00204081u);
+}
 
-INLINE uint32_t halves(const uint8_t qs[16], int i) { return low4(load4(qs + 4 * (i & 3)) >> 4 * (i >> 2)); }   // weight 16 above weight 0
-INLINE uint32_t quad_q4_0(const block_q4_0 *b, int i) { return halves(b->qs, i); }
-INLINE uint32_t quad_q4_1(const block_q4_1 *b, int i) { return halves(b->qs, i); }
-INLINE uint32_t quad_q5_0(const block_q5_0 *b, int i) { return halves(b->qs, i) | spread4(load4(b->qh) >> 4 * i) << 4; }
-INLINE uint32_t quad_q5_1(const block_q5_1 *b, int i) { return halves(b->qs, i) | spread4(load4(b->qh) >> 4 * i) << 4; }
-INLINE uint32_t quad_q8_0(const block_q8_0 *b, int i) { return load4(b->qs + 4 * i) ^ 0x80808080u; }
-INLINE uint32_t quad_iq4_nl(const block_iq4_nl *b, int i) { return halves(b->qs, i); }
-INLINE uint32_t quad_mxfp4(const block_mxfp4 *b, int i) { return halves(b->qs, i); }
+INLINE quads4 halves(const uint8_t qs[16], int i) { return low4(load16(qs) >> 4 * i); }      // weight 16 above weight 0
+INLINE quads4 quads_q4_0(const block_q4_0 *b, int i) { return halves(b->qs, i); }
+INLINE quads4 quads_q4_1(const block_q4_1 *b, int i) { return halves(b->qs, i); }
+INLINE quads4 quads_q5_0(const block_q5_0 *b, int i) { return halves(b->qs, i) | spread16(read_u32(b->qh) >> 16 * i) << 4; }
+INLINE quads4 quads_q5_1(const block_q5_1 *b, int i) { return halves(b->qs, i) | spread16(read_u32(b->qh) >> 16 * i) << 4; }
+INLINE quads4 quads_q8_0(const block_q8_0 *b, int i) { return load16(b->qs + 16 * i) ^ 0x80808080u; }
+INLINE quads4 quads_iq4_nl(const block_iq4_nl *b, int i) { return halves(b->qs, i); }
+INLINE quads4 quads_mxfp4(const block_mxfp4 *b, int i) { return halves(b->qs, i); }
 
-// K-quants: half h of 128 weights, group g of 32 in it, quad l of 8 in the group
-#define KQUAD const int h = i >> 5, g = i >> 3 & 3, l = 4 * (i & 7)
-INLINE uint32_t quad_q2_K(const block_q2_K *b, int i) { KQUAD; return low2(load4(b->qs + 32 * h + l) >> 2 * g); }
-INLINE uint32_t quad_q3_K(const block_q3_K *b, int i) { KQUAD; return low2(load4(b->qs + 32 * h + l) >> 2 * g) | low1(load4(b->hmask + l) >> (4 * h + g)) << 2; }
-INLINE uint32_t quad_q4_K(const block_q4_K *b, int i) { KQUAD; return low4(load4(b->qs + 64 * h + 32 * (g >> 1) + l) >> 4 * (g & 1)); }
-INLINE uint32_t quad_q5_K(const block_q5_K *b, int i) { KQUAD; return low4(load4(b->qs + 64 * h + 32 * (g >> 1) + l) >> 4 * (g & 1)) | low1(load4(b->qh + l) >> (4 * h + g)) << 4; }
-INLINE uint32_t quad_q6_K(const block_q6_K *b, int i) { KQUAD; return low4(load4(b->ql + 64 * h + 32 * (g & 1) + l) >> 4 * (g >> 1)) | low2(load4(b->qh + 32 * h + l) >> 2 * g) << 4; }
-INLINE uint32_t quad_iq4_xs(const block_iq4_xs *b, int i) { return halves(b->qs + 16 * (i >> 3), i & 7); }
+// K-quants: half h of 128 weights, group g of 32 in it, weight l of the group
+#define PLACE const int h = i >> 3, g = i >> 1 & 3, l = 16 * (i & 1)
+INLINE quads4 quads_q2_K(const block_q2_K *b, int i) { PLACE; return low2(load16(b->qs + 32 * h + l) >> 2 * g); }
+INLINE quads4 quads_q3_K(const block_q3_K *b, int i) {
+    PLACE;
+    return low2(load16(b->qs + 32 * h + l) >> 2 * g) | low1(load16(b->hmask + l) >> (4 * h + g)) << 2;
+}
+INLINE quads4 quads_q4_K(const block_q4_K *b, int i) { PLACE; return low4(load16(b->qs + 64 * h + 32 * (g >> 1) + l) >> 4 * (g & 1)); }
+INLINE quads4 quads_q5_K(const block_q5_K *b, int i) {
+    PLACE;
+    return low4(load16(b->qs + 64 * h + 32 * (g >> 1) + l) >> 4 * (g & 1)) | low1(load16(b->qh + l) >> (4 * h + g)) << 4;
+}
+INLINE quads4 quads_q6_K(const block_q6_K *b, int i) {
+    PLACE;
+    return low4(load16(b->ql + 64 * h + 32 * (g & 1) + l) >> 4 * (g >> 1)) | low2(load16(b->qh + 32 * h + l) >> 2 * g) << 4;
+}
+INLINE quads4 quads_iq4_xs(const block_iq4_xs *b, int i) { return halves(b->qs + 16 * (i >> 1), i & 1); }
 
 // ---- headers: scales of one row's block into its lane (r) of the tile's header --------------------------------------------------
 INLINE void put_half(char *header, int plane, int r, f16 x) { memcpy(header + 2 * (TILE_ROWS * plane + r), &x, 2); }
@@ -159,53 +173,51 @@ INLINE void head_iq4_xs(const block_iq4_xs *b, char *h, int r) {
 }
 
 // ---- packers: 16 rows (or fewer: the tile's missing rows stay zero) of raw blocks into one tile -------------------------------
-// Eight quads of row r into the planes of 32 weights.
-INLINE void put_planes(const int bits, const uint32_t q[8], char *planes, int r) {
+// Eight quads of row r (two times four) into the planes of 32 weights.
+INLINE void put_lines(quads4 x, uint32_t *line, int r) { for (int t = 0; t < 4; t++) line[t * TILE_ROWS + r] = x[t]; }
+INLINE void put_planes(const int bits, quads4 q0, quads4 q1, char *planes, int r) {
     uint32_t *line = (uint32_t *)planes;
     if (bits == 8) {
-        for (int t = 0; t < 8; t++) line[t * TILE_ROWS + r] = q[t];
+        put_lines(q0, line, r);
+        put_lines(q1, line + 4 * TILE_ROWS, r);
         return;
     }
     if (bits >= 4) {
-        for (int t = 0; t < 4; t++) line[t * TILE_ROWS + r] = low4(q[t]) | low4(q[t + 4]) << 4;
+        put_lines(low4(q0) | low4(q1) << 4, line, r);
         line += 4 * TILE_ROWS;
     }
     const int above = bits >= 4 ? 4 : 0;                    // bits that the nibbles took
     if (bits - above >= 2) {
-        for (int h = 0; h < 2; h++) {
-            const uint32_t *p = q + 4 * h;
-            line[h * TILE_ROWS + r] = low2(p[0] >> above) | low2(p[1] >> above) << 2 | low2(p[2] >> above) << 4 | low2(p[3] >> above) << 6;
-        }
+        quads4 x = low2(q0 >> above) << (quads4){0, 2, 4, 6}, y = low2(q1 >> above) << (quads4){0, 2, 4, 6};
+        line[r] = x[0] | x[1] | x[2] | x[3];
+        line[TILE_ROWS + r] = y[0] | y[1] | y[2] | y[3];
         line += 2 * TILE_ROWS;
     }
     if (bits & 1) {
-        uint32_t x = 0;
-        for (int t = 0; t < 8; t++) x |= low1(q[t] >> (bits - 1)) << t;
-        line[r] = x;
+        quads4 x = low1(q0 >> (bits - 1)) << (quads4){0, 1, 2, 3} | low1(q1 >> (bits - 1)) << (quads4){4, 5, 6, 7};
+        line[r] = x[0] | x[1] | x[2] | x[3];
     }
 }
 
 typedef void pack_fn(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile);
 
 #define PACKER(name, ...) \
-    static void pack_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
+    static void r16_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
         const tile_type d = TILE_TYPES[TYPE_##name]; \
         if (rows < TILE_ROWS) memset(tile, 0, tile_bytes(d.id, k)); \
         for (int64_t j = 0; j < k / d.block; j++, tile += tile_block_bytes(d)) \
             for (int r = 0; r < rows; r++) { \
                 const block_##name *b = (const block_##name *)(raw + r * row_stride) + j; \
                 head_##name(b, tile, r); \
-                for (int s = 0; s < d.block / 32; s++) { \
-                    uint32_t q[8]; \
-                    for (int t = 0; t < 8; t++) q[t] = quad_##name(b, 8 * s + t); \
-                    put_planes(d.bits, q, tile + header_bytes(d) + s * planes_bytes(d), r); \
-                } \
+                UNROLL(8) \
+                for (int s = 0; s < d.block / 32; s++) \
+                    put_planes(d.bits, quads_##name(b, 2 * s), quads_##name(b, 2 * s + 1), tile + header_bytes(d) + s * planes_bytes(d), r); \
             } \
     }
 BLOCK32_TILES(PACKER) BLOCK256_TILES(PACKER)
 
 #define FLOAT_PACKER(name, type) \
-    static void pack_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
+    static void r16_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
         if (rows < TILE_ROWS) memset(tile, 0, k * TILE_ROWS * sizeof(type)); \
         for (int64_t i = 0; i < k; i++) \
             for (int r = 0; r < rows; r++) ((type *)tile)[i * TILE_ROWS + r] = ((const type *)(raw + r * row_stride))[i]; \
@@ -224,13 +236,11 @@ enum {
 #undef X
 };
 INLINE void put_codes(u8x32 codes, char *planes, int r) {
-    uint32_t q[8];
     codes ^= 0x80;
-    memcpy(q, &codes, sizeof q);
-    put_planes(8, q, planes, r);
+    put_planes(8, load16(&codes), load16((const char *)&codes + 16), planes, r);
 }
 #define CODES_PACKER(name) \
-    static void pack_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
+    static void r16_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
         const tile_type d = TILE_TYPES[CODES_##name]; \
         if (rows < TILE_ROWS) memset(tile, 0, tile_bytes(d.id, k)); \
         for (int r = 0; r < rows; r++) \
@@ -258,7 +268,7 @@ static const uint8_t CODES_OF[N_TYPES] = {
 static int tile_of(int type) { return CODES_OF[type] ? CODES_OF[type] : type; }
 
 static pack_fn *const PACKERS[N_TYPES] = {
-#define T(name, ...) [TYPE_##name] = pack_##name,
+#define T(name, ...) [TYPE_##name] = r16_##name,
     FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES_TYPES(T)
 #undef T
 };

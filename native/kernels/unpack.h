@@ -74,6 +74,20 @@ INLINE uint32_t read_u16(const void *p) { uint16_t x; memcpy(&x, p, 2); return x
 INLINE uint32_t read_u32(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
 INLINE uint64_t read_u64(const void *p) { uint64_t x; memcpy(&x, p, 8); return x; }
 
+// Small integers out of packed bits, one a byte, the lowest first.
+INLINE uint64_t bytes_of_nibbles(uint64_t x) {     // 32 bits -> 8 bytes
+    x = (x | x << 16) & 0x0000ffff0000ffff;
+    x = (x | x << 8) & 0x00ff00ff00ff00ff;
+    return (x | x << 4) & 0x0f0f0f0f0f0f0f0f;
+}
+INLINE uint64_t bytes_of_pairs(uint64_t x) {       // 16 bits -> 8 bytes
+    x = (x | x << 24) & 0x000000ff000000ff;
+    x = (x | x << 12) & 0x000f000f000f000f;
+    return (x | x << 6) & 0x0303030303030303;
+}
+INLINE f32x8 floats_of_bytes(uint64_t bytes) { return f32x8_from_i(i32x8_from_u8(&bytes)); }
+INLINE void f32x8_store(float *p, f32x8 v) { memcpy(p, &v, 32); }
+
 // ---- 32 weights, one scale: 16 bytes of nibbles, weight j in the low half of byte j, weight 16 + j in its high half -----------
 #define SCALE_D(name) \
     INLINE void scales_##name(const block_##name *b, float *scale, float *min) { (void)min; scale[0] = f16_to_f32(b->d); }
@@ -103,15 +117,8 @@ INLINE void scales_nvfp4(const block_nvfp4 *b, float *scale, float *min) {
 }
 INLINE u8x32 codes_q1_0(const block_q1_0 *b, int g) { return u8x32_mask(~read_u32(b->qs + 4 * g)) | 1; }    // bit 1: +1, bit 0: -1
 INLINE u8x32 codes_q2_0(const block_q2_0 *b, int g) {          // four weights a byte, lowest bits first
-    uint64_t bits = read_u64(b->qs + 8 * g);
-    u64x4 v;
-    for (int i = 0; i < 4; i++) {                              // 16 bits -> 8 bytes: spread bytes, then nibbles, then pairs
-        uint64_t x = bits >> 16 * i & 0xffff;
-        x = (x | x << 24) & 0x000000ff000000ff;
-        x = (x | x << 12) & 0x000f000f000f000f;
-        v[i] = (x | x << 6) & 0x0303030303030303;
-    }
-    return (u8x32)v;
+    const uint8_t *q = b->qs + 8 * g;
+    return (u8x32)(u64x4){bytes_of_pairs(read_u16(q)), bytes_of_pairs(read_u16(q + 2)), bytes_of_pairs(read_u16(q + 4)), bytes_of_pairs(read_u16(q + 6))};
 }
 #define SCALE_REPEATED(name, count) \
     INLINE void scales_##name(const block_##name *b, float *scale, float *min) { \
@@ -126,9 +133,10 @@ SCALE_REPEATED(q1_0, 4) SCALE_REPEATED(q2_0, 2)
 INLINE u8x32 codes_q2_K(const block_q2_K *b, int g) { return u8x32_load(b->qs + 32 * (g / 4)) >> 2 * (g % 4) & 3; }
 INLINE void scales_q2_K(const block_q2_K *b, float *scale, float *min) {
     float d = f16_to_f32(b->d), dmin = -f16_to_f32(b->dmin);
-    for (int i = 0; i < 16; i++) {
-        scale[i] = d * (float)(b->scales[i] & 15);
-        min[i] = dmin * (float)(b->scales[i] >> 4);
+    for (int i = 0; i < 16; i += 8) {
+        uint64_t both = read_u64(b->scales + i);
+        f32x8_store(scale + i, floats_of_bytes(both & 0x0f0f0f0f0f0f0f0f) * d);
+        f32x8_store(min + i, floats_of_bytes(both >> 4 & 0x0f0f0f0f0f0f0f0f) * dmin);
     }
 }
 INLINE u8x32 codes_q3_K(const block_q3_K *b, int g) {
@@ -140,14 +148,9 @@ INLINE void scales_q3_K(const block_q3_K *b, float *scale, float *min) {
     float d = f16_to_f32(b->d);
     // 16 six-bit scales: nibbles in bytes 0..7 (low nibbles are scales 0..7), upper two bits in bytes 8..11, one plane per four scales
     uint64_t low = read_u64(b->scales), two = read_u32(b->scales + 8);
-    uint64_t six[2];
     for (int i = 0; i < 2; i++) {
         uint64_t high = (two >> 4 * i & 0x03030303) | (two >> (4 * i + 2) & 0x03030303) << 32;
-        six[i] = (low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | high << 4;
-    }
-    for (int i = 0; i < 16; i += 8) {
-        f32x8 s = f32x8_from_i(i32x8_from_u8((const char *)six + i) - 32) * d;
-        memcpy(scale + i, &s, 32);
+        f32x8_store(scale + 8 * i, (floats_of_bytes((low >> 4 * i & 0x0f0f0f0f0f0f0f0f) | high << 4) - 32.0f) * d);
     }
 }
 // Eight 6-bit scales and eight 6-bit mins in 12 bytes: bytes 0..3 scales 0..3, 4..7 mins 0..3, 8..11 the nibbles of the rest,
@@ -156,9 +159,8 @@ INLINE void scales_k4(const uint8_t *packed, f16 d, f16 dmin, float *scale, floa
     uint64_t a = read_u32(packed), b = read_u32(packed + 4), c = read_u32(packed + 8);
     uint64_t s = (a & 0x3f3f3f3f) | ((c & 0x0f0f0f0f) | (a >> 6 & 0x03030303) << 4) << 32;
     uint64_t m = (b & 0x3f3f3f3f) | ((c >> 4 & 0x0f0f0f0f) | (b >> 6 & 0x03030303) << 4) << 32;
-    f32x8 fs = f32x8_from_i(i32x8_from_u8(&s)) * f16_to_f32(d), fm = f32x8_from_i(i32x8_from_u8(&m)) * -f16_to_f32(dmin);
-    memcpy(scale, &fs, 32);
-    memcpy(min, &fm, 32);
+    f32x8_store(scale, floats_of_bytes(s) * f16_to_f32(d));
+    f32x8_store(min, floats_of_bytes(m) * -f16_to_f32(dmin));
 }
 // 32 bytes hold two planes of nibbles.
 INLINE u8x32 codes_q4_K(const block_q4_K *b, int g) { return u8x32_load(b->qs + 32 * (g / 2)) >> 4 * (g % 2) & 15; }
@@ -174,10 +176,7 @@ INLINE u8x32 codes_q6_K(const block_q6_K *b, int g) {          // per 128 weight
 INLINE void scales_q6_K(const block_q6_K *b, float *scale, float *min) {
     (void)min;
     float d = f16_to_f32(b->d);
-    for (int i = 0; i < 16; i += 8) {
-        f32x8 s = f32x8_from_i(i32x8_from_i8(b->scales + i)) * d;
-        memcpy(scale + i, &s, 32);
-    }
+    for (int i = 0; i < 16; i += 8) f32x8_store(scale + i, f32x8_from_i(i32x8_from_i8(b->scales + i)) * d);
 }
 INLINE u8x32 codes_q8_K(const block_q8_K *b, int g) { return u8x32_load(b->qs + 32 * g); }
 INLINE void scales_q8_K(const block_q8_K *b, float *scale, float *min) {
@@ -189,11 +188,8 @@ INLINE void scales_q8_K(const block_q8_K *b, float *scale, float *min) {
 INLINE u8x32 codes_iq4_xs(const block_iq4_xs *b, int g) { return u8x32_lookup(iq4_values, u8x32_nibbles(b->qs + 16 * g)); }
 INLINE void scales_iq4_xs(const block_iq4_xs *b, float *scale, float *min) {
     (void)min;
-    float d = f16_to_f32(b->d);
-    for (int g = 0; g < 8; g++) {
-        int s = (b->scales_l[g / 2] >> 4 * (g % 2) & 15) | (b->scales_h >> 2 * g & 3) << 4;
-        scale[g] = d * (float)(s - 32);
-    }
+    uint64_t six = bytes_of_nibbles(read_u32(b->scales_l)) | bytes_of_pairs(b->scales_h) << 4;
+    f32x8_store(scale, (floats_of_bytes(six) - 32.0f) * f16_to_f32(b->d));
 }
 
 // ---- ternary ------------------------------------------------------------------------------------------------------------------------------
@@ -228,7 +224,7 @@ INLINE uint32_t even_signs(uint32_t s) {
 // Scales are odd multiples: d * (s + 1/2) / 4 for IQ2.
 INLINE void scales_iq2_nibbles(const uint8_t *nibbles, f16 d, float *scale) {
     float f = f16_to_f32(d);
-    for (int i = 0; i < 16; i++) scale[i] = f * (0.5f + (float)(nibbles[i / 2] >> 4 * (i % 2) & 15)) * 0.25f;
+    for (int i = 0; i < 16; i += 8) f32x8_store(scale + i, (floats_of_bytes(bytes_of_nibbles(read_u32(nibbles + i / 2))) + 0.5f) * f * 0.25f);
 }
 INLINE u8x32 codes_iq2_xxs(const block_iq2_xxs *b, int g) {
     const uint8_t *q = (const uint8_t *)(b->qs + 4 * g);       // 4 grid indices, then 28 bits of signs under a 4-bit scale
@@ -241,26 +237,24 @@ INLINE void scales_iq2_xxs(const block_iq2_xxs *b, float *scale, float *min) {
     for (int g = 0; g < 8; g++) scale[g] = d * (0.5f + (float)(b->qs[4 * g + 3] >> 12)) * 0.25f;
 }
 INLINE u8x32 codes_iq2_xs(const block_iq2_xs *b, int g) {      // 16 bits per 8 weights: 9 of grid index, 7 of signs
-    u64x4 v;
-    uint32_t signs = 0;
-    for (int l = 0; l < 4; l++) {
-        uint32_t q = b->qs[4 * g + l];
-        v[l] = iq2_xs_grid[q & 511];
-        signs |= (q >> 9) << 7 * l;
-    }
-    return with_signs((u8x32)v, even_signs(signs));
+    const uint16_t *q = b->qs + 4 * g;
+    u64x4 v = {iq2_xs_grid[q[0] & 511], iq2_xs_grid[q[1] & 511], iq2_xs_grid[q[2] & 511], iq2_xs_grid[q[3] & 511]};
+    return with_signs((u8x32)v, even_signs(q[0] >> 9 | q[1] >> 9 << 7 | q[2] >> 9 << 14 | q[3] >> 9 << 21));
 }
 INLINE void scales_iq2_xs(const block_iq2_xs *b, float *scale, float *min) { (void)min; scales_iq2_nibbles(b->scales, b->d, scale); }
 INLINE u8x32 codes_iq2_s(const block_iq2_s *b, int g) {        // 8 bits of index in qs[0..31], 2 in qh, 8 signs in qs[32..63]
-    u64x4 v;
-    for (int l = 0; l < 4; l++) v[l] = iq2_s_grid[b->qs[4 * g + l] | (b->qh[g] >> 2 * l & 3) << 8];
+    const uint8_t *q = b->qs + 4 * g;
+    int h = b->qh[g];
+    u64x4 v = {iq2_s_grid[q[0] | (h & 3) << 8], iq2_s_grid[q[1] | (h >> 2 & 3) << 8], iq2_s_grid[q[2] | (h >> 4 & 3) << 8],
+               iq2_s_grid[q[3] | h >> 6 << 8]};
     return with_signs((u8x32)v, read_u32(b->qs + 32 + 4 * g));
 }
 INLINE void scales_iq2_s(const block_iq2_s *b, float *scale, float *min) { (void)min; scales_iq2_nibbles(b->scales, b->d, scale); }
 INLINE u8x32 codes_iq3_xxs(const block_iq3_xxs *b, int g) {    // 64 indices, then per 32 weights 28 bits of signs under a 4-bit scale
-    uint32_t v[8];
-    for (int l = 0; l < 8; l++) v[l] = iq3_xxs_grid[b->qs[8 * g + l]];
-    return with_signs(u8x32_load(v), even_signs(read_u32(b->qs + 64 + 4 * g)));
+    const uint8_t *q = b->qs + 8 * g;
+    u32x8 v = {iq3_xxs_grid[q[0]], iq3_xxs_grid[q[1]], iq3_xxs_grid[q[2]], iq3_xxs_grid[q[3]],
+               iq3_xxs_grid[q[4]], iq3_xxs_grid[q[5]], iq3_xxs_grid[q[6]], iq3_xxs_grid[q[7]]};
+    return with_signs((u8x32)v, even_signs(read_u32(b->qs + 64 + 4 * g)));
 }
 INLINE void scales_iq3_xxs(const block_iq3_xxs *b, float *scale, float *min) {
     (void)min;
@@ -268,42 +262,43 @@ INLINE void scales_iq3_xxs(const block_iq3_xxs *b, float *scale, float *min) {
     for (int g = 0; g < 8; g++) scale[g] = d * (0.5f + (float)(b->qs[64 + 4 * g + 3] >> 4)) * 0.5f;
 }
 INLINE u8x32 codes_iq3_s(const block_iq3_s *b, int g) {        // ninth index bit in qh
-    uint32_t v[8];
-    for (int l = 0; l < 8; l++) v[l] = iq3_s_grid[b->qs[8 * g + l] | (b->qh[g] >> l & 1) << 8];
-    return with_signs(u8x32_load(v), read_u32(b->signs + 4 * g));
+    const uint8_t *q = b->qs + 8 * g;
+    int h = b->qh[g];
+#define ENTRY(l) iq3_s_grid[q[l] | (h >> l & 1) << 8]
+    u32x8 v = {ENTRY(0), ENTRY(1), ENTRY(2), ENTRY(3), ENTRY(4), ENTRY(5), ENTRY(6), ENTRY(7)};
+#undef ENTRY
+    return with_signs((u8x32)v, read_u32(b->signs + 4 * g));
 }
 INLINE void scales_iq3_s(const block_iq3_s *b, float *scale, float *min) {
     (void)min;
-    float d = f16_to_f32(b->d);
-    for (int g = 0; g < 8; g++) scale[g] = d * (float)(1 + 2 * (b->scales[g / 2] >> 4 * (g % 2) & 15));
+    f32x8 s = floats_of_bytes(bytes_of_nibbles(read_u32(b->scales)));
+    f32x8_store(scale, (s + s + 1.0f) * f16_to_f32(b->d));
 }
 
 // ---- IQ1: groups of 8 from {-1, 0, 1}, shifted as a whole by an eighth up or down --------------------------------------------------
 // The codes count eighths, 8 * grid +- 1, and the scale is divided by 8 (exact: every d is a half float).
 INLINE u8x32 iq1_eighths(u64x4 grid, uint32_t down) {          // bit l of `down`: group l is shifted down
-    u64x4 step;
-    for (int l = 0; l < 4; l++) step[l] = down >> l & 1 ? 0xffffffffffffffff : 0x0101010101010101;
-    return ((u8x32)grid << 3) + (u8x32)step;
+    u64x4 below = (u64x4){down, down >> 1, down >> 2, down >> 3} & 1;
+    return ((u8x32)grid << 3) + ((u8x32)(below * 0xfeull * 0x0101010101010101ull) + 1);        // 1, or 0xfe + 1 = -1
 }
 INLINE u8x32 codes_iq1_s(const block_iq1_s *b, int g) {        // qh: four times 3 bits of index, a 3-bit scale, the shift
     uint32_t h = b->qh[g];
-    u64x4 v;
-    for (int l = 0; l < 4; l++) v[l] = iq1_grid[b->qs[4 * g + l] | (h >> 3 * l & 7) << 8];
+    const uint8_t *q = b->qs + 4 * g;
+    u64x4 v = {iq1_grid[q[0] | (h & 7) << 8], iq1_grid[q[1] | (h >> 3 & 7) << 8], iq1_grid[q[2] | (h >> 6 & 7) << 8],
+               iq1_grid[q[3] | (h >> 9 & 7) << 8]};
     return iq1_eighths(v, h >> 15 ? 15 : 0);
 }
 INLINE void scales_iq1_s(const block_iq1_s *b, float *scale, float *min) {
     (void)min;
-    float d = f16_to_f32(b->d);
-    for (int g = 0; g < 8; g++) scale[g] = d * (float)(2 * (b->qh[g] >> 12 & 7) + 1) * 0.125f;
+    i32x8 s = i32x8_from_i16(b->qh) >> 12 & 7;
+    f32x8_store(scale, f32x8_from_i(s + s + 1) * f16_to_f32(b->d) * 0.125f);
 }
 INLINE u8x32 codes_iq1_m(const block_iq1_m *b, int g) {        // qh: a nibble per 8 weights, 3 bits of index and the shift
-    uint32_t h = read_u16(b->qh + 2 * g), down = 0;
-    u64x4 v;
-    for (int l = 0; l < 4; l++) {
-        v[l] = iq1_grid[b->qs[4 * g + l] | (h >> 4 * l & 7) << 8];
-        down |= (h >> (4 * l + 3) & 1) << l;
-    }
-    return iq1_eighths(v, down);
+    uint32_t h = read_u16(b->qh + 2 * g);
+    const uint8_t *q = b->qs + 4 * g;
+    u64x4 v = {iq1_grid[q[0] | (h & 7) << 8], iq1_grid[q[1] | (h >> 4 & 7) << 8], iq1_grid[q[2] | (h >> 8 & 7) << 8],
+               iq1_grid[q[3] | (h >> 12 & 7) << 8]};
+    return iq1_eighths(v, (h >> 3 & 1) | (h >> 6 & 2) | (h >> 9 & 4) | (h >> 12 & 8));
 }
 INLINE void scales_iq1_m(const block_iq1_m *b, float *scale, float *min) {
     (void)min;                                                 // four 16-bit words: four 3-bit scales each, and a nibble of the super-scale

@@ -19,6 +19,7 @@
 typedef uint8_t  u8x16 __attribute__((vector_size(16)));
 typedef uint8_t  u8x32 __attribute__((vector_size(32)));
 typedef int8_t   i8x32 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef int32_t  i32x8 __attribute__((vector_size(32)));
 typedef float    f32x8 __attribute__((vector_size(32)));
@@ -50,8 +51,15 @@ INLINE vi vi_roundf(vf a) {                // as roundf: halves away from zero (
 
 INLINE u8x16 u8x16_load(const void *p) { u8x16 v; memcpy(&v, p, 16); return v; }
 INLINE u8x32 u8x32_load(const void *p) { u8x32 v; memcpy(&v, p, 32); return v; }
-INLINE u8x32 u8x32_from_halves(u8x16 low, u8x16 high) { u8x32 v; memcpy(&v, &low, 16); memcpy((char *)&v + 16, &high, 16); return v; }
-INLINE u8x32 u8x32_nibbles(const void *p) { u8x16 b = u8x16_load(p); return u8x32_from_halves(b & 15, b >> 4); }   // low nibbles, then high
+INLINE u8x32 u8x32_from_halves(u8x16 low, u8x16 high) {       // in registers: a store of halves and a load of the whole would stall
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15,
+                                   16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+INLINE u8x32 u8x32_nibbles(const void *p) {                   // 16 bytes: their low nibbles, then their high ones
+    u8x16 b = u8x16_load(p);
+    typedef uint16_t u16x8 __attribute__((vector_size(16)));
+    return u8x32_from_halves(b, (u8x16)((u16x8)b >> 4)) & 15;
+}
 INLINE f32x8 f32x8_load(const void *p) { f32x8 v; memcpy(&v, p, 32); return v; }
 INLINE f32x8 f32x8_set(float x) { return x - (f32x8){0}; }
 INLINE f32x8 f32x8_from_i(i32x8 a) { return __builtin_convertvector(a, f32x8); }

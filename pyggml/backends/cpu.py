@@ -57,8 +57,11 @@ class WeightStore:
     pages behind it are released. `exact` keeps every weight raw and multiplies decoded weights with float activations.
     """
 
-    def __init__(self, *, repack: bool = True, exact: bool = False) -> None:
-        self.repack, self.exact = repack and not exact, exact
+    SLAB = 1 << 30          # packed weights lie one after another: apart, each would leave part of its last huge page unused
+
+    def __init__(self, *, repack: bool = True, exact: bool = False, capacity: int = SLAB) -> None:
+        self.repack, self.exact, self.capacity = repack and not exact, exact, capacity
+        self._slab, self._used = np.empty(0, np.uint8), 0
         self._packed: dict[str, tuple[Any, np.ndarray] | None] = {}
         self._gathered: set[str] = set()
 
@@ -87,9 +90,17 @@ class WeightStore:
         if weight.name not in self._packed:
             size = self.packed_bytes(weight)
             rows = math.prod(weight.sizes[:-1])
-            self._packed[weight.name] = (huge_zeros(size), np.zeros(-(-rows // 16), np.uint8)) if size else None
+            self._packed[weight.name] = (self._room(size), np.zeros(-(-rows // 16), np.uint8)) if size else None
         entry = self._packed[weight.name]
         return (None, None) if entry is None else entry
+
+    def _room(self, size: int) -> np.ndarray:
+        """`size` zeroed bytes, aligned to a cache line."""
+        if self._used + size > self._slab.nbytes:
+            self._slab, self._used = huge_zeros(max(size, min(self.capacity, self.SLAB))), 0
+        start = self._used
+        self._used += -(-size // 64) * 64
+        return self._slab[start:start + size]
 
     @property
     def nbytes(self) -> int:

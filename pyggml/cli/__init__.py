@@ -70,7 +70,7 @@ def _run(name: str, argv: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)
         status = module.run(args)       # type: ignore[attr-defined]
         sys.stdout.flush()
         return status

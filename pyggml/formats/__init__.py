@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 from pyggml.errors import GGUFError
-from pyggml.formats import gguf, inplace, shards, sniff
-from pyggml.formats.source import Source, local
+from pyggml.formats import ggml, gguf, inplace, shards, sniff
+from pyggml.formats.source import Source, is_address, source_of
 from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
 from pyggml.formats.values import Typed, printable
 from pyggml.formats.writer import NewTensor, new_tensor, write
@@ -17,19 +17,23 @@ __all__ = ["Metadata", "NewTensor", "Tensor", "TensorFile", "Typed", "new_tensor
 def open(path: str | os.PathLike[str], *, use_mmap: bool = True, split: bool = True, limits: gguf.Limits | None = None) -> TensorFile:
     """The model file at `path`, memory-mapped (or read piece by piece with use_mmap=False, which a file cut meanwhile cannot hurt).
 
+    `path` may be an address, https://... or hf:user/repo/file.gguf: only what is looked at is fetched then.
     split: a part of a split model opens the whole model; False opens that part alone.
     GGUFError says what is wrong with the file, or what it is instead.
     """
-    inplace.recover(path)
-    file = open_source(local(path, use_mmap), limits)
+    if not is_address(os.fspath(path)):
+        inplace.recover(path)
+    file = open_source(source_of(path, use_mmap), limits)
     if split and shards.is_split(file.kv):
-        return shards.join(file, lambda part: open_source(local(part, use_mmap), limits))
+        return shards.join(file, lambda part: open_source(source_of(part, use_mmap), limits))
     return file
 
 
 def open_source(source: Source, limits: gguf.Limits | None = None) -> TensorFile:
     """The model behind a source of bytes."""
     start = bytes(source.head(4096)[:4096])
+    if start[:4] in ggml.MAGICS:
+        return ggml.read(source)
     if not start.startswith(gguf.MAGIC):
         what = sniff.foreign(start, source.size)
         if what:

@@ -28,7 +28,7 @@ from pyggml.types import BY_ID
 MAGIC = b"GGUF"
 VERSIONS = (1, 2, 3)
 DEFAULT_ALIGNMENT = 32
-INT64_MAX = 2 ** 63 - 1
+MAX_WEIGHTS = 2 ** 60          # zero dimensions counted as one: numpy and C address arrays of this shape, of up to 8 bytes a weight
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,8 @@ def _read_infos(c: _Cursor, n_tensors: int) -> dict[str, _Info]:
         for k in range(n_dims):
             dims.append(c.count(f"dimension {k}"))
             elements *= max(1, dims[-1])
-            if elements > INT64_MAX:
-                c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^63 - 1)", dims_at)
+            if elements >= MAX_WEIGHTS:
+                c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^60)", dims_at)
         start, kind = c.pos, c.u32("type")
         if kind > c.limits.type_id:
             c.fail(f"type is {kind} (limit {c.limits.type_id})", start)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from pyggml.errors import GGUFError
+from pyggml.formats.source import is_address
 from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
 from pyggml.formats.values import printable
 
@@ -38,7 +39,7 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
     if len(paths) == 1:
         raise GGUFError(f'{printable(path)}: key "{COUNT}" says it is one of {count} parts; '
                         f'name them {part_path("NAME", 1, count)} and so on')
-    missing = [p for p in paths if not os.path.exists(p)]
+    missing = [p for p in paths if not is_address(p) and not os.path.exists(p)]      # a server says so itself
     if missing:
         raise GGUFError(f"{printable(path)}: the model has {len(paths)} parts, missing: {', '.join(printable(p) for p in missing)}")
     files = [opened if p == path else open_one(p) for p in paths]

@@ -123,5 +123,19 @@ class Memory:
         return self._bytes[offset:offset + n]
 
 
+def is_address(path: str) -> bool:
+    """Whether `path` names a file on a server (remote.py) rather than a local one."""
+    return path.startswith(("http://", "https://", "hf:"))
+
+
+def source_of(path: str | os.PathLike[str], use_mmap: bool = True) -> Source:
+    """The bytes of a local file or of one on a server."""
+    name = os.fspath(path)
+    if is_address(name):
+        from pyggml.formats.remote import HttpFile
+        return HttpFile(name)
+    return local(name, use_mmap)
+
+
 def local(path: str | os.PathLike[str], use_mmap: bool = True) -> MappedFile | PlainFile:
     return MappedFile(Path(path)) if use_mmap else PlainFile(Path(path))

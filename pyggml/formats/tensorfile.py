@@ -133,7 +133,7 @@ class Tensor:
             return self._rows(self.stored)
         data = self._cached() if self._cached is not None else None
         if data is None:
-            data = self._rows(swap(self.type, self.stored, self.label) if self.swapped else self.stored)
+            data = self._rows(self.part(0, self.nbytes))
             self._cached = weakref.ref(data)
         return data
 
@@ -142,8 +142,12 @@ class Tensor:
         unit = 1 if isinstance(self.type, OpaqueType) else self.type.bytes
         step = max(1, limit // unit) * unit
         for start in range(0, self.nbytes, step):
-            piece = self.source.array(self.offset + start, min(step, self.nbytes - start))
-            yield swap(self.type, piece, self.label) if self.swapped else piece
+            yield self.part(start, min(step, self.nbytes - start))
+
+    def part(self, start: int, n: int) -> np.ndarray:
+        """`n` bytes of the blocks from byte `start` on, both at block borders: uint8 (n,), little-endian."""
+        data = self.source.array(self.offset + start, n)
+        return swap(self.type, data, self.label) if self.swapped else data
 
     def _rows(self, data: np.ndarray) -> np.ndarray:
         if isinstance(self.type, OpaqueType):

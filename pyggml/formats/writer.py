@@ -14,7 +14,7 @@ import numpy as np
 
 from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import Output, replacing
-from pyggml.formats.gguf import DEFAULT_ALIGNMENT, INT64_MAX, MAGIC, VERSIONS, Limits
+from pyggml.formats.gguf import DEFAULT_ALIGNMENT, MAGIC, MAX_WEIGHTS, VERSIONS, Limits
 from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, swap
 from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed
 from pyggml.types import TYPES, TensorType, tensor_type
@@ -69,7 +69,7 @@ def _type_of(name: str, dtype: np.dtype) -> TensorType:
 
 
 def _nbytes(name: str, row: TensorType, shape: tuple[int, ...]) -> int:
-    if math.prod(max(1, n) for n in shape) > INT64_MAX or any(n < 0 for n in shape):
+    if math.prod(max(1, n) for n in shape) >= MAX_WEIGHTS or any(n < 0 for n in shape):
         raise PyggmlError(f'tensor "{printable(name)}": {shape} is not a shape')
     try:
         return math.prod(shape[:-1]) * row.row_bytes(shape[-1] if shape else 1)

@@ -92,7 +92,7 @@ def decode(raw: np.ndarray, kind: TensorType) -> np.ndarray:
 
 def encode_rows(rows: np.ndarray, kind: TensorType, importance: np.ndarray | None, search: bool) -> np.ndarray:
     """float32 (rows, columns) as blocks, uint8 (rows, bytes of a row)."""
-    return quants.quantize(rows, kind, importance, threads=1)
+    return quants.quantize(rows, kind, importance, search=search, threads=1)
 
 
 def check(rows: np.ndarray, kind: TensorType, tensor: Any, start: int) -> None:

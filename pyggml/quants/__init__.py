@@ -120,7 +120,9 @@ def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np
         missing = []
 
         def work(first: int, last: int) -> None:
-            if lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance, search):
+            status = lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance,
+                                      search)
+            if status:
                 missing.append(row)
         _in_chunks(len(x), n, threads, work)
         if not missing:

@@ -7,14 +7,14 @@ from typing import Any
 
 from pyggml.errors import ModelError
 from pyggml.tokenizers.base import StreamDecoder, Tokenizer
-from pyggml.tokenizers.bpe import ByteBPE
+from pyggml.tokenizers.bpe import ByteBPE, GemmaBPE
 from pyggml.tokenizers.spm import SentencePiece
 from pyggml.tokenizers.unigram import Unigram
 from pyggml.tokenizers.wordpiece import WordPiece
 
 __all__ = ["MODELS", "StreamDecoder", "Tokenizer", "load"]
 
-MODELS: dict[str, type[Tokenizer]] = {"llama": SentencePiece, "gpt2": ByteBPE, "bert": WordPiece, "t5": Unigram}
+MODELS: dict[str, type[Tokenizer]] = {"llama": SentencePiece, "gpt2": ByteBPE, "gemma4": GemmaBPE, "bert": WordPiece, "t5": Unigram}
 
 
 def load(kv: Mapping[str, Any]) -> Tokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pyggml.tokenizers.base import SPACE, Tokenizer
 from pyggml.tokenizers.merge import CHAR_BYTES, bpe_merger
-from pyggml.tokenizers.pretokenize import pre_tokenizer, words
+from pyggml.tokenizers.pretokenize import PreTokenizer, pre_tokenizer, words
 from pyggml.tokenizers.table import NativeTable, strings
 from pyggml.tokenizers.vocab import PREFIX
 
@@ -19,8 +19,11 @@ codecs.register_error("pyggml-per-byte", lambda error: ("\ufffd", error.start + 
 class ByteBPE(Tokenizer):
     SPECIAL = {"bos": 11, "eos": 11}
 
+    def _pre(self, kv: Mapping[str, Any]) -> PreTokenizer:
+        return pre_tokenizer(kv.get(PREFIX + "pre"))
+
     def defaults(self, kv: Mapping[str, Any]) -> Mapping[str, bool]:
-        self.pre = pre_tokenizer(kv.get(PREFIX + "pre"))
+        self.pre = self._pre(kv)
         options = {"add_bos": False, "add_eos": False, "add_sep": False, "add_space_prefix": False, "clean_spaces": self.pre.clean_spaces}
         return options | dict.fromkeys(self.pre.adds, True)
 
@@ -50,3 +53,15 @@ class ByteBPE(Tokenizer):
             return text
         chars = text.decode("utf-8", "replace")
         return b"".join(bytes([CHAR_BYTES[ord(char)]]) if ord(char) in CHAR_BYTES else char.encode() for char in chars)
+
+
+class GemmaBPE(ByteBPE):
+    """Gemma 4's (`tokenizer.ggml.model` = "gemma4"): characters instead of bytes, U+2581 for a space, always a bos."""
+
+    SPECIAL = {}
+
+    def _pre(self, kv: Mapping[str, Any]) -> PreTokenizer:
+        return pre_tokenizer("gemma4")
+
+    def _first(self) -> list[int]:
+        return [] if self.bos is None else [self.bos]

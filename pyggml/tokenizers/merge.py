@@ -17,6 +17,7 @@ from pyggml.native import ffi, lib
 from pyggml.tokenizers.table import NativeTable, Strings, Table
 
 MAX_BYTES = 2**31 - 1024        # of one text: positions are 32-bit
+WHOLE_WORDS = ("never", "always", "newlines")       # which words that are tokens are those tokens; the order is native/api.h's
 
 
 def _byte_alphabet() -> dict[int, int]:
@@ -74,7 +75,7 @@ class PythonMerger:
     that occur in merges and are no token. symbols: text -> id.
     """
 
-    def __init__(self, symbols: dict[bytes, int], n_vocab: int, fallback: Sequence[int], *, by_char: bool, whole_words: bool = False,
+    def __init__(self, symbols: dict[bytes, int], n_vocab: int, fallback: Sequence[int], *, by_char: bool, whole_words: str = "never",
                  scores: np.ndarray | None = None, merges: dict[tuple[int, int], tuple[int, int]] | None = None) -> None:
         self.symbols, self.n_vocab, self.fallback = symbols, n_vocab, fallback
         self.by_char, self.whole_words, self.scores, self.merges = by_char, whole_words, scores, merges
@@ -95,7 +96,8 @@ class PythonMerger:
         return None if id is None else (-float(self.scores[id]), id)
 
     def _word(self, word: bytes) -> Iterable[int]:
-        if self.whole_words and -1 < self.symbols.get(word, -1) < self.n_vocab:
+        whole = self.whole_words == "always" or self.whole_words == "newlines" and not word.strip(b"\n")
+        if whole and -1 < self.symbols.get(word, -1) < self.n_vocab:
             return [self.symbols[word]]
         parts: list[bytes | None] = []             # None: merged into its left neighbour
         at = 0
@@ -149,14 +151,15 @@ def spm_merger(table: Table, scores: np.ndarray, fallback: Sequence[int]) -> Mer
     return PythonMerger(table.ids, len(table.ids), fallback, by_char=True, scores=scores)
 
 
-def bpe_merger(tokens: Strings, merges: Strings, fallback: Sequence[int], *, byte_level: bool, whole_words: bool, native: bool) -> Merger:
+def bpe_merger(tokens: Strings, merges: Strings, fallback: Sequence[int], *, byte_level: bool, whole_words: str, native: bool) -> Merger:
     """Merging by rank. merges: `left right`, the best first; byte_level: tokens and merges are in GPT-2's byte alphabet.
 
-    whole_words: a word that is a token is that token, whatever the merges say.
+    whole_words: which words that are tokens are those tokens, whatever the merges say: one of WHOLE_WORDS.
     """
     if native:
         table = NativeTable(tokens, byte_level)
-        pointer = lib.pyg_merger_bpe(table.pointer, *merges.native(), int(byte_level), int(whole_words), ffi.new("int32_t[256]", fallback))
+        pointer = lib.pyg_merger_bpe(table.pointer, *merges.native(), int(byte_level), WHOLE_WORDS.index(whole_words),
+                                     ffi.new("int32_t[256]", fallback))
         return NativeMerger(pointer, table)
     spell = from_byte_alphabet if byte_level else bytes
     symbols: dict[bytes, int] = {}

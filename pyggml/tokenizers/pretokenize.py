@@ -69,13 +69,13 @@ HANGUL_KANJI = r"[[\u0800-\u9fa5\uac00-\ud7ff]--\s]+"        # white space is ne
 class PreTokenizer:
     """How text becomes words, and what goes with it.
 
-    patterns: see above. whole_words: a word that is a token is that token, whatever the merges say. clean_spaces: decoding
+    patterns: see above. whole_words: which words that are tokens are those tokens, whatever the merges say. clean_spaces: decoding
     closes up the space before `? ! . ,` and some contractions. byte_level: words are bytes in GPT-2's alphabet; otherwise
     characters, with U+2581 for a space when escape_spaces. adds: add_bos and its like, true unless the file says otherwise.
     """
 
     patterns: Sequence[str]
-    whole_words: bool = False
+    whole_words: str = "never"
     clean_spaces: bool = True
     byte_level: bool = True
     escape_spaces: bool = False
@@ -88,7 +88,7 @@ def _row(*patterns: str, clean_spaces: bool = False, **options: object) -> PreTo
 
 _GPT2 = _row(GPT2, clean_spaces=True)
 _DIGITS = _row(r"\p{N}", GPT2, clean_spaces=True)
-_LLAMA3 = _row(LLAMA3, clean_spaces=True, whole_words=True, adds=("add_bos",))
+_LLAMA3 = _row(LLAMA3, clean_spaces=True, whole_words="always", adds=("add_bos",))
 _QWEN2 = _row(QWEN2)
 _GPT4O = _row(GPT4O)
 
@@ -113,14 +113,15 @@ _ROWS: dict[str, PreTokenizer] = {
     "bailingmoe bailingmoe2 llada-moe": _row(rf"{ENGLISH}|{LETTERS}|\p{{N}}|{SYMBOLS}|\s*[\r\n]|\s+(?!\S)|\s+"),
     "exaone-moe": _row(rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?"
                        r"|\s*[\r\n]|\s+(?!\S)|\s+", clean_spaces=True),
-    "minicpm5": _row(r"\p{N}{1,3}", rf"{ENGLISH}|{LETTERS}|\p{{N}}+|{SYMBOLS}|{SPACES}", clean_spaces=True, whole_words=True),
+    "minicpm5": _row(r"\p{N}{1,3}", rf"{ENGLISH}|{LETTERS}|\p{{N}}+|{SYMBOLS}|{SPACES}", clean_spaces=True, whole_words="always"),
     "gpt-4o llama4 kanana2 talkie minimax-m2": _GPT4O,
-    "granite-embed-multi-97m": _row(rf"{_camel(UPPER_M, LOWER_M, f'(?:{ENGLISH})?')}|{GPT4O_REST}", whole_words=True),
-    "tekken": _row(rf"{_camel(UPPER, LOWER)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}", whole_words=True, adds=("add_bos",)),
+    "granite-embed-multi-97m": _row(rf"{_camel(UPPER_M, LOWER_M, f'(?:{ENGLISH})?')}|{GPT4O_REST}", whole_words="always"),
+    "tekken": _row(rf"{_camel(UPPER, LOWER)}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}", whole_words="always", adds=("add_bos",)),
     "tiny_aya cohere2moe": _row(THOUSANDS, rf"{_camel(ANY_CASE, ANY_CASE, f'(?:{ENGLISH})?')}|{GPT4O_REST}"),
     "youtu": _row(r"[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
                   rf"|[\u3105-\u312f]+|{KANJI_KANA}",
-                  rf"{_camel(ANY_CASE, ANY_CASE, f'(?:{ENGLISH})?')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}", whole_words=True),
+                  rf"{_camel(ANY_CASE, ANY_CASE, f'(?:{ENGLISH})?')}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",
+                  whole_words="always"),
     "deepseek-llm": _row(r"[\r\n]", rf"\s?[{CASED}]+", r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001-\u3002]+", r"\s+$",
                          HANGUL_KANJI, r"\p{N}+"),
     "deepseek-coder": _row(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HANGUL_KANJI, r"\p{N}"),
@@ -134,7 +135,7 @@ _ROWS: dict[str, PreTokenizer] = {
     "chameleon": _row(r"<sentinel:[0-9]+>", r"IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", r"\p{N}", r"[\p{P}!-/:-@\[-`{-~]", GPT2,
                       adds=("add_bos",)),
     "superbpe": _row(r"\p{N}+", ASCII_THOUSANDS),
-    "gemma4 granite-embed-multi-311m": _row(LINES, clean_spaces=True, byte_level=False, escape_spaces=True),
+    "gemma4 granite-embed-multi-311m": _row(LINES, clean_spaces=True, byte_level=False, escape_spaces=True, whole_words="newlines"),
     "sarvam-moe": _row(LINES, byte_level=False, escape_spaces=True),
 }
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: row for names, row in _ROWS.items() for name in names.split()}

@@ -87,7 +87,7 @@ class Vocab:
         self._strip_rules()
         for flag, name in (("add_bos", "bos"), ("add_eos", "eos"), ("add_sep", "sep")):
             if self.options.get(flag) and self.special[name] is None:
-                raise ModelError(f"{PREFIX}{flag}_token is true but {PREFIX}{SPECIAL[name][0][0]} is missing; set it with pyggml edit")
+                raise ModelError(f"{PREFIX}{flag}_token is true but {PREFIX}{SPECIAL[name][0][0]} is missing; set that key in the file")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -165,7 +165,7 @@ class Vocab:
     def _flag(self, name: str, default: bool) -> bool:
         value = self.kv.get(PREFIX + OPTION_KEYS.get(name, name), default)
         if not isinstance(value, (bool, np.bool_, int, np.integer)):
-            raise ModelError(f"{PREFIX}{OPTION_KEYS.get(name, name)} is {value!r}, not true or false; fix it with pyggml edit")
+            raise ModelError(f"{PREFIX}{OPTION_KEYS.get(name, name)} is {value!r}, not true or false; correct that key in the file")
         return bool(value)
 
     def _special_id(self, name: str, default: int | None) -> int | None:

@@ -97,6 +97,22 @@ def merging_everything(pre, seed=7):
             "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.seperator_token_id": 2}
 
 
+def merging_characters(seed=8):
+    """A vocabulary of Gemma 4's kind: characters and their pairs, bytes as <0xHH>, runs of newlines."""
+    rng = random.Random(seed)
+    used = [char for char in dict.fromkeys("\u2581".join(CHARACTERS)) if char not in " 々〇豈"]
+    merges = [(a, b) for a in used for b in used if rng.random() < 0.8]
+    rng.shuffle(merges)
+    pairs = [a + b for a, b in merges]
+    merges = list(dict.fromkeys([*merges, *((rng.choice(pairs), rng.choice(pairs + used)) for _ in range(20_000))]))
+    special = ["<pad>", "<eos>", "<bos>", "<turn|>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *used, *(a + b for a, b in merges), "\n" * 2, "\n" * 3]
+    tokens = list(dict.fromkeys(tokens))
+    return {"tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": [f"{a} {b}" for a, b in merges],
+            "tokenizer.ggml.token_type": [3] * 4 + [6] * 256 + [1] * (len(tokens) - 260), "tokenizer.ggml.bos_token_id": 2,
+            "tokenizer.ggml.eos_token_id": 1}
+
+
 def made_up(model):
     """A small "bert" or "t5" vocabulary of letters, English words and their halves."""
     rng = random.Random(11)

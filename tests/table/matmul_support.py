@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml.backends.cpu import Program
-from pyggml.native import ffi, lib
+from pyggml.native import lib
 from pyggml.quants import dequantize
 from pyggml.types import tensor_type
 
@@ -65,7 +65,10 @@ def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray
 
 
 class Weight:
-    """A random weight (rows, k) or (experts, rows, k) in a layout: `packed` with its arena, `raw` blocks, or `exact` floats from them."""
+    """A random weight (rows, k) or (experts, rows, k) in a layout.
+
+    packed: with its arena; coarse: the same, for activations with a scale per 256; raw: blocks; exact: floats made from blocks.
+    """
 
     def __init__(self, name: str, shape: tuple[int, ...], layout: str, rng: np.random.Generator) -> None:
         *experts, rows, k = shape
@@ -74,22 +77,21 @@ class Weight:
         self.raw = random_blocks(name, n * rows, k, rng)
         self.dense = dequantize(self.raw, name).reshape(shape).astype(np.float64)
         self.packed = self.ready = None
-        if layout == "packed":
+        if layout in ("packed", "coarse"):
             self.packed = np.zeros(n * lib.pyg_pack_bytes(self.id, rows, k), np.uint8)
             self.ready = np.zeros(n * -(-rows // 16), np.uint8)
-        self.format = lib.pyg_act_format(self.id, int(layout == "packed"), int(layout == "exact"))
+        self.format = lib.pyg_act_format(self.id, int(self.packed is not None), {"exact": 1, "coarse": -1}.get(layout, 0))
 
     def view(self, program: Program, release: bool = False) -> int:
-        packed = ffi.cast("char *", self.packed.ctypes.data) if self.packed is not None else None
-        return program.view(self.raw, self.name, self.shape, packed=packed, ready=self.ready, release=release)
+        return program.view(self.raw, self.name, self.shape, packed=self.packed, ready=self.ready, release=release)
 
 
 class Matmul:
     """A program of one mul_mat or glu_mat over x (T, K), with a `prepare` step before it where `prepare` is set."""
 
-    def __init__(self, x: np.ndarray, gate: Weight, up: Weight | None = None, *, norm: np.ndarray | None = None, bias: np.ndarray | None = None,
-                 bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0, scale: float = 1.0,
-                 prepare: bool = False) -> None:
+    def __init__(self, x: np.ndarray, gate: Weight, up: Weight | None = None, *, norm: np.ndarray | None = None,
+                 bias: np.ndarray | None = None, bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0,
+                 scale: float = 1.0, prepare: bool = False, release: bool = False) -> None:
         self.program = Program()
         self.out = np.empty((len(x), gate.shape[0]), np.float32)
 
@@ -102,11 +104,11 @@ class Matmul:
             self.program.step("prepare", buffer, [source, weight], [0, gate.format], [EPS])
             source, weight = buffer, -1
         if up is None:
-            self.program.step("mul_mat", add(self.out), [gate.view(self.program), source, weight, add(bias), add(residual)],
-                              [1, gate.format, int(prepare)], [EPS, scale])
+            sources = [gate.view(self.program, release), source, weight, add(bias), add(residual)]
+            self.program.step("mul_mat", add(self.out), sources, [1, gate.format, int(prepare)], [EPS, scale])
         else:
-            self.program.step("glu_mat", add(self.out), [gate.view(self.program), source, weight, up.view(self.program), add(bias), add(bias_up)],
-                              [1, gate.format, int(prepare), glu], [EPS])
+            sources = [gate.view(self.program), source, weight, up.view(self.program), add(bias), add(bias_up)]
+            self.program.step("glu_mat", add(self.out), sources, [1, gate.format, int(prepare), glu], [EPS])
         self.program.finish()
 
     def __call__(self, pool) -> np.ndarray:
@@ -117,5 +119,6 @@ class Matmul:
 
 def activation(kind: int, x: np.ndarray) -> np.ndarray:
     """GLU_SILU, GLU_GELU (tanh form), GLU_RELU in float64."""
-    forms = (lambda: x / (1 + np.exp(-x)), lambda: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), lambda: np.maximum(x, 0))
-    return forms[kind]()
+    silu = x / (1 + np.exp(np.minimum(-x, 700)))
+    gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return (silu, gelu, np.maximum(x, 0))[kind]

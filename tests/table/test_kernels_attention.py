@@ -7,6 +7,7 @@ from kernel_case import ISAS, ROPE_NEOX, ROPE_NORM, THREADS, nmse, run
 from rope_reference import rope, rope_table
 
 CACHES = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
+CACHES_AND_COARSE = [*[(cache, 0) for cache in CACHES], ("F16", 1), ("Q8_0", 1)]
 EXACT, BF16_DOT = 2e-12, 4e-5           # NMSE of float arithmetic; of operands rounded to bf16
 
 PREFILL = [
@@ -30,8 +31,8 @@ STEPS = [
 HEADS = [(1, 1, 64), (8, 1, 64), (4, 4, 32), (6, 2, 80), (14, 2, 64), (8, 2, 96), (2, 1, 128), (3, 1, 48), (2, 2, 256), (34, 2, 40)]
 
 
-def bound(isa: str, cache_type: str) -> float:
-    return BF16_DOT if isa == "avx512bf16" and cache_type != "F32" else EXACT
+def bound(isa: str, cache_type: str, coarse: int) -> float:
+    return BF16_DOT if isa == "avx512bf16" and cache_type != "F32" and (coarse or cache_type == "BF16") else EXACT
 
 
 class Case:
@@ -63,13 +64,13 @@ class Case:
         return [(self.q, {"strides": self.q.strides[:-1]}), (self.k, self.cache_view), (self.v, self.cache_view),
                 self.batch.own_cells, self.batch.first_cells]
 
-    def attention(self, isa, threads=2) -> np.ndarray:
-        run("attention", isa, self.dst, self.common(), i=[self.window], f=[self.scale, self.softcap], threads=threads)
+    def attention(self, isa, threads=2, coarse=0) -> np.ndarray:
+        run("attention", isa, self.dst, self.common(), i=[self.window, coarse], f=[self.scale, self.softcap], threads=threads)
         return self.dst
 
-    def step(self, isa, roped, threads=2) -> np.ndarray:
+    def step(self, isa, roped, threads=2, coarse=0) -> np.ndarray:
         new = [(x, {"strides": x.strides[:-1]}) for x in (self.new_k, self.new_v)]
-        run("attention_step", isa, self.dst, [*self.common(), *new, self.table], i=[self.window, *roped], f=[self.scale, self.softcap],
+        run("attention_step", isa, self.dst, [*self.common(), *new, self.table], i=[self.window, *roped, coarse], f=[self.scale, self.softcap],
             threads=threads)
         return self.dst
 
@@ -83,12 +84,19 @@ def test_attention(isa, batch, heads):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cache_type", CACHES)
+@pytest.mark.parametrize("cache_type, coarse", CACHES_AND_COARSE)
 @pytest.mark.parametrize("batch", PREFILL, ids=str)
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (16, 0.0), (100, 30.0)])
-def test_attention_caches(isa, cache_type, batch, window, softcap):
+def test_attention_caches(isa, cache_type, batch, window, softcap, coarse):
     case = Case(batch, (8, 2, 64), cache_type, window, softcap)
-    assert nmse(case.attention(isa), case.want) < bound(isa, cache_type)
+    assert nmse(case.attention(isa, coarse=coarse), case.want) < bound(isa, cache_type, coarse)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_coarse_attention_at_any_head_size(isa, heads):
+    case = Case(PREFILL[4], heads, "F16")
+    assert nmse(case.attention(isa, coarse=1), case.want) < bound(isa, "F16", 1)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -111,25 +119,25 @@ def test_step(isa, batch, heads, kind):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cache_type", CACHES)
+@pytest.mark.parametrize("cache_type, coarse", CACHES_AND_COARSE)
 @pytest.mark.parametrize("batch", STEPS, ids=str)
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (70, 20.0)])
-def test_step_caches(isa, cache_type, batch, window, softcap):
+def test_step_caches(isa, cache_type, batch, window, softcap, coarse):
     roped = (ROPE_NORM, 64)
     case = Case(batch, (8, 2, 64), cache_type, window, softcap, roped)
     own = case.k[:, batch.own_cells].copy()
-    got = case.step(isa, roped)
+    got = case.step(isa, roped, coarse=coarse)
     assert not np.array_equal(case.k[:, batch.own_cells], own)
     # the reference keeps the new tokens in double; what the cache type loses of them is a part of the difference
     lost = {"F32": 0, "F16": 1e-7, "BF16": 1e-5, "Q8_0": 5e-5, "Q4_0": 3e-2}[cache_type]
-    assert nmse(got, case.want) < bound(isa, cache_type) + lost
+    assert nmse(got, case.want) < bound(isa, cache_type, coarse) + lost
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("batch", [STEPS[9], STEPS[12]], ids=str)
 def test_step_is_the_same_with_any_threads(isa, batch):
     roped = (ROPE_NEOX, 64)
-    results = [Case(batch, (8, 2, 64), "F16", roped=roped).step(isa, roped, threads) for threads in THREADS]
+    results = [Case(batch, (8, 2, 64), "F16", roped=roped).step(isa, roped, threads, coarse=1) for threads in THREADS]
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
 

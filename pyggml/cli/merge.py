@@ -1,0 +1,36 @@
+"""`pyggml merge PART OUT`: join the parts of a split model into one file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from pyggml import formats
+from pyggml.errors import PyggmlError
+from pyggml.formats import show
+from pyggml.formats.split import merge
+from pyggml.formats.values import printable
+
+HELP = "join the parts of a split model into one file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="any part of the model")
+    parser.add_argument("output", help="the file to write")
+    parser.add_argument("--delete-splits", action="store_true", help="remove the parts when the whole is written")
+    parser.add_argument("--force", action="store_true", help="replace an existing output file")
+
+
+def run(args: argparse.Namespace) -> int:
+    file = formats.open(args.file, use_mmap=False)
+    parts = [source.name for source in file.sources]
+    if os.path.exists(args.output) and not args.force:
+        raise PyggmlError(f"{printable(args.output)}: exists already; --force replaces it")
+    if any(os.path.exists(args.output) and os.path.samefile(args.output, part) for part in parts):
+        raise PyggmlError(f"{printable(args.output)}: is one of the parts; write the whole to another name")
+    merge(file, args.output)
+    if args.delete_splits:
+        for part in parts:
+            os.unlink(part)
+    print(f"{printable(args.output)}: {len(parts)} parts, {len(file.tensors)} tensors, {show.amount(os.path.getsize(args.output))}")
+    return 0

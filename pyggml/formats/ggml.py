@@ -1,0 +1,245 @@
+"""The files of 2023 before GGUF, as llama.cpp wrote them for llama models, read into the same TensorFile.
+
+    magic      "lmgg" (ggml) | "fmgg" (ggmf), u32 version 1 | "tjgg" (ggjt), u32 version 1 to 3
+    sizes      u32 n_vocab, n_embd, n_mult, n_head, n_layer, n_rot, file type
+    tokens     n_vocab times: u32 length, bytes, f32 score (ggml files have no scores)
+    tensors    to the end of the file: u32 n_dims, name length, type; u32 dims[] (innermost first); name; (ggjt: zeros up to a
+               multiple of 32;) data
+
+Always little-endian. What such a file does not say (context length, norm epsilon) gets the value that all its kind had.
+ggjt 1 kept weights 2i and 2i+1 of a block in one byte, later files i and i+16; up to ggjt 2 the scales of Q4_0, Q4_1 and Q8_0 were
+f32. Both are brought into today's blocks here; the scales are rounded to f16. Quantized files older than ggjt are refused:
+their blocks were laid out in several ways that cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyggml.errors import GGUFError
+from pyggml.formats.source import Source
+from pyggml.formats.tensorfile import Tensor, TensorFile, metadata
+from pyggml.formats.values import Typed, printable
+from pyggml.types import BY_ID, TensorType
+
+MAGICS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
+VERSIONS = {"ggml": (0,), "ggmf": (1,), "ggjt": (1, 2, 3)}
+DATA_ALIGNMENT = 32                     # in ggjt files
+CONTEXT, EPSILON = 2048, 5e-6           # not in the file: LLaMA's context; its epsilons were 1e-6 and (second version) 1e-5
+MOST = {"n_vocab": 1 << 20, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
+_TOKEN, _NAME, _WINDOW = 4096, 256, 1 << 18
+
+NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "output.weight": "output.weight"}
+LAYER_NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
+               "attention_norm": "attn_norm", "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+               "ffn_norm": "ffn_norm"}
+_LAYER = re.compile(r"layers\.(\d{1,4})\.(.+)\.weight")
+
+
+def gguf_name(name: str) -> str:
+    """Today's name of a tensor, or "" for one that is not stored any more (rope.freqs)."""
+    match = _LAYER.fullmatch(name)
+    if match and match[2] in LAYER_NAMES:
+        return f"blk.{int(match[1])}.{LAYER_NAMES[match[2]]}.weight"
+    return NAMES.get(name, "")
+
+
+# ---- old blocks -----------------------------------------------------------------------------------------------------------------
+
+def _f16_scales(count: int):
+    """Blocks that begin with `count` f32 scales, with f16 scales."""
+    def convert(blocks: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):            # a scale beyond f16 becomes infinite, which `check` reports
+            scales = blocks[:, :4 * count].copy().view("<f4").astype("<f2")
+        return np.concatenate([scales.view(np.uint8), blocks[:, 4 * count:]], 1)
+    return convert
+
+
+def _halves(start: int):
+    """Blocks whose 16 bytes of nibbles from `start` hold weights 2i and 2i+1, with i and i+16 instead."""
+    def convert(blocks: np.ndarray) -> np.ndarray:
+        pairs = blocks[:, start:start + 16]
+        weights = np.stack([pairs & 15, pairs >> 4], 2).reshape(len(blocks), 32)
+        return np.concatenate([blocks[:, :start], weights[:, :16] | weights[:, 16:] << 4, blocks[:, start + 16:]], 1)
+    return convert
+
+
+# (ggjt version, type) -> bytes of an old block, and the steps that make it a block of today
+OLD_BLOCKS = {
+    (1, "Q4_0"): (20, (_halves(4), _f16_scales(1))), (2, "Q4_0"): (20, (_f16_scales(1),)),
+    (1, "Q4_1"): (24, (_halves(8), _f16_scales(2))), (2, "Q4_1"): (24, (_f16_scales(2),)),
+    (1, "Q5_0"): (22, (_halves(6),)), (1, "Q5_1"): (24, (_halves(8),)),
+    (1, "Q8_0"): (36, (_f16_scales(1),)), (2, "Q8_0"): (36, (_f16_scales(1),)),
+}
+
+
+class OldTensor(Tensor):
+    """A tensor whose blocks in the file are of an older layout; `raw`, `part` and `pieces` give today's."""
+
+    def __init__(self, source: Source, name: str, type: TensorType, shape: tuple[int, ...], offset: int, version: int) -> None:
+        self.old_bytes, self.steps = OLD_BLOCKS[version, type.name]
+        self.type_bytes = type.bytes
+        blocks = int(np.prod(shape[:-1], dtype=object)) * (shape[-1] // type.block)
+        super().__init__(source, name, type, shape, offset, blocks * type.bytes)
+
+    @property
+    def mapped(self) -> bool:
+        return False
+
+    @property
+    def stored(self) -> np.ndarray:
+        return self.source.array(self.offset, self.nbytes // self.type_bytes * self.old_bytes)
+
+    def part(self, start: int, n: int) -> np.ndarray:
+        first, count = start // self.type_bytes, n // self.type_bytes
+        blocks = self.source.array(self.offset + first * self.old_bytes, count * self.old_bytes).reshape(count, self.old_bytes)
+        for step in self.steps:
+            blocks = step(blocks)
+        return np.ascontiguousarray(blocks).reshape(-1)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------------------
+
+class _Walk:
+    """A checked walk through a file that reads a window at a time, so that tensor data is passed over unread."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.pos, self.where = source, 0, "header"
+        self._window, self._start = b"", 0
+
+    def fail(self, text: str, pos: int | None = None) -> GGUFError:
+        return GGUFError(f"{printable(self.source.name)}: offset 0x{self.pos if pos is None else pos:x}: {self.where}: {text}")
+
+    def take(self, n: int, what: str) -> bytes:
+        left = self.source.size - self.pos
+        if n > left:
+            raise self.fail(f"{what} needs {n} bytes, {left} are left in the file; it is cut short or damaged")
+        if not self._start <= self.pos <= self.pos + n <= self._start + len(self._window):
+            self._start, self._window = self.pos, self.source.array(self.pos, min(left, max(n, _WINDOW))).tobytes()
+        at = self.pos - self._start
+        self.pos += n
+        return self._window[at:at + n]
+
+    def u32(self, what: str, least: int = 0, most: int = 2 ** 32 - 1) -> int:
+        value = int.from_bytes(self.take(4, what), "little")
+        if not least <= value <= most:
+            raise self.fail(f"{what} is {value}; it must be from {least} to {most}", self.pos - 4)
+        return value
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    n_vocab: int
+    n_embd: int
+    n_mult: int
+    n_head: int
+    n_layer: int
+    n_rot: int
+
+
+def read(source: Source) -> TensorFile:
+    """The llama model behind `source`, with today's names and metadata. GGUFError says what is wrong, or why it cannot be read."""
+    w = _Walk(source)
+    kind = MAGICS[w.take(4, "magic")]
+    version = 0 if kind == "ggml" else w.u32("version")
+    if version not in VERSIONS[kind]:
+        raise w.fail(f"{kind} version is {version}; known are {', '.join(map(str, VERSIONS[kind]))}", 4)
+    sizes = _Sizes(*(w.u32(name, 1, most) for name, most in MOST.items()))
+    file_type = w.u32("file type")
+    if sizes.n_embd % sizes.n_head or sizes.n_rot > sizes.n_embd:
+        raise w.fail(f"{sizes.n_embd} values do not divide into {sizes.n_head} heads; is this a llama model?", 8)
+    tokens = _read_tokens(w, sizes.n_vocab, scores=kind != "ggml")
+    tensors: dict[str, Tensor] = {}
+    while w.pos < source.size:
+        tensor = _read_tensor(w, kind, version)
+        if tensor is not None:
+            if tensor.name in tensors:
+                raise w.fail("the tensor appears twice")
+            tensors[tensor.name] = tensor
+    w.where = "model"
+    kv = _metadata(w, sizes, file_type, tokens, tensors, f"{kind} {version}" if version else kind)
+    return TensorFile([source], metadata(kv), tensors, format=f"{kind} v{version}" if version else kind, alignment=DATA_ALIGNMENT)
+
+
+def _read_tokens(w: _Walk, n: int, scores: bool) -> list[tuple[bytes, float]]:
+    tokens = []
+    for i in range(n):
+        w.where = f"token {i} of {n}"
+        text = w.take(w.u32("length", most=_TOKEN), "text")
+        # a file without scores has LLaMA's vocabulary, whose scores fall by one from token to token
+        tokens.append((text, struct.unpack("<f", w.take(4, "score"))[0] if scores else float(min(0, 259 - i))))
+    return tokens
+
+
+def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
+    """The tensor at the walk's position, which moves behind its data; None for one that GGUF does not keep."""
+    w.where = "tensor"
+    n_dims, length = w.u32("n_dims", 1, 4), w.u32("length of the name", 1, _NAME)
+    number, type_at = w.u32("type"), w.pos - 4
+    dims = [w.u32(f"dimension {i}", 1) for i in range(n_dims)]
+    name = w.take(length, "name").decode("utf-8", "replace")
+    w.where = f'tensor "{printable(name)}"'
+    row = BY_ID.get(number)
+    if row is None or not row.ctype:
+        raise w.fail(f"type is {number}, which was removed from the format; convert the model again from its source", type_at)
+    if kind != "ggjt" and row.quantized:
+        raise w.fail(f"the type is {row.name}; a quantized {kind} file cannot be converted, quantize the model again from its source", type_at)
+    if dims[0] % row.block:
+        raise w.fail(f"rows of {dims[0]} weights do not divide into {row.name} blocks of {row.block}", type_at + 4)
+    if kind == "ggjt":
+        w.take(-w.pos % DATA_ALIGNMENT, "padding")
+    shape, start = tuple(dims[::-1]), w.pos
+    tensor: Tensor
+    if (version, row.name) in OLD_BLOCKS and kind == "ggjt":
+        old = OldTensor(w.source, gguf_name(name), row, shape, start, version)
+        tensor, size = old, old.nbytes // row.bytes * old.old_bytes
+    else:
+        size = row.row_bytes(dims[0])
+        for n in dims[1:]:
+            size *= n
+        tensor = Tensor(w.source, gguf_name(name), row, shape, start, size)
+    if size > w.source.size - start:
+        raise w.fail(f"data of {size} bytes ends {start + size - w.source.size} bytes past the end of the file; the file is incomplete or damaged")
+    w.pos = start + size
+    return tensor if tensor.name else None
+
+
+def _metadata(w: _Walk, s: _Sizes, file_type: int, tokens: list[tuple[bytes, float]], tensors: dict[str, Tensor], origin: str) -> dict[str, Typed]:
+    """The metadata that a GGUF file of this model has."""
+    for name in ("token_embd.weight", "blk.0.ffn_gate.weight", "blk.0.attn_k.weight"):
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise w.fail(f'tensor "{name}" is missing or not a matrix; only llama models can be read from {origin} files')
+    texts, kinds = zip(*(_token(i, text) for i, (text, _) in enumerate(tokens)), strict=True)
+    head = s.n_embd // s.n_head
+    u32 = {"context_length": CONTEXT, "embedding_length": s.n_embd, "block_count": s.n_layer,
+           "feed_forward_length": tensors["blk.0.ffn_gate.weight"].shape[0], "rope.dimension_count": s.n_rot,
+           "attention.head_count": s.n_head, "attention.head_count_kv": max(1, tensors["blk.0.attn_k.weight"].shape[0] // head)}
+    return {
+        "general.architecture": Typed("str", "llama"), "general.description": Typed("str", f"converted from a {origin} file"),
+        "general.file_type": Typed("u32", file_type), **{f"llama.{name}": Typed("u32", value) for name, value in u32.items()},
+        "llama.attention.layer_norm_rms_epsilon": Typed("f32", EPSILON),
+        "tokenizer.ggml.model": Typed("str", "llama"), "tokenizer.ggml.tokens": Typed("str[]", list(texts)),
+        "tokenizer.ggml.scores": Typed("f32[]", np.array([score for _, score in tokens], "<f4")),
+        "tokenizer.ggml.token_type": Typed("i32[]", np.array(kinds, "<i4")),
+        **{f"tokenizer.ggml.{name}_token_id": Typed("u32", i) for i, name in enumerate(("unknown", "bos", "eos"))},
+    }
+
+
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+_SPECIAL = {0: ("<unk>", _UNKNOWN), 1: ("<s>", _CONTROL), 2: ("</s>", _CONTROL)}
+_BYTE_TOKENS = range(3, 259)            # LLaMA's vocabulary: the 256 bytes follow the three special tokens
+
+
+def _token(i: int, text: bytes) -> tuple[str, int]:
+    """Text and type of a token as GGUF has them: bytes as <0x0A>, blanks as U+2581."""
+    if i in _SPECIAL:
+        return _SPECIAL[i]
+    if not text:
+        return "", _CONTROL
+    if i in _BYTE_TOKENS and len(text) == 1:
+        return f"<0x{text[0]:02X}>", _BYTE
+    return text.decode("utf-8", "surrogateescape").replace(" ", "\u2581"), _NORMAL

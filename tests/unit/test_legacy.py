@@ -1,0 +1,184 @@
+"""Files from before GGUF: read into today's names and blocks, converted with their vocabulary, refused in one sentence when damaged."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from pyggml import cli, formats
+from pyggml.errors import GGUFError
+from pyggml.formats import ggml
+from pyggml.formats.source import Memory
+from pyggml.quants import dequantize, quantize
+from pyggml.types import BY_NAME
+
+E, HEADS, KV_HEADS, LAYERS, F, TOKENS = 64, 4, 2, 2, 96, 300
+RNG = np.random.default_rng(3)
+
+
+def weights():
+    kv = E // HEADS * KV_HEADS
+    shapes = {"tok_embeddings.weight": (TOKENS, E), "norm.weight": (E,), "output.weight": (TOKENS, E)}
+    for i in range(LAYERS):
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in {
+            "attention.wq": (E, E), "attention.wk": (kv, E), "attention.wv": (kv, E), "attention.wo": (E, E), "attention_norm": (E,),
+            "feed_forward.w1": (F, E), "feed_forward.w2": (E, F), "feed_forward.w3": (F, E), "ffn_norm": (E,)}.items()}
+    return {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+WEIGHTS = weights()
+VOCAB = [b" \xe2\x81\x87 ", b"", b""] + [bytes([i]) for i in range(256)] + [f" word{i}".encode() for i in range(TOKENS - 259)]
+
+
+def old_blocks(blocks, name, version):
+    """Today's blocks in the layout of ggjt `version`: the inverse of what the reader does."""
+    b = blocks.reshape(-1, BY_NAME[name].bytes)
+    scales = {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1}[name]
+    head, body = b[:, :2 * scales], b[:, 2 * scales:]
+    if version == 1 and name != "Q8_0":
+        nibbles = body[:, -16:]
+        values = np.concatenate([nibbles & 15, nibbles >> 4], 1)        # weights 0 .. 31
+        body = np.concatenate([body[:, :-16], values[:, 0::2] | values[:, 1::2] << 4], 1)
+    if name in ("Q4_0", "Q4_1", "Q8_0"):
+        head = np.ascontiguousarray(head).view("<f2").astype("<f4").view(np.uint8)
+    return np.concatenate([head, body], 1).tobytes()
+
+
+def old_file(kind, version, type_name="F32", magic=None, extra=b""):
+    row = BY_NAME[type_name]
+    out = bytearray(magic or {"ggml": b"lmgg", "ggmf": b"fmgg", "ggjt": b"tjgg"}[kind])
+    if kind != "ggml":
+        out += struct.pack("<I", version)
+    out += struct.pack("<7I", TOKENS, E, 256, HEADS, LAYERS, E // HEADS, 0)
+    for i, text in enumerate(VOCAB):
+        out += struct.pack("<I", len(text)) + text + (b"" if kind == "ggml" else struct.pack("<f", -float(i)))
+    for name, w in {**WEIGHTS, "rope.freqs": np.ones(8, np.float32)}.items():
+        quantized = row.quantized and w.ndim == 2
+        data = w.tobytes()
+        if type_name == "F16" and w.ndim == 2:
+            data = w.astype(np.float16).tobytes()
+        elif quantized:
+            blocks = quantize(w, type_name)
+            data = old_blocks(blocks, type_name, version) if version < 3 else blocks.tobytes()
+        number = row.id if w.ndim == 2 else 0
+        out += struct.pack("<3I", w.ndim, len(name), number) + struct.pack(f"<{w.ndim}I", *w.shape[::-1]) + name.encode()
+        out += bytes(-len(out) % 32 if kind == "ggjt" else 0) + data
+    return bytes(out) + extra
+
+
+KINDS = [("ggml", 0), ("ggmf", 1), ("ggjt", 1), ("ggjt", 2), ("ggjt", 3)]
+
+
+@pytest.mark.parametrize("kind, version", KINDS)
+@pytest.mark.parametrize("type_name", ["F32", "F16"])
+def test_plain_weights(tmp_path, capsys, kind, version, type_name):
+    path = tmp_path / "old.bin"
+    path.write_bytes(old_file(kind, version, type_name))
+    file = formats.open(path)
+    assert file.format == (f"{kind} v{version}" if version else kind) and len(file.tensors) == len(WEIGHTS)
+    for name, w in WEIGHTS.items():
+        got = file[ggml.gguf_name(name)]
+        expected = w.astype(np.float16) if type_name == "F16" and w.ndim == 2 else w
+        np.testing.assert_array_equal(got.numpy(), expected)
+    kv = file.kv
+    assert (kv["llama.embedding_length"], kv["llama.block_count"], kv["llama.feed_forward_length"]) == (E, LAYERS, F)
+    assert (kv["llama.attention.head_count"], kv["llama.attention.head_count_kv"], kv["llama.rope.dimension_count"]) == (HEADS, KV_HEADS, E // HEADS)
+    tokens = kv["tokenizer.ggml.tokens"]
+    assert tokens[:4] == ["<unk>", "<s>", "</s>", "<0x00>"] and tokens[258:260] == ["<0xFF>", "\u2581word0"]
+    assert list(kv["tokenizer.ggml.token_type"][:5]) == [2, 3, 3, 6, 6] and kv["tokenizer.ggml.token_type"][259] == 1
+    if kind == "ggml":
+        assert list(kv["tokenizer.ggml.scores"][257:262]) == [0, 0, 0, -1, -2]
+    else:
+        assert kv["tokenizer.ggml.scores"][299] == -299
+    assert cli.main(["convert", str(path), str(tmp_path / "new.gguf"), "--name", "old one", "--eps", "1e-6"]) == 0
+    assert cli.main(["check", "--level", "load", "--strict", str(tmp_path / "new.gguf")]) == 0
+    new = formats.open(tmp_path / "new.gguf")
+    assert new.kv["general.name"] == "old one" and new.kv["llama.attention.layer_norm_rms_epsilon"] == np.float32(1e-6)
+    assert new.kv["tokenizer.ggml.tokens"] == tokens
+    for name, t in file.tensors.items():
+        np.testing.assert_array_equal(new[name].raw, t.raw)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_old_blocks_become_todays(tmp_path, version, type_name):
+    data = old_file("ggjt", version, type_name)
+    file = formats.open_source(Memory(data))
+    (tmp_path / "old.bin").write_bytes(data)
+    mapped = formats.open(tmp_path / "old.bin")
+    for name, w in WEIGHTS.items():
+        if w.ndim == 2:
+            expected = quantize(w, type_name)
+            for f in (file, mapped):
+                t = f[ggml.gguf_name(name)]
+                np.testing.assert_array_equal(t.raw, expected)
+                np.testing.assert_array_equal(np.concatenate(list(t.pieces(1000))), expected.reshape(-1))
+                np.testing.assert_array_equal(t.dequantize(), dequantize(expected, type_name))
+
+
+def test_first_layout_pairs_neighbours():
+    """By hand: in ggjt 1 the byte 0x21 holds weights 0 (low half, 1) and 1 (high half, 2)."""
+    block = np.zeros((1, 20), np.uint8)
+    block[0, :4] = np.array([0.5], "<f4").view(np.uint8)
+    block[0, 4:] = 0x88
+    block[0, 4] = 0xA9
+    for step in ggml.OLD_BLOCKS[1, "Q4_0"][1]:
+        block = step(block)
+    np.testing.assert_array_equal(dequantize(block, "Q4_0")[0, :3], np.array([0.5, 1.0, 0.0], np.float32))
+
+
+@pytest.mark.parametrize("kind, version", [("ggml", 0), ("ggmf", 1)])
+def test_older_quantized_files_are_refused(kind, version):
+    with pytest.raises(GGUFError, match=f"a quantized {kind} file cannot be converted"):
+        formats.open_source(Memory(old_file(kind, version, "Q4_0")))
+
+
+@pytest.mark.parametrize("kind, version", KINDS)
+def test_cut_anywhere(kind, version):
+    data = old_file(kind, version)
+    rng = np.random.default_rng(0)
+    for n in [*range(0, 60), *rng.integers(60, len(data), 150)]:
+        with pytest.raises(GGUFError) as caught:
+            formats.open_source(Memory(data[:n], "x.bin"))
+        assert str(caught.value).startswith("x.bin: offset 0x") and "\n" not in str(caught.value)
+
+
+def test_flipped_bytes_are_refused_or_read():
+    data = old_file("ggjt", 3)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(data)
+        damaged[rng.integers(0, 2000)] = rng.integers(0, 256)
+        try:
+            formats.open_source(Memory(bytes(damaged)))
+        except GGUFError:
+            refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize("data, says", [
+    (b"tjgg" + struct.pack("<I", 4) + bytes(100), "ggjt version is 4"),
+    (b"fmgg" + struct.pack("<I", 2) + bytes(100), "ggmf version is 2"),
+    (b"lmgg" + struct.pack("<7I", 2 ** 31, 1, 1, 1, 1, 1, 1), "n_vocab is 2147483648"),
+    (b"lmgg" + struct.pack("<7I", 10, 65, 1, 4, 1, 1, 1), "do not divide into 4 heads"),
+    (b"lmgg" + struct.pack("<7I", 10, 64, 1, 4, 1, 16, 1) + struct.pack("<I", 2 ** 32 - 1), "length is 4294967295"),
+    (b"algg" + bytes(50), "a LoRA adapter"),
+])
+def test_refused(data, says):
+    with pytest.raises(GGUFError, match=says):
+        formats.open_source(Memory(data))
+
+
+def test_other_models_are_named():
+    data = old_file("ggjt", 3).replace(b"tok_embeddings", b"tok_embeddingz")
+    with pytest.raises(GGUFError, match='tensor "token_embd.weight" is missing .* only llama models'):
+        formats.open_source(Memory(data))
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_convert_also_changes_the_byte_order(tmp_path, order):
+    formats.write(tmp_path / "a.gguf", {"a": [1, 2]}, {"w": np.arange(4, dtype=np.float32)}, order=">" if order == "little" else "<")
+    assert cli.main(["convert", str(tmp_path / "a.gguf"), str(tmp_path / "b.gguf"), "--byte-order", order]) == 0
+    file = formats.open(tmp_path / "b.gguf")
+    assert file.order == ("<" if order == "little" else ">") and list(file["w"].numpy()) == [0, 1, 2, 3]

@@ -1,0 +1,178 @@
+"""Importance matrices: both file formats, merging, what is collected, the command."""
+
+import struct
+
+import numpy as np
+import pytest
+
+import models
+from pyggml import cli, formats
+from pyggml.context import Context, Model, find_sites
+from pyggml.errors import PyggmlError
+from pyggml.quantize.calibrate import REDUCTIONS, Collector, collect
+from pyggml.quantize.imatrix import STATISTICS, Entry, Imatrix, statistics
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return models.as_f16(tmp_path_factory.mktemp("source") / "f16.gguf")
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return models.as_f16(tmp_path_factory.mktemp("moe") / "f16.gguf", "mixtral.q4_k_m_mix")
+
+
+def made(seed=0, counts=(8.0, 0.0, 3.0)):
+    rng = np.random.default_rng(seed)
+    stats = {key: rng.uniform(0, 9, (len(counts), 6)).astype(np.float32).astype(np.float64) for key in STATISTICS}
+    dense = {key: rng.uniform(0, 9, (1, 4)).astype(np.float32).astype(np.float64) for key in STATISTICS}
+    return Imatrix({"blk.0.a.weight": Entry(np.array(counts), stats), "blk.0.b.weight": Entry(np.array([16.0]), dense)}, ["x.txt"], 2, 8)
+
+
+def test_gguf_round_trip(tmp_path):
+    made().save(tmp_path / "i.gguf")
+    found, expected = Imatrix.load(tmp_path / "i.gguf"), made()
+    assert (found.datasets, found.n_chunks, found.chunk_size, len(found.sha256)) == (["x.txt"], 2, 8, 64)
+    for name, entry in expected.entries.items():
+        np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
+        for key in STATISTICS:
+            np.testing.assert_array_equal(found.entries[name].stats[key], entry.stats[key])
+    file = formats.open(tmp_path / "i.gguf")
+    assert file.kv["general.type"] == "imatrix" and file["blk.0.a.weight.counts"].shape == (3, 1)
+
+
+def test_legacy_round_trip(tmp_path):
+    made().save(tmp_path / "i.dat", "dat")
+    found, expected = Imatrix.load(tmp_path / "i.dat"), made()
+    assert (found.datasets, found.n_chunks) == (["x.txt"], 2)
+    for name, shape in (("blk.0.a.weight", (3, 5, 6)), ("blk.0.b.weight", (5, 4))):
+        np.testing.assert_allclose(found.importance(name, shape), expected.importance(name, shape), rtol=1e-6)
+
+
+def test_legacy_is_read_as_llama_cpp_writes_it(tmp_path):
+    name, values = b"blk.0.b.weight", np.array([4, 8, 12], "<f4")
+    data = struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 4, 3) + values.tobytes()
+    (tmp_path / "i.dat").write_bytes(data)
+    np.testing.assert_array_equal(Imatrix.load(tmp_path / "i.dat").importance("blk.0.b.weight", (2, 3)), [[1, 2, 3]])
+
+
+def test_a_cut_legacy_file_is_refused_wherever_it_is_cut(tmp_path):
+    made().save(tmp_path / "i.dat", "dat")
+    data = (tmp_path / "i.dat").read_bytes()
+    whole = len(data) - 8 - len("x.txt")             # chunks and the text's name may be missing
+    for end in (*range(0, whole, 3), *range(whole + 1, whole + 4), *range(whole + 5, len(data))):
+        (tmp_path / "i.dat").write_bytes(data[:end])
+        with pytest.raises(PyggmlError, match="i.dat: "):
+            Imatrix.load(tmp_path / "i.dat")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_refused(tmp_path, value):
+    bad = made()
+    bad.entries["blk.0.b.weight"].stats["in_sum2"][0, 1] = value
+    for format in ("gguf", "dat"):
+        bad.save(tmp_path / "i", format)
+        with pytest.raises(PyggmlError, match="collect"):
+            Imatrix.load(tmp_path / "i")
+
+
+def test_other_files_are_refused(source, tmp_path):
+    with pytest.raises(PyggmlError, match="not an importance matrix"):
+        Imatrix.load(source)
+    with pytest.raises(PyggmlError, match="nothing to write"):
+        Imatrix().save(tmp_path / "i.gguf")
+    with pytest.raises(PyggmlError, match="is of another model"):
+        made().importance("blk.0.b.weight", (5, 7))
+
+
+def test_unreached_experts_weigh_everything_alike():
+    found = made().importance("blk.0.a.weight", (3, 5, 6))
+    assert (found[1] == 1).all() and not (found[0] == 1).all()
+    assert made().importance("unknown", (5, 4)) is None
+
+
+def test_merging_is_summing():
+    whole = made(1)
+    whole.merge(made(2))
+    for name, entry in whole.entries.items():
+        a, b = made(1).entries[name], made(2).entries[name]
+        np.testing.assert_array_equal(entry.counts, a.counts + b.counts)
+        np.testing.assert_array_equal(entry.stats["in_sum2"], a.stats["in_sum2"] + b.stats["in_sum2"])
+        np.testing.assert_array_equal(entry.stats["in_absmax"], np.maximum(a.stats["in_absmax"], b.stats["in_absmax"]))
+    assert whole.n_chunks == 4 and whole.datasets == ["x.txt", "x.txt"]
+    other = Imatrix({"blk.0.b.weight": Entry(np.ones(1), {"in_sum2": np.ones((1, 9))})})
+    with pytest.raises(PyggmlError, match="combine importance matrices of one model"):
+        whole.merge(other)
+
+
+# ---- collecting ----
+
+def reference(path, tokens, n_ctx):
+    """The statistics by the numpy engine, from every input as it is."""
+    from pyggml.backends.reference import ReferencePlan
+
+    model = Model.load(path)
+    context = Context(model, n_ctx=n_ctx, exact=True, type_k="F32", type_v="F32")
+    sites = find_sites(context.output)
+    plan = ReferencePlan([t for s in sites for t in (s.x, s.ids) if t is not None])
+    n = len(tokens)
+    cells = np.arange(n, dtype=np.int32)
+    values = iter(plan.run({"tokens": tokens, "pos": cells, "cell": cells, "first": np.zeros(n, np.int32), "wanted": cells}))
+    return [(s, next(values), next(values) if s.ids is not None else None) for s in sites]
+
+
+@pytest.mark.parametrize("which", ["source", "moe"])
+def test_what_is_collected_is_what_the_matrices_multiply(which, request):
+    path = request.getfixturevalue(which)
+    tokens = np.arange(3, 3 + 40, dtype=np.int32)
+    collector = Collector(Model.load(path).file, process_output=True)
+    context = Context(Model.load(path), n_ctx=64, exact=True, type_k="F32", type_v="F32", watch=collector)
+    context.sequences(tokens[None], 0, range(40))
+    for site, x, ids in reference(path, tokens, 64):
+        for name in site.weights:
+            if not collector.wants(name):
+                continue
+            entry = collector.entries[name]
+            for e in range(len(entry.counts)):
+                rows = x if ids is None else np.stack([x[t] if x.ndim == 2 else x[t, u] for t, u in np.argwhere(ids == e)] or [np.zeros(x.shape[-1])])
+                assert entry.counts[e] == (len(x) if ids is None else (ids == e).sum())
+                for key, reduce in REDUCTIONS.items():
+                    np.testing.assert_allclose(entry.stats[key][e], reduce(rows.astype(np.float64)), rtol=2e-3, atol=2e-3, err_msg=f"{name} {key}")
+
+
+def test_collect(source):
+    model = Model.load(source)
+    found = collect(model, models.TEXT, dataset="text", n_ctx=32, n_chunks=6, n_ubatch=64)
+    assert found.n_chunks == 6 and found.datasets == ["text"] and all(e.counts == 6 * 32 for e in found.entries.values())
+    assert set(found.entries) == {n for n, t in model.file.tensors.items() if len(t.shape) > 1 and n.startswith("blk.")}
+    alone = collect(model, models.TEXT, n_ctx=32, n_chunks=6, n_ubatch=8)
+    for name, entry in found.entries.items():
+        np.testing.assert_allclose(alone.entries[name].stats["in_sum2"], entry.stats["in_sum2"], rtol=0.02)
+
+
+def test_collect_refuses_short_text(source):
+    with pytest.raises(PyggmlError, match="128 are needed"):
+        collect(Model.load(source), "the cat", n_ctx=64)
+
+
+def test_statistics(tmp_path):
+    rows = {r["tensor"]: r for r in statistics(made())}
+    x = made().importance("blk.0.b.weight", (5, 4))[0]
+    assert rows["b"]["n"] == 4 and rows["b"]["sum"] == pytest.approx(x.sum(), rel=1e-5) and rows["a"]["n"] == 12
+    p = x / x.sum()
+    assert rows["b"]["entropy"] == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-5)
+
+
+def test_command(source, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(models.TEXT)
+    out, flags = str(tmp_path / "i.gguf"), ["-f", str(tmp_path / "t.txt"), "-c", "32", "--chunks", "4"]
+    assert cli.main(["imatrix", "-m", str(source), *flags, "-o", out]) == 0
+    assert "Final estimate" in capsys.readouterr().out
+    both = str(tmp_path / "both.dat")
+    assert cli.main(["imatrix", "--in-file", out, "--in-file", out, "-o", both, "--output-format", "dat"]) == 0
+    a, b = Imatrix.load(out), Imatrix.load(both)
+    np.testing.assert_allclose(a.importance("blk.0.attn_q.weight", (1, 256)), b.importance("blk.0.attn_q.weight", (1, 256)), rtol=1e-6)
+    assert cli.main(["imatrix", "--show-statistics", "--in-file", out]) == 0
+    assert "ffn_down" in capsys.readouterr().out
+    assert cli.main(["imatrix", "-m", str(source)]) == 2
