@@ -12,10 +12,10 @@ from pathlib import Path
 
 from cffi import FFI
 from setuptools.command.build_ext import build_ext
-from setuptools.command.sdist import sdist
 from setuptools.errors import CCompilerError, CompileError, LinkError, PlatformError
 
 HERE = Path(__file__).parent
+FOLDERS = ("native", "tests", "tools", "models", ".ci")       # a source distribution is the whole repository
 HEADERS = ("blocks.h", "codebooks.h")       # installed beside the package: the numpy codecs read them without an extension
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi2"]
@@ -61,7 +61,10 @@ class BuildNative(build_ext):
     """`build_ext` that adds the cffi glue and one object of kernels.c per instruction set."""
 
     def get_source_files(self):
-        return [str(p.relative_to(HERE.parent)) for p in sorted(HERE.rglob("*")) if p.suffix in {".py", ".c", ".h"}]
+        """What a source distribution carries beside the package."""
+        root = HERE.parent
+        files = (path for folder in FOLDERS for path in sorted((root / folder).rglob("*")) if path.is_file())
+        return [str(path.relative_to(root)) for path in files if "__pycache__" not in path.parts]
 
     def run(self):
         try:
@@ -72,6 +75,11 @@ class BuildNative(build_ext):
             self.warn(f"no native kernels ({error}); pyggml will compute with numpy, which is slow. Install a C compiler and reinstall.")
             for ext in self.extensions:
                 ext.optional = True
+        if not self.inplace:
+            headers = Path(self.get_ext_fullpath("pyggml._native")).parent / "_headers"
+            headers.mkdir(parents=True, exist_ok=True)
+            for name in HEADERS:
+                shutil.copy(HERE / name, headers / name)
 
     def build_extension(self, ext):
         temp = Path(self.build_temp)
@@ -97,16 +105,3 @@ class BuildNative(build_ext):
         ext.extra_compile_args += [*COMMON, *extra]
         ext.extra_link_args += ["-pthread", "-lm", *extra]
         super().build_extension(ext)
-        headers = Path(self.get_ext_fullpath(ext.name)).parent / "_headers"
-        if not self.inplace:
-            headers.mkdir(exist_ok=True)
-            for name in HEADERS:
-                shutil.copy(HERE / name, headers / name)
-
-
-class SourceDist(sdist):
-    """`sdist` that carries the native sources and the tests."""
-
-    def add_defaults(self):
-        super().add_defaults()
-        self.filelist.extend(BuildNative.get_source_files(self))

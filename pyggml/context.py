@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,19 @@ from pyggml import arch, native
 from pyggml.arch.blocks import Builder
 from pyggml.arch.config import Config
 from pyggml.cache import KVCache
-from pyggml.errors import Cancelled, ContextOverflow, ModelError, PyggmlError
+from pyggml.errors import Cancelled, ContextOverflow, ModelError, ParameterError, PyggmlError
 from pyggml.formats import open as open_file
 from pyggml.graph import OUTPUTS, TOKENS, Tensor, walk
 from pyggml.ops import OPS
 
 log = logging.getLogger("pyggml")
+MAX_CELLS, MAX_THREADS = 2**31 - 1, 1024        # a cell is an int32 for the kernels; a pool beyond any machine is a slip of the pen
+
+
+@cache
+def tell_slow() -> None:
+    """Say once that the kernels are missing, and why."""
+    log.warning("no native kernels (%s): computing with numpy, which is slow; install a C compiler and reinstall pyggml", native.why_missing)
 
 
 class Model:
@@ -33,14 +40,17 @@ class Model:
 
     def __init__(self, file: Any) -> None:
         self.file = file
-        self.arch = str(file.kv.get("general.architecture", ""))
-        if not self.arch:
-            raise ModelError(f'{file.path}: the key "general.architecture" is missing, so this is not a model that can run')
+        self.arch = file.kv.get("general.architecture")
+        if not isinstance(self.arch, str):
+            state = "missing" if self.arch is None else f"{self.arch!r}, not a string"
+            raise ModelError(f'{file.path}: the key "general.architecture" is {state}, so this is not a model that can run')
         self.graph = arch.find(self.arch, file.path)
         self.config = Config.read(file.path, file.kv, self.arch)
         table = file.tensors.get("token_embd.weight")
-        if table is None or len(table.shape) != 2:
+        if table is None:
             raise ModelError(f'{file.path}: the tensor "token_embd.weight" is missing; the file is incomplete or not a {self.arch} model')
+        if len(table.shape) != 2 or not table.shape[0]:
+            raise ModelError(f'{file.path}: the tensor "token_embd.weight" has shape {list(table.shape)}; it must have a row for each token')
         self.n_vocab = table.shape[0]
         self._stores: dict[tuple[bool, bool], Any] = {}
 
@@ -53,7 +63,11 @@ class Model:
     def tokenizer(self) -> Any:
         from pyggml import tokenizers
 
-        return tokenizers.load(self.file.kv)
+        tokenizer = tokenizers.load(self.file.kv, self.file.path)
+        if tokenizer.n_vocab != self.n_vocab:
+            raise ModelError(f'{self.file.path}: the vocabulary has {tokenizer.n_vocab} tokens and the tensor "token_embd.weight" {self.n_vocab} '
+                             "rows; one of them is damaged, convert the model again")
+        return tokenizer
 
     @property
     def n_params(self) -> int:
@@ -145,9 +159,10 @@ class Context:
     def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
                  type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False,
                  watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
-        for name, value in (("n_ctx", n_ctx + 1), ("n_batch", n_batch), ("n_ubatch", n_ubatch), ("n_threads", n_threads or 1)):
-            if value < 1:
-                raise PyggmlError(f"{name} is {value}; it must be positive")
+        for name, value, low, high in (("n_ctx", n_ctx, 0, MAX_CELLS), ("n_batch", n_batch, 1, MAX_CELLS), ("n_ubatch", n_ubatch, 1, MAX_CELLS),
+                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS)):
+            if not low <= value <= high:
+                raise ParameterError(f"{name} is {value}; it must be from {low} to {high}")
         c = model.config
         self.model = model
         self.n_ctx = n_ctx or c.n_ctx_train
@@ -158,7 +173,7 @@ class Context:
         self._plans: dict[tuple[int, int], Any] = {}
         self._cancelled = False
         if native.lib is None:
-            log.warning("no native kernels (%s): computing with numpy, which is slow; install a C compiler and reinstall pyggml", native.why_missing)
+            tell_slow()
             self.pool = None
         else:
             from pyggml.backends.cpu import Pool

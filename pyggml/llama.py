@@ -67,7 +67,7 @@ class Llama:
         self._context: Any = None
         if vocab_only:
             self._file = formats.open(model_path, use_mmap=use_mmap)
-            self._tokenizer = tokenizers.load(self._file.kv)
+            self._tokenizer = tokenizers.load(self._file.kv, self._file.path)
         else:
             self._model = Model.load(model_path, use_mmap=use_mmap)
             self._file, self._tokenizer = self._model.file, self._model.tokenizer

@@ -317,7 +317,7 @@ class Sampler:
         for token, bias in self.params.logit_bias.items():
             if not 0 <= token < logits.size:
                 raise ParameterError(f"logit_bias names token {token}, but the vocabulary ends at {logits.size - 1}")
-            logits[token] += bias
+            logits[token] = bias if bias == -math.inf else logits[token] + bias         # forbidden even where it is infinite
         return logits
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyggml.errors import ModelError
+from pyggml.formats.values import printable
 
 ALIASES: dict[str, str] = {"mistral": "llama", "qwen3": "qwen2"}      # same graph, other name: their differences are found in the file
 _SHARED = {"blocks", "config"}
@@ -21,5 +22,5 @@ def names() -> list[str]:
 def find(name: str, path: Any) -> Callable[..., Any]:
     """The graph function of an architecture; ModelError names what is known."""
     if name not in names():
-        raise ModelError(f'{path}: the architecture "{name}" is not known; pyggml runs {", ".join(names())}')
+        raise ModelError(f'{path}: the architecture "{printable(name)}" is not known; pyggml runs {", ".join(names())}')
     return importlib.import_module(f"pyggml.arch.{ALIASES.get(name, name)}").graph

@@ -36,7 +36,10 @@ class Builder(Graph):
             name = f"rope_factors_{'long' if n_ctx > self.config.rope.n_ctx_orig else 'short'}.weight"
         if name not in self.file.tensors:
             return None
-        return self.w(name, (self.config.rope.n_rot // 2,)).data.dequantize().reshape(-1)
+        factors = self.w(name, (self.config.rope.n_rot // 2,)).data.dequantize().reshape(-1)
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise ModelError(f'{self.file.path}: the tensor "{name}" must hold positive numbers, which divide frequencies; the model is damaged')
+        return factors
 
     def has(self, name: str) -> bool:
         return name in self.file.tensors

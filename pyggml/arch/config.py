@@ -37,10 +37,12 @@ class Keys:
             raise self._bad(key, value, f"a whole number from {low} to {high}")
         return int(value)
 
-    def number(self, key: str, default: Any = _REQUIRED) -> float:
+    def number(self, key: str, default: Any = _REQUIRED, *, low: float = -math.inf, above: float = -math.inf) -> float:
+        """A finite number, at least `low` and more than `above`."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-            raise self._bad(key, value, "a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not (math.isfinite(value) and value >= low and value > above):
+            wanted = f" from {low:g} on" if low > -math.inf else f" above {above:g}" if above > -math.inf else ""
+            raise self._bad(key, value, f"a finite number{wanted}")
         return float(value)
 
     def text(self, key: str, default: str) -> str:
@@ -54,13 +56,12 @@ class Keys:
         value = self._get(key, default)
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
             return (self.integer(key, default),) * n_layers
-        try:
-            values = [int(v) for v in value]
-        except (TypeError, ValueError):
-            raise self._bad(key, value, "a whole number, or one for each layer") from None
-        if len(values) != n_layers or min(values) < 1:
-            raise self._bad(key, values, f"{n_layers} positive numbers, one for each layer")
-        return tuple(values)
+        values = np.asarray(value)
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise self._bad(key, value, "a whole number, or one for each layer")
+        if len(values) != n_layers or values.min() < 1:
+            raise self._bad(key, values.tolist(), f"{n_layers} positive numbers, one for each layer")
+        return tuple(values.tolist())
 
 
 @dataclass(frozen=True)
@@ -139,17 +140,16 @@ class Config:
         scaling = keys.text("rope.scaling.type", "linear" if keys.number("rope.scale_linear", 0) else "none")
         if scaling not in ("none", "linear", "yarn", "longrope"):
             raise ModelError(f'{path}: the key "{arch}.rope.scaling.type" is {scaling!r}; known are none, linear, yarn, longrope')
-        factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0)) or 1.0
-        if factor <= 0:
-            raise ModelError(f'{path}: the key "{arch}.rope.scaling.factor" is {factor}; it must be positive')
+        factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0), low=0) or 1.0
         return Config(
             arch=arch, n_layers=n_layers, n_ctx_train=n_ctx, n_embd=n_embd, n_head=n_head, n_kv=n_kv, head_dim=head_dim,
             head_dim_v=keys.integer("attention.value_length", head_dim),
             n_ff=keys.per_layer("feed_forward_length", n_layers),
-            eps=keys.number("attention.layer_norm_rms_epsilon"),
+            eps=keys.number("attention.layer_norm_rms_epsilon", low=0),
             rope=RopeConfig(
-                n_rot=n_rot, base=keys.number("rope.freq_base", 10000.0), scaling=scaling, factor=factor,
+                n_rot=n_rot, base=keys.number("rope.freq_base", 10000.0, above=1), scaling=scaling, factor=factor,
                 n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx, high=1 << 31),
                 attn_factor=keys.number("rope.scaling.attn_factor", 1.0), ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0),
-                beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0), beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0)),
+                beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, above=0),
+                beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, above=0)),
             n_expert=n_expert, n_expert_used=keys.integer("expert_used_count", low=1, high=n_expert) if n_expert else 0)

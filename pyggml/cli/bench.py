@@ -208,7 +208,8 @@ def random_tokens(model: Any, n: int) -> Any:
     import numpy as np
 
     tokens = np.random.default_rng(1).integers(0, model.n_vocab, n)
-    tokens[:1] = model.file.kv.get("tokenizer.ggml.bos_token_id", 0)
+    bos = model.file.kv.get("tokenizer.ggml.bos_token_id")
+    tokens[:1] = bos if isinstance(bos, int) and 0 <= bos < model.n_vocab else 0
     return tokens
 
 

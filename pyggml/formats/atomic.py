@@ -45,7 +45,10 @@ class Output:
         self._pending, self._done = bytearray(), 0
 
     def write(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
+        view = memoryview(data)
+        if not view.nbytes:             # a shape with zeros cannot be cast
+            return
+        view = view.cast("B")
         if len(self._pending) + len(view) > CHUNK:
             self.flush()
         if len(view) > CHUNK:

@@ -76,9 +76,17 @@ def _score(model: Model, chunks: np.ndarray, options: dict[str, Any], write: Any
         for logits, targets in zip(evaluator.logits(group, first), evaluator.targets(group, first), strict=True):
             if write is not None:
                 write(logits)
-            nll[done] = -log_likelihood(logits, targets)
+            nll[done] = _surprise(model, done, logits, targets)
             done += 1
             yield Perplexity(nll[:done].reshape(-1), done)
+
+
+def _surprise(model: Model, chunk: int, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-ln p(target) for each row of logits of a chunk: float64 (rows)."""
+    nll = -log_likelihood(logits, targets)
+    if not np.isfinite(nll).all():
+        raise PyggmlError(f"{model.file.path}: the logits of chunk {chunk + 1} are not finite: the model is damaged, or its numbers overflow")
+    return nll
 
 
 def _strided(model: Model, tokens: np.ndarray, n_ctx: int, n_chunks: int, stride: int, options: dict[str, Any]) -> tuple[int, Iterator[Perplexity]]:
@@ -94,7 +102,7 @@ def _strided(model: Model, tokens: np.ndarray, n_ctx: int, n_chunks: int, stride
         for i, start in enumerate(starts):
             chunk = tokens[None, start:start + n_ctx]
             logits = evaluator.logits(chunk, first, bos=False)[0]
-            nll[i] = -log_likelihood(logits, evaluator.targets(chunk, first)[0])
+            nll[i] = _surprise(model, i, logits, evaluator.targets(chunk, first)[0])
             yield Perplexity(nll[:i + 1].reshape(-1), i + 1)
 
     return len(starts), score()

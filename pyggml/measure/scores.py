@@ -45,6 +45,7 @@ def log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """ln p(target) for each row: float64 (rows)."""
     out = np.empty(len(logits))
 
+    @np.errstate(invalid="ignore")              # infinite logits give NaN
     def work(rows: slice) -> None:
         x = logits[rows]
         top = x.max(-1)

@@ -17,8 +17,15 @@ __all__ = ["MODELS", "StreamDecoder", "Tokenizer", "load"]
 MODELS: dict[str, type[Tokenizer]] = {"llama": SentencePiece, "gpt2": ByteBPE, "gemma4": GemmaBPE, "bert": WordPiece, "t5": Unigram}
 
 
-def load(kv: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a file with this metadata."""
+def load(kv: Mapping[str, Any], path: str = "") -> Tokenizer:
+    """The tokenizer of a file with this metadata; `path` names the file in errors."""
+    try:
+        return _load(kv)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _load(kv: Mapping[str, Any]) -> Tokenizer:
     model = kv.get("tokenizer.ggml.model")
     if model is None:
         raise ModelError("tokenizer.ggml.model is missing: the file has no tokenizer; convert the model again, or use a file that has one")

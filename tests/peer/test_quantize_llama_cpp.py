@@ -41,6 +41,6 @@ def test_types_sizes_and_order_are_the_same(source, tmp_path, recipe):
     assert list(ours.kv) == list(theirs.kv)
     assert [(n, t.type.name, t.offset) for n, t in ours.tensors.items()] == [(n, t.type.name, t.offset) for n, t in theirs.tensors.items()]
     weights = formats.open(source)
-    for name, tensor in ours.tensors.items():        # two searches for one thing come equally near to the weights
+    for name in ours.tensors:        # two searches for one thing come equally near to the weights
         errors = [np.linalg.norm(t[name].dequantize() - weights[name].dequantize()) for t in (ours, theirs)]
         assert errors[0] <= 1.02 * errors[1], name
