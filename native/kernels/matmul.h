@@ -6,6 +6,11 @@
 #pragma once
 #include <sched.h>
 #include <sys/mman.h>
+#include <unistd.h>
+
+static int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum { COLUMN_BLOCK = 8 };                       // column tiles in a chunk: 64 columns of activations stay in the L2 cache
 enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights: worth a claim; small enough to balance
@@ -16,6 +21,7 @@ typedef struct {                                 // one matrix of (rows, k): a w
     _Atomic uint8_t *ready;                      // TILE_* per tile
     int64_t rows, k, row_stride, tiles, bytes;   // bytes: of a tile
     int type, tile, release;                     // ggml type; type of the tiles
+    tile_fn *const *kernels;                     // by columns less one
 } matrix;
 
 static matrix matrix_of(const pyg_view *v, int64_t expert, int layout) {
@@ -25,7 +31,7 @@ static matrix matrix_of(const pyg_view *v, int64_t expert, int layout) {
     return (matrix){
         .raw = row_at(v, 0, expert, 0), .packed = v->packed ? v->packed + expert * tiles * bytes : NULL,
         .ready = (_Atomic uint8_t *)(v->ready + (v->packed ? expert * tiles : 0)),
-        .rows = v->ne[1], .k = v->ne[0], .row_stride = v->nb[1], .tiles = tiles, .bytes = bytes, .type = type, .tile = tile, .release = v->release,
+        .rows = v->ne[1], .k = v->ne[0], .row_stride = v->nb[1], .tiles = tiles, .bytes = bytes, .type = type, .tile = tile, .release = v->release, .kernels = tile_kernels(tile, layout),
     };
 }
 
@@ -37,16 +43,15 @@ static int tile_rows(const matrix *m, int64_t tile) {
     return left < TILE_ROWS ? (int)left : TILE_ROWS;
 }
 
-// Gives back the file's pages behind tiles [first, last), as far as no unpacked neighbour lives on them. Mapping a page in maps
-// its surroundings too, so the packed tiles just before are given back once more.
+// Gives back the file's whole pages behind tiles [first, last). Mapping a page in maps its surroundings too, and pages straddle
+// tiles; so once the last tile is packed, everything goes back.
 static void release_pages(const matrix *m, int64_t first, int64_t last) {
-    const uintptr_t page = 4096, around = 64 << 10;
-    const int64_t tile = m->row_stride * TILE_ROWS, size = m->row_stride * m->rows;
-    uintptr_t base = (uintptr_t)m->raw, low = base + first * tile;
-    while (first > 0 && base + first * tile + around > low && atomic_load_explicit(&m->ready[first - 1], memory_order_relaxed) == TILE_READY) first--;
-    while (last < m->tiles && atomic_load_explicit(&m->ready[last], memory_order_relaxed) == TILE_READY && (last * tile) % page) last++;
-    uintptr_t start = (base + first * tile + page - 1) / page * page;
-    uintptr_t end = (base + (last * tile < size ? last * tile : size)) / page * page;
+    int64_t t = 0;
+    while (t < m->tiles && atomic_load_explicit(&m->ready[t], memory_order_relaxed) == TILE_READY) t++;
+    if (t == m->tiles) first = 0, last = m->tiles;
+    const uintptr_t page = sysconf(_SC_PAGESIZE), base = (uintptr_t)m->raw;
+    const uintptr_t start = (base + first * TILE_ROWS * m->row_stride + page - 1) / page * page;
+    const uintptr_t end = (base + least(last * TILE_ROWS, m->rows) * m->row_stride) / page * page;
     if (start < end) madvise((void *)start, end - start, MADV_DONTNEED);
 }
 
@@ -86,10 +91,6 @@ static const char *make_tile(const matrix *m, int64_t tile, char *scratch) {
 
 // ---- chunks ------------------------------------------------------------------------------------------------------------------------
 typedef struct { int64_t group, groups, block, blocks; } chunking;        // row tiles per group, column tiles per block, and how many
-
-static int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static chunking chunks_of(const worker *w, int64_t tiles, int64_t bytes, int64_t cols) {
     chunking c = {.block = COLUMN_BLOCK};
@@ -184,7 +185,7 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
             for (int i = 0; i < j->matrices; i++) {
                 const matrix *m = &j->m[i];
                 if (by_rows) row_tile(m, t, j->layout, a, N, out[i]);
-                else TILE_KERNELS[m->tile][N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, out[i]);
+                else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, out[i]);
             }
             store_tile(&j->finish, &j->to, out[0], out[1], t * TILE_ROWS, tile_rows(&j->m[0], t), c * SMALL_COLS, N);
         }

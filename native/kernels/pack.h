@@ -32,7 +32,7 @@ typedef struct {
     const int8_t *codebook;      // NULL, or what the 16 nibbles stand for
 } tile_type;
 
-// T(name, ...): everything a kernel must know about a packed type; the packer is pack_<name> below
+// T(name, ...): everything a kernel must know about a packed type; the packer is r16_<name> below
 #define FLOAT_TILES(T) T(f32, .bytes = 4) T(f16, .bytes = 2) T(bf16, .bytes = 2)
 #define BLOCK32_TILES(T) \
     T(q4_0, .bits = 4, .zero = 3) T(q4_1, .bits = 4, .mins = 1) T(q5_0, .bits = 5, .zero = 4) T(q5_1, .bits = 5, .mins = 1) \
@@ -89,7 +89,8 @@ static int act_format(int type, int packed, int exact) {
         BLOCK_TYPES(X)
 #undef X
     };                                                       // plain numbers: ACT_F32
-    return exact ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
+    if (exact < 0 && TILE_TYPES[type].block == 32) return ACT_A256;
+    return exact > 0 ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
 }
 
 // ---- quads: 16 weights of one row as bytes, four quads, from the file's blocks (i: which 16 of the block) -------------------------
@@ -201,7 +202,7 @@ INLINE void put_planes(const int bits, quads4 q0, quads4 q1, char *planes, int r
 typedef void pack_fn(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile);
 
 #define PACKER(name, ...) \
-    static void pack_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
+    static void r16_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
         const tile_type d = TILE_TYPES[TYPE_##name]; \
         if (rows < TILE_ROWS) memset(tile, 0, tile_bytes(d.id, k)); \
         for (int64_t j = 0; j < k / d.block; j++, tile += tile_block_bytes(d)) \
@@ -216,7 +217,7 @@ typedef void pack_fn(const char *raw, int64_t row_stride, int rows, int64_t k, c
 BLOCK32_TILES(PACKER) BLOCK256_TILES(PACKER)
 
 #define FLOAT_PACKER(name, type) \
-    static void pack_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
+    static void r16_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
         if (rows < TILE_ROWS) memset(tile, 0, k * TILE_ROWS * sizeof(type)); \
         for (int64_t i = 0; i < k; i++) \
             for (int r = 0; r < rows; r++) ((type *)tile)[i * TILE_ROWS + r] = ((const type *)(raw + r * row_stride))[i]; \
@@ -239,7 +240,7 @@ INLINE void put_codes(u8x32 codes, char *planes, int r) {
     put_planes(8, load16(&codes), load16((const char *)&codes + 16), planes, r);
 }
 #define CODES_PACKER(name) \
-    static void pack_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
+    static void r16_##name(const char *raw, int64_t row_stride, int rows, int64_t k, char *tile) { \
         const tile_type d = TILE_TYPES[CODES_##name]; \
         if (rows < TILE_ROWS) memset(tile, 0, tile_bytes(d.id, k)); \
         for (int r = 0; r < rows; r++) \
@@ -267,7 +268,7 @@ static const uint8_t CODES_OF[N_TYPES] = {
 static int tile_of(int type) { return CODES_OF[type] ? CODES_OF[type] : type; }
 
 static pack_fn *const PACKERS[N_TYPES] = {
-#define T(name, ...) [TYPE_##name] = pack_##name,
+#define T(name, ...) [TYPE_##name] = r16_##name,
     FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES_TYPES(T)
 #undef T
 };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyggml.backends.cpu import Program
-from pyggml.native import ffi, lib
+from pyggml.native import lib
 from pyggml.quants import dequantize
 from pyggml.types import tensor_type
 
@@ -65,7 +65,10 @@ def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray
 
 
 class Weight:
-    """A random weight (rows, k) or (experts, rows, k) in a layout: `packed` with its arena, `raw` blocks, or `exact` floats from them."""
+    """A random weight (rows, k) or (experts, rows, k) in a layout.
+
+    packed: with its arena; coarse: the same, for activations with a scale per 256; raw: blocks; exact: floats made from blocks.
+    """
 
     def __init__(self, name: str, shape: tuple[int, ...], layout: str, rng: np.random.Generator) -> None:
         *experts, rows, k = shape
@@ -74,14 +77,13 @@ class Weight:
         self.raw = random_blocks(name, n * rows, k, rng)
         self.dense = dequantize(self.raw, name).reshape(shape).astype(np.float64)
         self.packed = self.ready = None
-        if layout == "packed":
+        if layout in ("packed", "coarse"):
             self.packed = np.zeros(n * lib.pyg_pack_bytes(self.id, rows, k), np.uint8)
             self.ready = np.zeros(n * -(-rows // 16), np.uint8)
-        self.format = lib.pyg_act_format(self.id, int(layout == "packed"), int(layout == "exact"))
+        self.format = lib.pyg_act_format(self.id, int(self.packed is not None), {"exact": 1, "coarse": -1}.get(layout, 0))
 
     def view(self, program: Program, release: bool = False) -> int:
-        packed = ffi.cast("char *", self.packed.ctypes.data) if self.packed is not None else None
-        return program.view(self.raw, self.name, self.shape, packed=packed, ready=self.ready, release=release)
+        return program.view(self.raw, self.name, self.shape, packed=self.packed, ready=self.ready, release=release)
 
 
 class Matmul:

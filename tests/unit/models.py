@@ -7,8 +7,8 @@ import numpy as np
 from pyggml import formats
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
-SENTENCE = "the cat sat on a mat and looked at the dog that ran after it over hill"
-TEXT = " ".join(f"{w} {i % 17}" for i, w in enumerate(SENTENCE.split() * 60))
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "the", "dog", "that", "ran", "after", "it", "over", "hill")
+TEXT = " ".join(f"{word} {i % 17}" for i, word in enumerate(WORDS * 60))
 
 
 def as_f16(path: Path, name: str = "llama_quant.q8_0") -> Path:

@@ -3,10 +3,10 @@
 import json
 import struct
 
-import models
 import numpy as np
 import pytest
 
+import models
 from pyggml import cli
 from pyggml.context import Context, Model
 from pyggml.errors import Cancelled, PyggmlError
@@ -119,13 +119,16 @@ def test_damaged_base_files_are_refused(tmp_path, damage):
 
 # ---- perplexity ----
 
+EXACT = {"exact": True, "type_k": "F32", "type_v": "F32"}
+
+
 def by_hand(path, n_ctx, n_chunks):
     """Negative log-likelihoods, chunk by chunk and token by token."""
     model = Model.load(path)
     tokens = tokenize(model, models.TEXT, n_ctx)
     found = []
     for chunk in split(tokens, n_ctx, n_chunks):
-        context = Context(model, n_ctx=n_ctx)
+        context = Context(model, n_ctx=n_ctx, **EXACT)
         ids = chunk.copy()
         if model.tokenizer.options["add_bos"]:
             ids[0] = model.tokenizer.bos
@@ -138,12 +141,12 @@ def by_hand(path, n_ctx, n_chunks):
 @pytest.mark.parametrize("golden", ["llama_quant.q8_0", "mixtral.q4_k_m_mix"])
 def test_perplexity_is_that_of_the_definition(golden, n_ubatch):
     path = models.GOLDEN / f"{golden}.gguf"
-    found = perplexity.perplexity(Model.load(path), models.TEXT, n_ctx=32, n_chunks=5, n_ubatch=n_ubatch)
+    found = perplexity.perplexity(Model.load(path), models.TEXT, n_ctx=32, n_chunks=5, n_ubatch=n_ubatch, **EXACT)
     expected = by_hand(path, 32, 5)
     assert found.n_tokens == len(expected) == 5 * 15
-    np.testing.assert_allclose(found.nll, expected, atol=0.03)
-    assert found.value == pytest.approx(np.exp(expected.mean()), rel=2e-3)
-    assert found.error == pytest.approx(found.value * expected.std() / np.sqrt(74), rel=0.02)
+    np.testing.assert_allclose(found.nll, expected, atol=2e-3)
+    assert found.value == pytest.approx(np.exp(expected.mean()), rel=1e-3)
+    assert found.error == pytest.approx(found.value * expected.std() / np.sqrt(74), rel=1e-3)
 
 
 def test_stride(source):
@@ -181,7 +184,8 @@ def test_divergence_from_a_file_is_that_of_lockstep(source, small, tmp_path):
     *_, [expected] = lockstep(Model.load(source), [Model.load(small)], chunks)
     assert len(found) == len(expected) == 6 * 15
     np.testing.assert_allclose(found.kld, expected.kld, rtol=0.02, atol=2e-4)
-    np.testing.assert_allclose(found.nll_base, expected.nll_base, atol=5e-4)
+    kept = expected.nll_base < basefile.SPAN            # what is less likely than exp(-16) of the best is cut off in the file
+    np.testing.assert_allclose(found.nll_base[kept], expected.nll_base[kept], atol=5e-4)
 
 
 def test_base_of_another_vocabulary_is_refused(source, tmp_path):
@@ -260,5 +264,4 @@ def test_plot(source, small, text, tmp_path):
     page = tmp_path / "report.html"
     assert cli.main(["compare", str(source), str(small), "-f", text, "-c", "32", "--chunks", "4", "--plot", str(page)]) == 0
     html = page.read_text()
-    assert html.count("<svg") == 2 and "q3.gguf" in html and "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", "")
+    assert html.count("<svg") == 2 and "q3.gguf" in html and "<script" not in html and "src=" not in html

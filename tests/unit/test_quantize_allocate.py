@@ -2,10 +2,10 @@
 
 import itertools
 
-import models
 import numpy as np
 import pytest
 
+import models
 from pyggml import cli, formats
 from pyggml.errors import PyggmlError
 from pyggml.quantize import allocate
@@ -75,11 +75,11 @@ def test_command(source, tmp_path, capsys):
 
 
 def test_a_size_holds_for_the_whole_file(source, tmp_path):
-    found = allocate.allocate(source, models.TEXT, size=170_000, n_ctx=32, n_chunks=2, types=("Q2_K", "Q4_K", "Q6_K"))
+    found = allocate.allocate(source, models.TEXT, size=400_000, n_ctx=32, n_chunks=2, types=("Q2_K", "Q4_K", "Q6_K"))
     from pyggml.quantize import quantize_file
 
     quantize_file(source, tmp_path / "o.gguf", found.recipe)
-    assert 150_000 < (tmp_path / "o.gguf").stat().st_size <= 170_000
+    assert 380_000 < (tmp_path / "o.gguf").stat().st_size <= 400_000
     found.save(tmp_path / "mix.txt")
     lines = (tmp_path / "mix.txt").read_text().splitlines()
     assert len(lines) == len(found.chosen) and lines[0].startswith("^") and "\\." in lines[0]

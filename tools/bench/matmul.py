@@ -19,16 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from pyggml.backends.cpu import Pool, Program  # noqa: E402
-from pyggml.native import ffi, lib, select_isa  # noqa: E402
+from pyggml.native import huge_zeros, lib, select_isa  # noqa: E402
 from pyggml.types import tensor_type  # noqa: E402
-
-
-class Arena:
-    """Huge-page memory for packed weights."""
-
-    def __init__(self, size: int) -> None:
-        self.start = lib.pyg_arena_new(size)
-        self.array = np.frombuffer(ffi.buffer(self.start, size), np.uint8)
 
 
 def weights(name: str, rows: int, k: int, rng: np.random.Generator) -> np.ndarray:
@@ -50,7 +42,7 @@ def measure(name: str, rows: int, k: int, cols: int, threads: int, memory: int, 
     kind = tensor_type(name).id
     size = lib.pyg_pack_bytes(kind, rows, k)
     copies = max(1, min(64, (memory << 20) // size)) if cols <= 8 else 1
-    raw, arena = weights(name, rows, k, rng), Arena(copies * size)
+    raw = weights(name, rows, k, rng)
     fmt = lib.pyg_act_format(kind, 1, 0)
     program, pool = Program(), Pool(threads)
     x, y = rng.standard_normal((cols, k)).astype(np.float32), np.zeros((cols, rows), np.float32)
@@ -62,7 +54,7 @@ def measure(name: str, rows: int, k: int, cols: int, threads: int, memory: int, 
         xv = buffer
     for c in range(copies):
         ready = np.zeros(-(-rows // 16), np.uint8)
-        w = program.view(raw, name, (rows, k), packed=arena.start + c * size, ready=ready)
+        w = program.view(raw, name, (rows, k), packed=huge_zeros(size), ready=ready)
         program.step("mul_mat", yv, [w, xv], [1, fmt, prepared], [0.0, 1.0], sync=c == 0)
     program.finish()
     program.run(pool)
@@ -71,7 +63,6 @@ def measure(name: str, rows: int, k: int, cols: int, threads: int, memory: int, 
         start = time.perf_counter()
         program.run(pool)
         best = min(best, (time.perf_counter() - start) / copies)
-    lib.pyg_arena_free(arena.start, copies * size)
     return best, size
 
 

@@ -47,9 +47,8 @@ def main() -> None:
     text = Path(args.text).read_text()
     print("| type | imatrix | bytes | llama.cpp | pyggml | difference | |\n|---|---|---|---|---|---|---|")
     for kind in args.types:
-        for imatrix in (None, args.imatrix):
-            if imatrix is None and kind in NEEDS_IMATRIX or imatrix is None and args.imatrix is None and kind in NEEDS_IMATRIX:
-                continue
+        without = () if kind in NEEDS_IMATRIX else (None,)
+        for imatrix in (*without, *([args.imatrix] if args.imatrix else [])):
             theirs, ours = (args.work / f"{who}-{kind}{'-imatrix' if imatrix else ''}.gguf" for who in ("llama", "pyggml"))
             llama_quantize(args.llama_quantize, args.model, theirs, kind, imatrix)
             name, tensors = recipe(kind)
@@ -61,9 +60,8 @@ def main() -> None:
             print(f"| {kind} | {'yes' if imatrix else 'no'} | {a.nbytes}{same} | {theirs_kld.value:.6f} ± {theirs_kld.error:.6f} | "
                   f"{ours_kld.value:.6f} ± {ours_kld.error:.6f} | {change.value:+.6f} ± {change.error:.6f} | "
                   f"{100 * change.value / theirs_kld.value:+.1f}% |", flush=True)
-            os.unlink(theirs), os.unlink(ours)
-            if args.imatrix is None:
-                break
+            for path in (theirs, ours):
+                os.unlink(path)
 
 
 if __name__ == "__main__":
