@@ -137,8 +137,8 @@ def tensor_cases() -> Iterator[Case]:
         yield Case(f"data_past_end_{kind}_{name}", M.file((), (M.info(dims=dims, kind=kind),), DATA), says)
     for row, kind, block in ((1, T_Q4_0, 32), (33, T_Q4_0, 32), (16, T_Q4_0, 32), (32, T_Q4_K, 256), (255, T_Q4_K, 256)):
         yield Case(f"row_{row}_of_{block}", M.file((), (M.info(dims=(row, block), kind=kind),), bytes(1 << 16)), "do not divide into")
-    for kind in (1024, 65535, 2 ** 31, 2 ** 32 - 1):
-        yield Case(f"type_{kind:x}", M.file((), (M.info(kind=kind),), DATA), f"type is {kind} (limit 1023)")
+    for kind in (65536, 2 ** 24, 2 ** 31, 2 ** 32 - 1):
+        yield Case(f"type_{kind:x}", M.file((), (M.info(kind=kind),), DATA), f"type is {kind} (limit 65535)")
     for offset in (1, 4, 16, 31, 2 ** 63 + 1, 2 ** 64 - 1):
         yield Case(f"offset_unaligned_{offset:x}", M.file((), (M.info(offset=offset),), DATA * 4), "not a multiple of the alignment 32")
     for offset in (32, 1 << 20, 2 ** 32, 2 ** 63 - 32, 2 ** 63, 2 ** 64 - 32):
@@ -218,7 +218,7 @@ def legal_cases() -> Iterator[Case]:
     yield Case("unsorted", M.file((), (M.info("b", offset=32), M.info("a")), DATA * 2))
     yield Case("gap", M.file((), (M.info("a"), M.info("b", offset=128)), DATA * 5))
     yield Case("trailing", M.file((), (M.info(),), DATA * 9))
-    for kind in (4, 31, 43, 99, 397):
+    for kind in (4, 31, 43, 99, 397, 1000, 65535):
         yield Case(f"unknown_type_{kind}", M.file((), (M.info("a", kind=kind), M.info("b", offset=32)), DATA * 2))
     for a in (8, 16, 64, 4096, 65536, 1, 2, 4, 24, 40):
         key = M.kv("general.alignment", U32, M.pack("I", a))

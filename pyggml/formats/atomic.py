@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import secrets
+import signal
 import stat
 import struct
 import threading
@@ -27,6 +28,23 @@ CHUNK = 1 << 20
 BLOCK = 4096                # of file systems that can share blocks between files
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 _YOUNG = 60           # seconds in which a temporary file without a lock may still be about to be locked
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit instead of ending the process at once, so that what was begun is cleaned up."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def open_file(path: str, flags: int) -> int:
@@ -145,7 +163,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
     folder, name = os.path.split(target)
     state = "the old file is unchanged" if os.path.lexists(target) else "nothing was written"
     try:
-        with locked(target) as old:
+        with orderly_end(), locked(target) as old:
             _remove_stale(folder, name)
             _check_room(folder, size, target)
             _remove_parts(folder, name, resume)

@@ -44,7 +44,8 @@ class Limits:
     dims: int = 4
     nesting: int = 64               # arrays within arrays
     alignment: int = 64 << 10
-    type_id: int = 1023             # ids above are damage; unknown ones below may belong to another program
+    type_id: int = 65535            # of an unknown tensor type: above is damage, below it may be another program's
+    header: int = 128 << 20         # bytes of everything before the tensor data
 
 
 class Entry(NamedTuple):
@@ -87,6 +88,8 @@ class _Cursor:
             self.fail(f"{what} needs {count * each} bytes, {left} are left in the file; it is cut short or damaged")
         end = self.pos + count * each
         if end > self.have:
+            if end > self.limits.header:
+                self.fail(f"metadata and tensor table reach {end} bytes into the file (limit {self.limits.header})")
             raise _NeedMore(end)
         return end
 
@@ -179,7 +182,7 @@ class _Cursor:
         if end < 0:                         # name the string, or ask for more of the file
             self.pos = -end - 1
             self.need(self.capped("length of a string of the array", self.limits.string, 1), 1, "a string of the array")
-            raise _NeedMore(min(self.size, 2 * self.have))
+            raise _NeedMore(min(self.size, self.have + 1))
         self.pos = end
 
 
@@ -220,7 +223,7 @@ def read(source: Source, limits: Limits | None = None) -> TensorFile:
         try:
             return _read(_Cursor(source, source.head(n), limits), source)
         except _NeedMore as more:
-            n = max(2 * n, more.args[0])
+            n = max(min(2 * n, limits.header), more.args[0])
 
 
 def _read(c: _Cursor, source: Source) -> TensorFile:
@@ -309,7 +312,7 @@ def _read_infos(c: _Cursor, n_tensors: int) -> dict[str, _Info]:
             if elements >= MAX_WEIGHTS:
                 c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^60)", dims_at)
         start, kind = c.pos, c.u32("type")
-        if kind > c.limits.type_id:
+        if kind > c.limits.type_id and kind not in BY_ID:
             c.fail(f"type is {kind} (limit {c.limits.type_id})", start)
         end = c.need(1, 8, "offset")
         infos[name] = _Info(name, tuple(dims), kind, offset_of(c.buffer, c.pos)[0], dims_at, c.pos)

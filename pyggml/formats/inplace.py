@@ -69,21 +69,22 @@ def replace_start(path: str | os.PathLike[str], fd: int, old: np.ndarray, new: b
     if not len(places):
         return True
     first, last = int(places[0]), int(places[-1]) + 1
-    size = os.fstat(fd).st_size
-    _write_undo(target, struct.pack("<QQQQ", size, inserted, first, last - first), old[first:last].tobytes())
-    try:
-        if inserted and not _fallocate(fd, _INSERT_RANGE, inserted):
-            _drop_undo(target)
-            return False
-        _write_at(fd, new[first:last + inserted], first)
-        os.fsync(fd)
-        if _read_at(fd, first, last + inserted - first) != new[first:last + inserted]:
-            raise OSError(errno.EIO, "the header read back is not what was written")
-    except BaseException:
-        _undo(target, fd)
-        raise
-    _drop_undo(target)
-    return True
+    with atomic.orderly_end():
+        size = os.fstat(fd).st_size
+        _write_undo(target, struct.pack("<QQQQ", size, inserted, first, last - first), old[first:last].tobytes())
+        try:
+            if inserted and not _fallocate(fd, _INSERT_RANGE, inserted):
+                _drop_undo(target)
+                return False
+            _write_at(fd, new[first:last + inserted], first)
+            os.fsync(fd)
+            if _read_at(fd, first, last + inserted - first) != new[first:last + inserted]:
+                raise OSError(errno.EIO, "the header read back is not what was written")
+        except BaseException:
+            _undo(target, fd)
+            raise
+        _drop_undo(target)
+        return True
 
 
 def _write_undo(target: str, numbers: bytes, old: bytes) -> None:

@@ -90,13 +90,20 @@ class PlainFile(_LocalFile):
     def head(self, n: int) -> Any:
         have, n = len(self._head), min(n, self.size)
         if have < n:
-            self._head = np.concatenate([self._head, self.array(have, n - have)])
+            longer = np.empty(n, np.uint8)
+            longer[:have] = self._head
+            self._read(longer[have:], have)
+            self._head = longer
         return self._head.data
 
     def array(self, offset: int, n: int) -> np.ndarray:
         data = np.empty(n, np.uint8)
-        view, done = memoryview(data.data), 0
-        while done < n:
+        self._read(data, offset)
+        return data
+
+    def _read(self, into: np.ndarray, offset: int) -> None:
+        view, done = memoryview(into.data), 0
+        while done < into.nbytes:
             try:
                 got = os.preadv(self.fd, [view[done:]], offset + done)
             except OSError as error:
@@ -104,7 +111,6 @@ class PlainFile(_LocalFile):
             if not got:
                 raise GGUFError(f"{printable(self.name)}: the file was cut to {offset + done} bytes while it was read; open it again")
             done += got
-        return data
 
 
 class Memory:

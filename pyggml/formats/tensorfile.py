@@ -40,10 +40,8 @@ class OpaqueType:
         return self.name
 
 
-def swap(type: TensorType | OpaqueType, data: np.ndarray, label: str) -> np.ndarray:
-    """Blocks (uint8) in the other byte order. `label` names the tensor in the error for a type whose layout is unknown."""
-    if isinstance(type, OpaqueType):
-        raise PyggmlError(f"{label}: {type.why()}, so its byte order cannot be changed")
+def swap(type: TensorType, data: np.ndarray) -> np.ndarray:
+    """Blocks (uint8) in the other byte order."""
     return np.ascontiguousarray(data).view(type.layout.newbyteorder(">")).astype(type.layout).view(np.uint8)
 
 
@@ -145,9 +143,9 @@ class Tensor:
             yield self.part(start, min(step, self.nbytes - start))
 
     def part(self, start: int, n: int) -> np.ndarray:
-        """`n` bytes of the blocks from byte `start` on, both at block borders: uint8 (n,), little-endian."""
+        """`n` bytes of the blocks from byte `start` on, both at block borders: uint8 (n,), little-endian unless the type is unknown."""
         data = self.source.array(self.offset + start, n)
-        return swap(self.type, data, self.label) if self.swapped else data
+        return swap(self.type, data) if self.swapped and isinstance(self.type, TensorType) else data
 
     def _rows(self, data: np.ndarray) -> np.ndarray:
         if isinstance(self.type, OpaqueType):

@@ -30,12 +30,15 @@ class NewTensor:
     shape: tuple[int, ...]
     data: np.ndarray | Callable[[], Iterable[np.ndarray]]
     nbytes: int
+    order: str = "<"            # of data of an unknown type, which is written as it is
 
     def chunks(self, order: str) -> Iterable[Any]:
+        if isinstance(self.type, OpaqueType) and order != self.order:
+            raise PyggmlError(f'tensor "{printable(self.name)}": {self.type.why()}, so its byte order cannot be changed')
         parts = self.data() if callable(self.data) else (self.data,)
         for part in parts:
             part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-            yield part if order == "<" else swap(self.type, part, f'tensor "{printable(self.name)}"')
+            yield swap(self.type, part) if order == ">" and isinstance(self.type, TensorType) else part
 
 
 def new_tensor(name: str, data: Any, type: str | int | TensorType | None = None, shape: Iterable[int] | None = None) -> NewTensor:
@@ -79,7 +82,7 @@ def _nbytes(name: str, row: TensorType, shape: tuple[int, ...]) -> int:
 
 def _existing(t: Tensor) -> NewTensor:
     """A tensor of an open file, copied in pieces; a byte order is changed where needed."""
-    return NewTensor(t.name, t.type, t.shape, t.pieces, t.nbytes)
+    return NewTensor(t.name, t.type, t.shape, t.pieces, t.nbytes, ">" if t.swapped else "<")
 
 
 Tensors = Mapping[str, Any] | Iterable[Tensor | NewTensor]

@@ -210,6 +210,18 @@ def test_only_regular_files_are_replaced(tmp_path, make):
         save(tmp_path / "x", b"new content")
 
 
+def test_termination_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "m"
+    path.write_bytes(b"old!")
+    script = ("import sys, time\nfrom pyggml.formats import atomic\n"
+              "with atomic.replacing(sys.argv[1]) as out:\n out.write(bytes(4 << 20))\n print('writing', flush=True)\n time.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n" and len(list(tmp_path.iterdir())) == 2
+    process.terminate()
+    assert process.wait(10) == 143
+    assert path.read_bytes() == b"old!" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_disk_full_in_a_limited_process(tmp_path):
     path = tmp_path / "m"
     path.write_bytes(b"old!")

@@ -87,3 +87,54 @@ def test_odd_alignment_warns():
     by_name = {c.name: c for c in malformed.legal()}
     assert formats.open_source(Memory(by_name["alignment_24"].data)).warnings
     assert not formats.open_source(Memory(by_name["alignment_64"].data)).warnings
+
+
+def sparse(path, data, size):
+    path.write_bytes(data)
+    with open(path, "r+b") as f:
+        f.truncate(size)
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda m: m.kv("k", malformed.STR, m.string("", 3 << 30)), r"length of the string is \d+ \(limit 67108864\)"),
+    (lambda m: m.kv("k", malformed.ARR, m.array(malformed.U8, 3 << 30, b"")), r"length of the array is \d+ \(limit 67108864\)"),
+    (lambda m: m.kv("k", malformed.ARR, m.array(malformed.U64, 60 << 20, b"")), r"reach \d+ bytes into the file \(limit 134217728\)"),
+    (lambda m: m.kv("k", malformed.ARR, m.array(malformed.STR, 60 << 20, b"")), r"reach \d+ bytes into the file \(limit 134217728\)"),
+])
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_what_fits_into_a_sparse_file_is_still_limited(tmp_path, make, says, use_mmap):
+    path = tmp_path / "sparse.gguf"
+    sparse(path, malformed.M.file((make(malformed.M),)), 4 << 30)
+    tracemalloc.start()
+    if use_mmap and "reach" in says:            # a map costs no memory: the reader walks it and finds no key behind the array
+        says = "."
+    try:
+        with pytest.raises(GGUFError, match=says):
+            formats.open(path, use_mmap=use_mmap)
+            raise GGUFError("accepted")
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 256 << 20
+
+
+@pytest.mark.parametrize("command", [["info"], ["check", "--level", "parse"], ["check"]])
+def test_commands_refuse_in_one_line(tmp_path, capsys, command):
+    from pyggml import cli
+    path = tmp_path / "x.gguf"
+    for case in malformed.invalid():
+        path.write_bytes(case.data)
+        assert cli.main([*command, str(path)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and case.says in error
+
+
+@pytest.mark.parametrize("command", [["info", "--tensors"], ["info", "--json"], ["check"], ["hash"]])
+def test_commands_take_legal_oddities(tmp_path, capsys, command):
+    from pyggml import cli
+    path = tmp_path / "x.gguf"
+    for case in malformed.legal():
+        path.write_bytes(case.data)
+        unknown = case.name.startswith("unknown_type") and command[0] == "check"
+        assert cli.main([*command, str(path)]) == int(unknown)
+        assert capsys.readouterr().err.count("\n") == int(unknown)

@@ -126,6 +126,23 @@ def test_the_gguf_package_reads_it_and_writes_what_is_read(tmp_path):
     assert file["q"].type.name == "Q8_0" and file["q"].shape == (4, 64)
 
 
+def test_unknown_types_are_copied_in_their_byte_order(tmp_path):
+    import struct
+    for order, other in (("<", ">"), (">", "<")):
+        path = tmp_path / "a.gguf"
+        formats.write(path, {}, {"t": np.arange(8, dtype=np.float32)}, order=order)
+        data = bytearray(path.read_bytes())
+        at = data.index(struct.pack(order + "IQIQ", 1, 8, 0, 0)) + 12
+        data[at:at + 4] = struct.pack(order + "I", 99)
+        path.write_bytes(data)
+        file = formats.open(path)
+        assert file["t"].raw.tobytes() == np.arange(8, dtype=order + "f4").tobytes()
+        formats.write(tmp_path / "b.gguf", file.kv, file.tensors, order=order)
+        assert (tmp_path / "b.gguf").read_bytes() == bytes(data)
+        with pytest.raises(PyggmlError, match='tensor "t": type 99 is unknown to .*, so its byte order cannot be changed'):
+            formats.write(tmp_path / "c.gguf", file.kv, file.tensors, order=other)
+
+
 @pytest.mark.parametrize("kv, tensors, says", [
     ({"k": object()}, {}, "cannot be a object"),
     ({"k": Typed("u8", 256)}, {}, 'key "k": 256 does not fit type u8'),

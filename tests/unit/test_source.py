@@ -1,0 +1,63 @@
+"""Where bytes come from: what is not a regular file is named, and a file that changes under a reader is noticed, not crashed on."""
+
+import os
+
+import numpy as np
+import pytest
+
+from pyggml import cli, formats
+from pyggml.errors import GGUFError, PyggmlError
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "m.gguf"
+    formats.write(path, {"a": "x" * 100}, {"w": np.arange(1 << 20, dtype=np.float32)})
+    return path
+
+
+def test_a_file_cut_while_it_is_read(model):
+    file = formats.open(model, use_mmap=False)
+    os.truncate(model, 1 << 20)
+    with pytest.raises(GGUFError, match="the file was cut to 1048576 bytes while it was read"):
+        np.asarray(file["w"].raw)
+    assert file.sources[0].changed()
+    assert file.kv["a"] == "x" * 100
+
+
+@pytest.mark.parametrize("command", [["check"], ["hash"], ["extract", "w", "-o", "/dev/null/x"], ["diff"]])
+def test_tools_survive_it(model, monkeypatch, capsys, command):
+    from pyggml.formats.source import PlainFile
+    real = PlainFile.array
+
+    def cutting(self, offset, n):
+        if offset > 0:
+            os.truncate(model, 4096)
+        return real(self, offset, n)
+    monkeypatch.setattr(PlainFile, "array", cutting)
+    name, *rest = command
+    files = [str(model)] * (2 if name == "diff" else 1)
+    assert cli.main([name, *files, *rest]) == 1
+    assert "cut" in capsys.readouterr().err
+
+
+def test_a_file_replaced_while_it_is_mapped_stays_readable(model):
+    file = formats.open(model)
+    formats.write(model, {}, {})
+    assert file["w"].numpy()[-1] == (1 << 20) - 1 and not file.sources[0].changed()
+
+
+def test_what_is_not_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, says in ((tmp_path, "is a directory"), (tmp_path / "pipe", "is not a regular file"), (tmp_path / "none", "No such file"),
+                       ("/dev/zero", "is not a regular file")):
+        with pytest.raises(PyggmlError, match=says):
+            formats.open(path)
+
+
+def test_descriptors_are_given_back(model):
+    before = len(os.listdir("/proc/self/fd"))
+    for use_mmap in (True, False):
+        for _ in range(20):
+            formats.open(model, use_mmap=use_mmap)["w"].raw.sum()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
