@@ -14,11 +14,11 @@ INLINE const float *block_weights(const float *importance, int64_t k, const floa
 INLINE void codes_of(int n, const float *v, int zero, int8_t *codes) {
     for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_round(vf_load(v + i)) + zero);
 }
-// codes of values that are entries of a table of 16
+// codes of values that are entries of a table of 16 (anything else, which only a NaN weight can bring about, gets the last code)
 INLINE void codes_of_table(int n, const float *v, const int8_t *table, int8_t *codes) {
     for (int i = 0; i < n; i++) {
         int c = 0;
-        while (table[c] != (int)v[i]) c++;
+        while (c < 15 && table[c] != (int)v[i]) c++;
         codes[i] = c;
     }
 }

@@ -137,7 +137,7 @@ typedef struct { int low, high; float step, offset; } multipliers;       // s fr
 
 INLINE int nearest_multiplier(multipliers f, float ratio) {
     float s = nearbyintf((ratio - f.offset) / f.step);
-    return s < f.low ? f.low : s > f.high ? f.high : (int)s;
+    return !(s > f.low) ? f.low : s > f.high ? f.high : (int)s;     // a NaN, too, gives f.low
 }
 
 // Of all the multipliers the one that a rough projection likes best.
