@@ -14,11 +14,11 @@ INLINE const float *block_weights(const float *importance, int64_t k, const floa
 INLINE void codes_of(int n, const float *v, int zero, int8_t *codes) {
     for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_round(vf_load(v + i)) + zero);
 }
-// codes of values that are entries of a table of 16
+// codes of values that are entries of a table of 16 (anything else, which only a NaN weight can bring about, gets the last code)
 INLINE void codes_of_table(int n, const float *v, const int8_t *table, int8_t *codes) {
     for (int i = 0; i < n; i++) {
         int c = 0;
-        while (table[c] != (int)v[i]) c++;
+        while (c < 15 && table[c] != (int)v[i]) c++;
         codes[i] = c;
     }
 }
@@ -30,15 +30,15 @@ INLINE void pack_plane_bits(const int8_t *codes, int bits, int shift, int n_byte
         for (int p = 0; p < planes; p++) out[j] |= (codes[(j / 32 * planes + p) * 32 + j % 32] >> shift & ((1 << bits) - 1)) << bits * p;
 }
 
-#define INTEGERS(low, high)                                                                             \
+#define INTEGERS(low, high, n_steps)                                                                             \
     const float limits[2] = {low, high};                                                                \
     const projection integers = {.project = project_integers, .relaxed = project_integers, .anchors = {low, high}, .n_anchors = 2, \
-                                 .below = 1, .above = 1, .steps = 20, .levels = limits}
+                                 .below = 1, .above = 1, .steps = n_steps, .levels = limits}
 
 // ---- 32 weights with an importance; without one a formula defines the bytes -----------------------------------------------------------
 #define ENCODE_SYMMETRIC(name, ZERO, FIFTH)                                                             \
     static void encode_##name(int64_t n, const float *x, void *dst, const float *importance, int effort) { \
-        INTEGERS(-(ZERO), (ZERO) - 1);                                                                  \
+        INTEGERS(-(ZERO), (ZERO) - 1, 20);                                                                  \
         FOR_BLOCKS(name, 32) {                                                                          \
             float v[32];                                                                                \
             int8_t codes[32];                                                                           \
@@ -67,7 +67,7 @@ ENCODE_AFFINE(q4_1, 15, )
 ENCODE_AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
 
 static void encode_q8_0(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-127, 127);
+    INTEGERS(-127, 127, 8);
     FOR_BLOCKS(q8_0, 32) {
         float v[32];
         b->d = f32_to_f16(fit_direct(&integers, 32, x + k, block_weights(importance, k, ones), effort, v));
@@ -75,7 +75,7 @@ static void encode_q8_0(int64_t n, const float *x, void *dst, const float *impor
     }
 }
 static void encode_q2_0(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-1, 2);
+    INTEGERS(-1, 2, 20);
     FOR_BLOCKS(q2_0, 64) {
         float v[64];
         int8_t codes[64];
@@ -100,7 +100,7 @@ static void encode_q1_0(int64_t n, const float *x, void *dst, const float *impor
 }
 #define ENCODE_TERNARY(name, PACK)                                                                      \
     static void encode_##name(int64_t n, const float *x, void *dst, const float *importance, int effort) { \
-        INTEGERS(-1, 1);                                                                                \
+        INTEGERS(-1, 1, 20);                                                                                \
         FOR_BLOCKS(name, 256) {                                                                         \
             float v[256];                                                                               \
             int8_t codes[256];                                                                          \
@@ -218,7 +218,7 @@ static void encode_q2_K(int64_t n, const float *x, void *dst, const float *impor
     }
 }
 static void encode_q3_K(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-4, 3);
+    INTEGERS(-4, 3, 16);
     FOR_BLOCKS(q3_K, 256) {
         float v[256];
         int8_t codes[256], s[16];
@@ -259,7 +259,7 @@ INLINE void pack_scales_k4(const uint8_t *s, const uint8_t *m, uint8_t *packed) 
 ENCODE_K4(q4_K, 15, )
 ENCODE_K4(q5_K, 31, pack_plane_bits(codes, 1, 4, 32, b->qh))
 static void encode_q6_K(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-32, 31);
+    INTEGERS(-32, 31, 20);
     FOR_BLOCKS(q6_K, 256) {
         float v[256];
         int8_t codes[256];

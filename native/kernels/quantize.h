@@ -61,33 +61,31 @@ static void quantize_q8_0(int64_t n, const float *x, void *dst, const float *imp
         b->d = f32_to_f16(d);
     }
 }
+// Sums of four codes each: lane i of codes 4i .. 4i + 3.
+INLINE i32x8 code_sums(const int8_t *codes) {
+    i8x32 q;
+    memcpy(&q, codes, 32);
+    return dot_u7x32(u8x32_set(1), q);
+}
 static void quantize_q8_1(int64_t n, const float *x, void *dst, const float *importance) {
     (void)importance;
     block_q8_1 *b = dst;
     for (int64_t k = 0; k < n; k += 32, b++) {
-        float d = abs_max(32, x + k) / 127, id = inverse(d);
-        vi sum = {0};
-        for (int i = 0; i < 32; i += VL) {
-            vi q = vi_roundf(vf_load(x + k + i) * id);
-            sum += q;
-            vi_to_i8(b->qs + i, q);
-        }
+        float d = abs_max(32, x + k) / 127;
+        codes_roundf(32, x + k, inverse(d), b->qs);
         b->d = f32_to_f16(d);
-        b->s = f32_to_f16((float)vi_sum(sum) * d);
+        b->s = f32_to_f16(f32x8_sum(f32x8_from_i(code_sums(b->qs))) * d);      // small integers: exact
     }
 }
 static void quantize_q8_K(int64_t n, const float *x, void *dst, const float *importance) {
     (void)importance;
     block_q8_K *b = dst;
-    const u8x32 ones = u8x32_set(1);
     for (int64_t k = 0; k < n; k += 256, b++) {
         float max = signed_max(256, x + k);
         float factor = max != 0 ? -127.0f / max : 0.0f;
         for (int i = 0; i < 256; i += VL) vi_to_i8(b->qs + i, vi_round(vf_load(x + k + i) * factor));
         for (int g = 0; g < 8; g++) {
-            i8x32 q;
-            memcpy(&q, b->qs + 32 * g, 32);
-            i32x8 sums = dot_u7x32(ones, q);
+            i32x8 sums = code_sums(b->qs + 32 * g);
             b->bsums[2 * g] = sums[0] + sums[1] + sums[2] + sums[3];
             b->bsums[2 * g + 1] = sums[4] + sums[5] + sums[6] + sums[7];
         }
@@ -165,7 +163,7 @@ INLINE void codes_to_tq1_0(const int8_t *q, block_tq1_0 *b) {
 INLINE void codes_to_tq2_0(const int8_t *q, block_tq2_0 *b) {
     for (int j = 0; j < 64; j++) {
         const int8_t *p = q + 128 * (j / 32) + j % 32;
-        b->qs[j] = (p[0] + 1) | (p[32] + 1) << 2 | (p[64] + 1) << 4 | (p[96] + 1) << 6;
+        b->qs[j] = ((p[0] + 1) & 3) | ((p[32] + 1) & 3) << 2 | ((p[64] + 1) & 3) << 4 | ((p[96] + 1) & 3) << 6;
     }
 }
 #define QUANTIZE_TERNARY(name)                                                                          \

@@ -137,7 +137,7 @@ typedef struct { int low, high; float step, offset; } multipliers;       // s fr
 
 INLINE int nearest_multiplier(multipliers f, float ratio) {
     float s = nearbyintf((ratio - f.offset) / f.step);
-    return s < f.low ? f.low : s > f.high ? f.high : (int)s;
+    return !(s > f.low) ? f.low : s > f.high ? f.high : (int)s;     // a NaN, too, gives f.low
 }
 
 // Of all the multipliers the one that a rough projection likes best.
@@ -164,7 +164,8 @@ static float fit_scaled(const projection *p, multipliers f, int n, int group, co
         if (fabsf(start[g]) > fabsf(top)) top = start[g];
     }
     float low = f.step * f.low + f.offset, high = f.step * f.high + f.offset, extreme = -low > high ? low : high;
-    int anchors = cheap ? (effort ? 16 : 6) : effort ? 6 : 2, rounds = effort ? 8 : 3;
+    int coarse = f.high - f.low < 100;                       // where steps are fine, the nearest one is as good as any
+    int anchors = effort ? (cheap ? 16 : 6) : cheap && coarse ? 3 : 2, rounds = effort ? 8 : 3;
     // the largest scale gets the extreme multiplier, or one of its neighbours
     for (int a = 0; a < anchors || (cheap && a < MANY_SCALES && nearly_exact(n, x, w, best)); a++) {
         float scale[MAX_GROUPS], d = top / (extreme + (extreme > 0 ? -f.step : f.step) * a * 0.5f);
@@ -176,7 +177,7 @@ static float fit_scaled(const projection *p, multipliers f, int n, int group, co
             d = half_rounded(d);
             for (int g = 0; g < groups; g++) {
                 const float *xg = x + g * group, *wg = w + g * group;
-                int middle = nearest_multiplier(f, scale[g] * inverse(d)), reach = cheap || effort ? 1 : 0;
+                int middle = nearest_multiplier(f, scale[g] * inverse(d)), reach = effort || cheap ? 1 : 0;
                 int likely = cheap ? middle : likely_multiplier(p, f, group, xg, wg, d);
                 float least = INFINITY, t[32];
                 for (int i = -reach; i <= reach + (likely != middle); i++) {
@@ -284,7 +285,7 @@ static void fit_scaled_affine(int n, int group, int top, int most, const float *
     memset(s, 0, groups);
     memset(m, 0, groups);
     memset(q, 0, n * sizeof *q);
-    int anchors = effort ? 12 : 3, rounds = effort ? 8 : 3;
+    int anchors = effort ? 12 : most > 15 ? 2 : 3, rounds = effort ? 8 : most > 15 ? 2 : 3;
     for (int a = 0; a < anchors || (a < MANY_SCALES && nearly_exact(n, x, w, best)); a++) {
         // the largest scale and minimum get the largest integer, or one below; past the usual candidates the two go separate ways
         float below = a * 0.5f, apart = a < anchors ? below : a * 5 % MANY_SCALES * 0.5f;
@@ -305,7 +306,7 @@ static void fit_scaled_affine(int n, int group, int top, int most, const float *
                 for (int ds = -1; ds <= 1; ds++) {
                     for (int dm = -1; dm <= 1; dm++) {
                         int sj = sc + ds, mj = mc + dm;
-                        if (sj < 0 || sj > most || mj < 0 || mj > most) continue;
+                        if (sj < 0 || sj > most || mj < 0 || mj > most || (!effort && ds && dm)) continue;
                         affine_codes(group, xg, d * sj, -dmin * mj, top, t);
                         float error = error_of(group, xg, wg, t, d * sj, -dmin * mj);
                         if (error < least) least = error, si[g] = sj, mi[g] = mj, memcpy(u + g * group, t, group * sizeof *t);
