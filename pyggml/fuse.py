@@ -5,7 +5,7 @@ A new fusion is a function that looks at one call, and a place in FUSIONS.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,56 +17,86 @@ from pyggml.ops import OPS
 
 @dataclass(eq=False)
 class Call:
-    """One step to be: `op` writes `out` (and `also`) from `srcs`; attrs are those of the nodes it stands for."""
+    """One step to be: `op` writes `out` (and `also`) from `srcs`; attrs are those of the nodes it stands for.
+
+    Values that a fusion brings in (a bias, a residual, a norm's weight) are tensors among the attrs. `at` orders the calls.
+    """
 
     op: str
     out: Tensor
     srcs: list[Tensor | None]
     attrs: dict[str, Any] = field(default_factory=dict)
     also: tuple[Tensor, ...] = ()
+    at: int = -1
+
+    @property
+    def reads(self) -> list[Tensor]:
+        """Every value it needs, reshapes seen through."""
+        values = [*self.srcs, *(v for v in self.attrs.values() if isinstance(v, Tensor))]
+        return [through(t) for t in values if t is not None]
+
+
+def through(t: Tensor) -> Tensor:
+    """The node behind reshapes."""
+    while t.op == "reshape":
+        t = t.srcs[0]  # type: ignore[assignment]
+    return t
 
 
 class Calls:
-    """The calls of a graph in order, with who produces and who uses what; fusions rewrite it."""
+    """The calls of a graph, with who produces and who reads each value; fusions rewrite it."""
 
     def __init__(self, outputs: Sequence[Tensor], small: bool) -> None:
         self.small = small
-        self.outputs = list(outputs)
-        self.list: list[Call] = []
-        for node in walk(outputs):
+        self.outputs = {id(through(t)) for t in outputs}
+        self.producer: dict[int, Call] = {}
+        self.readers: dict[int, list[Call]] = defaultdict(list)
+        for at, node in enumerate(walk(outputs)):
             if node.is_leaf or node.op == "reshape":
                 continue
             if not OPS[node.op].cpu:
                 raise PyggmlError(f"the op {node.op} has no CPU kernel")
-            self.list.append(Call(OPS[node.op].cpu, node, list(node.srcs), dict(node.attrs)))
-        self.index()
+            self._add(Call(OPS[node.op].cpu, node, list(node.srcs), dict(node.attrs), at=at))
 
-    def index(self) -> None:
-        """Look up again who makes and who uses each node (by the node itself, reshapes seen through)."""
-        self.producer = {id(t): call for call in self.list for t in (call.out, *call.also)}
-        self.users = Counter(id(self.through(s)) for call in self.list for s in call.srcs if s is not None)
-        self.users.update(id(self.through(t)) for t in self.outputs)
+    @property
+    def list(self) -> list[Call]:
+        """The calls in order."""
+        return sorted({id(c): c for c in self.producer.values()}.values(), key=lambda c: c.at)
 
-    @staticmethod
-    def through(t: Tensor) -> Tensor:
-        while t.op == "reshape":
-            t = t.srcs[0]  # type: ignore[assignment]
-        return t
+    def __contains__(self, call: Call) -> bool:
+        return self.producer.get(id(call.out)) is call
+
+    def _add(self, call: Call) -> None:
+        for t in (call.out, *call.also):
+            self.producer[id(t)] = call
+        for t in call.reads:
+            self.readers[id(t)].append(call)
+
+    def _drop(self, call: Call) -> None:
+        for t in (call.out, *call.also):
+            if self.producer.get(id(t)) is call:
+                del self.producer[id(t)]
+        for t in call.reads:
+            self.readers[id(t)].remove(call)
 
     def made_by(self, t: Tensor | None, op: str) -> Call | None:
-        """The call of kind `op` that makes `t` for one user alone, or None."""
+        """The call of kind `op` that makes `t` for one reader alone, or None."""
         if t is None:
             return None
-        t = self.through(t)
+        t = through(t)
         call = self.producer.get(id(t))
-        return call if call is not None and call.op == op and self.users[id(t)] == 1 else None
+        alone = len(self.readers[id(t)]) == 1 and id(t) not in self.outputs
+        return call if call is not None and call.op == op and alone else None
 
-    def replace(self, fused: Call, *gone: Call | None) -> None:
-        """Put `fused` where the last of `gone` stood and drop the others."""
-        at = max(self.list.index(g) for g in gone if g is not None)
-        self.list[at] = fused
-        self.list = [c for c in self.list if c is fused or c not in gone]
-        self.index()
+    def replace(self, fused: Call | None, *gone: Call | None) -> None:
+        """Drop `gone` and put `fused` where the last of them stood, unless it has its place already."""
+        calls = [g for g in gone if g is not None]
+        for call in calls:
+            self._drop(call)
+        if fused is not None:
+            if fused.at < 0:
+                fused.at = max(call.at for call in calls)
+            self._add(fused)
 
 
 # ---- fusions: each looks at one call and either rewrites the list (True) or does nothing ------------------------------------
@@ -97,18 +127,17 @@ def fuse_residual(calls: Calls, c: Call) -> bool:
 
 def fuse_norm(calls: Calls, c: Call) -> bool:
     """rms_norm(x) that only matmuls read -> each normalises while it quantizes x."""
-    if c.op != "rms_norm" or c.srcs[1] is None:
+    if c.op != "rms_norm" or c.srcs[1] is None or id(c.out) in calls.outputs:
         return False
-    users = [u for u in calls.list if any(s is not None and calls.through(s) is c.out for s in u.srcs)]
-    if not users or any(u.op not in ("mul_mat", "mul_mat_id") or u.srcs[1] is not c.out or "norm" in u.attrs for u in users):
+    readers = list(calls.readers[id(c.out)])
+    if not readers or any(r.op not in ("mul_mat", "mul_mat_id") or r.srcs[1] is not c.out or "norm" in r.attrs for r in readers):
         return False
-    if any(calls.through(t) is c.out for t in calls.outputs):
+    if any(t is c.out for r in readers for t in r.reads if t is not r.srcs[1]):
         return False
-    for u in users:
-        u.srcs[1] = c.srcs[0]
-        u.attrs.update(norm=c.srcs[1], eps=c.attrs["eps"])
-    calls.list.remove(c)
-    calls.index()
+    for r in readers:
+        srcs = [r.srcs[0], c.srcs[0], *r.srcs[2:]]
+        calls.replace(Call(r.op, r.out, srcs, {**r.attrs, "norm": c.srcs[1], "eps": c.attrs["eps"]}, at=r.at), r)
+    calls.replace(None, c)
     return True
 
 
@@ -144,14 +173,11 @@ def fuse_attention_step(calls: Calls, c: Call) -> bool:
 
 
 def fuse_route(calls: Calls, c: Call) -> bool:
-    """The experts of a token and their weights come from one step."""
+    """The experts of a token and their weights come from one step, which stands where the experts were chosen."""
     if c.op != "moe_route" or c.out.op != "moe_weights":
         return False
     ids = calls.producer[id(c.srcs[1])]
-    at = calls.list.index(ids)                            # where the ids were: their readers may stand before the weights
-    calls.list[at] = Call("moe_route", ids.out, [ids.srcs[0]], {**ids.attrs, **c.attrs}, also=(c.out,))
-    calls.list.remove(c)
-    calls.index()
+    calls.replace(Call("moe_route", ids.out, [ids.srcs[0]], {**ids.attrs, **c.attrs}, also=(c.out,), at=ids.at), ids, c)
     return True
 
 
@@ -160,6 +186,6 @@ FUSIONS: tuple[Callable[[Calls, Call], bool], ...] = (fuse_route, fuse_bias, fus
 
 def fuse(calls: Calls) -> None:
     for pattern in FUSIONS:
-        for call in list(calls.list):
-            if call in calls.list:
+        for call in calls.list:
+            if call in calls:
                 pattern(calls, call)

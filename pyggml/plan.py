@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pyggml.backends.cpu import Pool, Program, WeightStore
-from pyggml.fuse import Calls, fuse
+from pyggml.fuse import Calls, fuse, through
 from pyggml.graph import SYMBOLS, Symbol, Tensor
 from pyggml.lower import SMALL, Lowering, Step
 from pyggml.native import huge_zeros
@@ -37,7 +37,7 @@ def sort_levels(steps: list[Step]) -> list[Step]:
     depth: dict[int, int] = {}
     for s in steps:
         # a store makes its cache anew: whoever reads the cache tensor through it comes later
-        sources = [Calls.through(t) for t in s.reads]
+        sources = [through(t) for t in s.reads]
         s.level = max((depth.get(id(t), -1) for t in sources), default=-1) + 1
         for out in (s.out, *s.also):
             depth[id(out)] = s.level
