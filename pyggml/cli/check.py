@@ -9,7 +9,7 @@ from typing import Any
 import pyggml.formats as formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import show
-from pyggml.formats.check import LEVELS, NOTE
+from pyggml.formats.check import LEVELS, NOTE, Finding
 from pyggml.formats.check import check as findings
 from pyggml.formats.values import printable
 
@@ -50,7 +50,10 @@ def check(path: str, level: str) -> dict[str, Any]:
     report: dict[str, Any] = {"path": path, "errors": [], "warnings": [], "notes": []}
     try:
         file = formats.open(path, use_mmap=False)
-        for finding in findings(file, level):
+        found = findings(file, level)
+        if level == "load" and file.tensors and not any(finding.is_error(level) for finding in found):
+            found += engine(file)
+        for finding in found:
             kind = "errors" if finding.is_error(level) else "notes" if finding.level == NOTE else "warnings"
             report[kind].append(f"{printable(path)}: {finding.text}")
         report["summary"] = f"{file.format}, {len(file.kv)} keys, {len(file.tensors)} tensors, {show.amount(file.nbytes)}"
@@ -73,6 +76,23 @@ def reproduce(report: dict[str, Any], source: str | None, imatrix: str | None) -
         report["notes"].append(f"{path}: reproduced: {found.recipe} of {printable(found.source)} gives the same {found.n_tensors} tensors")
     else:
         report["errors"].append(f'{path}: not reproduced: tensor "{printable(found.difference)}" of {printable(found.source)} comes out different')
+
+
+def engine(file: formats.TensorFile) -> list[Finding]:
+    """What the engine says about a file in which nothing else is wrong: it reads the sizes, builds the graph and the tokenizer."""
+    from pyggml import arch
+    from pyggml.context import Context, Model
+    name = str(file.kv.get("general.architecture", ""))
+    if name not in arch.names():
+        return [Finding(NOTE, f'pyggml does not run the architecture "{printable(name)}": not every tensor was compared with the metadata')]
+    try:
+        model = Model(file)
+        Context(model, n_ctx=8, n_threads=1).output     # noqa: B018  builds the graph, which looks at every weight's shape
+        if "tokenizer.ggml.model" in file.kv:
+            model.tokenizer                             # noqa: B018  builds it
+    except PyggmlError as error:
+        return [Finding("load", str(error).removeprefix(f"{file.path}: "))]
+    return []
 
 
 def print_report(report: dict[str, Any], quiet: bool) -> None:

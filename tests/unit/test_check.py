@@ -103,6 +103,15 @@ def test_metadata_problems_fail_a_load_and_warn_before(tmp_path, capsys, key, va
     assert status == 0 and not errors and any(says in line and line.endswith("(warning)") for line in rest)
 
 
+def test_the_engine_has_the_last_word(tmp_path, capsys):
+    tensors = sound_tensors()
+    del tensors["blk.1.ffn_up.weight"]
+    status, errors, _ = problems(tmp_path, capsys, sound_kv(), tensors)
+    assert status == 1 and len(errors) == 1 and "blk.1.ffn_up.weight" in errors[0]
+    status, _, rest = problems(tmp_path, capsys, {"general.architecture": "other", "other.block_count": 2}, sound_tensors())
+    assert status == 0 and any('does not run the architecture "other"' in line for line in rest)
+
+
 def test_experts(tmp_path, capsys):
     kv = sound_kv() | {"llama.expert_count": 2, "llama.expert_used_count": 3}
     assert any("is 3, there are 2 experts" in line for line in problems(tmp_path, capsys, kv, sound_tensors())[1])

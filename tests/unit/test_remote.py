@@ -22,6 +22,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.mode, self.log, self.sent = folder, "", [], 0
 
+    def handle_error(self, request, client_address):
+        """A client that hangs up before it has everything is what some tests are about."""
+
     def url(self, name, host="127.0.0.1"):
         return f"http://{host}:{self.server_port}/{name}"
 
