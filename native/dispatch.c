@@ -3,6 +3,10 @@
 #include "engine.h"
 #include <stdlib.h>
 #include <sys/mman.h>
+#if defined __linux__ && defined __aarch64__
+#include <sys/auxv.h>
+#include <asm/hwcap.h>
+#endif
 
 // ISA_LIST(X) is given by build.py: X(scalar) X(avx2) ... in rising order of preference
 #define X(isa) extern const kernel_table kernels_##isa;
@@ -27,7 +31,12 @@ static int supported(const char *isa) {
     if (!strcmp(isa, "avx512")) return vnni;
     if (!strcmp(isa, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
 #elif defined __aarch64__
-    if (!strcmp(isa, "neon")) return 1;            // built with dotprod: build.py offers it only where the compiler targets it
+#ifdef __linux__
+    unsigned long wanted = HWCAP_ASIMDDP | HWCAP_FPHP | HWCAP_ASIMDHP, has = getauxval(AT_HWCAP);      // a Cortex-A72 has none of them
+    if (!strcmp(isa, "neon")) return (has & wanted) == wanted;
+#else
+    if (!strcmp(isa, "neon")) return 1;            // every 64-bit Apple processor since the M1
+#endif
 #endif
     return 0;
 }

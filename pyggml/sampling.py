@@ -208,8 +208,13 @@ SAMPLERS: dict[str, Callable[[Candidates, Sampler], Candidates]] = {        # ll
 }
 
 
+LARGEST = 1e30          # of a real parameter: arithmetic with float32 logits stays finite
+
+
 def _within(low: float, high: float = math.inf, default: float | int = 0, *, integer: bool = False, help: str = "", above: bool = False):
     """A numeric parameter: its default, the closed range [low, high] (open at `low` with `above`), and a line for --help."""
+    if not integer:
+        low, high = max(low, -LARGEST), min(high, LARGEST)
     return field(default=default, metadata={"low": low, "high": high, "integer": integer, "help": help, "above": above})
 
 
@@ -254,8 +259,8 @@ def _check(name: str, value, *, low: float, high: float, integer: bool, help: st
     number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if number and math.isfinite(value) and low <= value <= high and not (above and value == low):
         return
-    kind = "a whole number" if integer else "a finite number"
-    bounds = f" above {low:g}" if above else f" from {low:g}" if math.isfinite(low) else ""
+    kind = "a whole number" if integer else "a number"
+    bounds = f" above {low:g}" if above else f" from {low:g}"
     raise ParameterError(f"{name}={value!r} is out of range; use {kind}{bounds}{f' to {high:g}' if math.isfinite(high) else ''}")
 
 

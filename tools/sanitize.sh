@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs tests against kernels built with AddressSanitizer and UndefinedBehaviorSanitizer: tools/sanitize.sh [pytest arguments].
-# The instrumented extension is built from a copy of the tree, so the working tree keeps its own.
+# The instrumented extension is built from a copy of the tree, so the working tree keeps its own; name tests by absolute paths.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}

@@ -16,6 +16,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from pyggml import __version__
 from pyggml.errors import PyggmlError
@@ -37,7 +38,7 @@ def overview() -> str:
     return f"usage: pyggml COMMAND [options]\n\n{lines}\npyggml COMMAND --help tells more; pyggml --version prints the version.\n"
 
 
-def parser_of(name: str) -> tuple[argparse.ArgumentParser, object]:
+def parser_of(name: str) -> tuple[argparse.ArgumentParser, Any]:
     """The argument parser and the module of a command."""
     module = importlib.import_module(f"pyggml.cli.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(f"pyggml {name}", description=f"{module.HELP[0].upper()}{module.HELP[1:]}.", allow_abbrev=False,
@@ -50,6 +51,34 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    _open_streams()
+    try:
+        status = _dispatch(name, rest)
+        sys.stdout.flush()
+        return status
+    except SystemExit as done:          # argparse has printed help or what is wrong with the usage
+        return int(done.code or 0)
+    except PyggmlError as error:
+        return _fail(name, str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that nothing fails again when Python flushes at exit
+        return CLOSED_PIPE
+    except OSError as error:
+        return _fail(name, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+    except MemoryError:
+        return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _open_streams() -> None:
+    """Put the null device in the place of standard streams that are closed: a model file must not get one of their numbers."""
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, mode))        # noqa: SIM115  (open as long as the process)
+
+
+def _dispatch(name: str, argv: list[str]) -> int:
     if name in ("-h", "--help", "help"):
         print(overview(), end="")
         return 0
@@ -62,31 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"pyggml: {name!r} is not a command{hint}\n\n{overview()}" if name else overview(), end="", file=sys.stderr)
         return USAGE
-    return _run(name, rest)
-
-
-def _run(name: str, argv: list[str]) -> int:
     parser, module = parser_of(name)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")        # a terminal that cannot show a character is no reason to stop
-    try:
-        args = parser.parse_intermixed_args(argv)
-        status = module.run(args)       # type: ignore[attr-defined]
-        sys.stdout.flush()
-        return status
-    except SystemExit as done:          # argparse has printed help or what is wrong with the usage
-        return int(done.code or 0)
-    except PyggmlError as error:
-        return _fail(name, str(error))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that nothing fails again when Python flushes at exit
-        return CLOSED_PIPE
-    except OSError as error:
-        return _fail(name, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except MemoryError:
-        return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return module.run(parser.parse_intermixed_args(argv))
 
 
 def _fail(name: str, message: str) -> int:

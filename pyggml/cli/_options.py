@@ -35,7 +35,7 @@ def model_path(args: argparse.Namespace) -> str:
     """The one model that was named; ends with a usage error otherwise."""
     if (args.model is None) == (args.model_flag is None):
         args.usage_error("name one model file, as MODEL or with -m MODEL" if args.model is None else "the model is named twice, as MODEL and with -m")
-    return args.model or args.model_flag
+    return args.model if args.model is not None else args.model_flag
 
 
 def add_prompt(parser: argparse.ArgumentParser) -> None:
