@@ -14,10 +14,10 @@ from pyggml.quantize.recipes import Recipe
 Progress = Callable[[int, int, str], Any]
 
 
-def tell(progress: Progress | None, done: int, total: int, what: str) -> None:
-    """Report progress; Cancelled when the callback returns False."""
+def tell(progress: Progress | None, done: int, total: int, what: str, after: str = "") -> None:
+    """Report progress; Cancelled when the callback returns False. `after` says what a cancelled run is good for."""
     if progress is not None and progress(done, total, what) is False:
-        raise Cancelled(f"cancelled at {what or 'the end'}, {100 * done // max(1, total)}% done; the same command goes on from there")
+        raise Cancelled(f"cancelled at {what or 'the end'}, {100 * done // max(1, total)}% done{after}")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from pyggml.quantize.select import Choice, Wishes, layer_of, select
 log = logging.getLogger("pyggml")
 
 SPLIT = ("split.no", "split.count", "split.tensors.count")
+GOES_ON = "; the same call goes on from there"
 _LAYER = re.compile(r"^blk\.\d+\.")
 
 
@@ -207,7 +208,7 @@ def run(job: Job, names: Sequence[str] | None = None, progress: Progress | None 
             if names is not None and c.name not in names:
                 continue
             tensor = job.sources[c.name]
-            tell(progress, done, total, c.name)
+            tell(progress, done, total, c.name, GOES_ON)
             yield c.name, _watched(job, c, encoder, done, total, progress)
             done += tensor.nbytes
             job.file.advise(tensor, mmap.MADV_DONTNEED)         # the source's pages do not pile up in memory
@@ -221,7 +222,7 @@ def _watched(job: Job, c: Choice, encoder: Encoder, done: int, total: int, progr
     for block in blocks:
         yield block
         rows += len(block)
-        tell(progress, done + tensor.nbytes * min(rows, all_rows) // all_rows, total, c.name)
+        tell(progress, done + tensor.nbytes * min(rows, all_rows) // all_rows, total, c.name, GOES_ON)
 
 
 def _copied(tensor: Any) -> Iterator[np.ndarray]:
