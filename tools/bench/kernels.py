@@ -92,7 +92,7 @@ def main() -> None:
     for name, program, macs in cases(options.cache, options.coarse):
         if options.only in name:
             middle, best = measure(program, pool, time.thread_time_ns if options.cpu_time else time.perf_counter_ns)
-            rate = f"  {macs / best / 1e3:6.1f} GMAC/s  {LAYERS * middle / 1e3:8.2f} ms for {LAYERS} layers" if macs else ""
+            rate = f"  {macs / middle / 1e3:6.1f} GMAC/s  {LAYERS * middle / 1e3:8.2f} ms for {LAYERS} layers" if macs else ""
             print(f"{name:34} {middle:10.1f} us  min {best:10.1f}{rate}", flush=True)
 
 
