@@ -153,7 +153,7 @@ def measure(job: Job, names: Sequence[str], text: str, types: Sequence[str], *, 
     chunks = split(tokenize(model, text, n_ctx), n_ctx, n_chunks)
     yardstick = Yardstick(model, chunks, exact=True, n_threads=n_threads or None)
     found = {}
-    with Encoder(n_threads or None, search=True) as encoder:
+    with Encoder(n_threads or None, search=False) as encoder:        # every type of every tensor: the quick search ranks them as well
         for i, name in enumerate(names):
             tell(progress, i, len(names), name)
             found[name] = _options(job, name, types, encoder, yardstick)
