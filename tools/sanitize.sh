@@ -10,7 +10,7 @@ cp -r "$root/native" "$root/pyggml" "$root/pyproject.toml" "$root/README.md" "$r
 rm -f "$copy"/pyggml/_native*
 cd "$copy"
 PYGGML_CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1" PYGGML_REQUIRE_NATIVE=1 \
-    PYGGML_ISAS="${PYGGML_ISAS:-avx2,avx512}" "$python" -c "from setuptools import setup; setup()" -q build_ext --inplace
+    PYGGML_ISAS="${PYGGML_ISAS:-scalar}" "$python" -c "from setuptools import setup; setup()" -q build_ext --inplace
 [ $# -gt 0 ] || set -- "$root/tests/table"
 # Python itself leaks by design and numpy maps large sparse files: neither is this code's doing
 LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \

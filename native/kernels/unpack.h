@@ -237,7 +237,8 @@ INLINE void scales_iq2_xxs(const block_iq2_xxs *b, float *scale, float *min) {
     for (int g = 0; g < 8; g++) scale[g] = d * (0.5f + (float)(b->qs[4 * g + 3] >> 12)) * 0.25f;
 }
 INLINE u8x32 codes_iq2_xs(const block_iq2_xs *b, int g) {      // 16 bits per 8 weights: 9 of grid index, 7 of signs
-    const uint16_t *q = b->qs + 4 * g;
+    uint16_t q[4];
+    memcpy(q, (const char *)b->qs + 8 * g, sizeof q);           // a block may start at an odd byte
     u64x4 v = {iq2_xs_grid[q[0] & 511], iq2_xs_grid[q[1] & 511], iq2_xs_grid[q[2] & 511], iq2_xs_grid[q[3] & 511]};
     return with_signs((u8x32)v, even_signs(q[0] >> 9 | q[1] >> 9 << 7 | q[2] >> 9 << 14 | q[3] >> 9 << 21));
 }
