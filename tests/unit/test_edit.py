@@ -397,15 +397,11 @@ def test_abbreviated_json_is_refused(model, tmp_path):
 
 
 def test_cost_follows_the_header(tmp_path):
-    """A large sparse file is edited in milliseconds: the bound is far from what writing its tensors would take."""
+    """A large sparse file is edited in place, and its tensors are neither read nor written: it stays sparse."""
     path = tmp_path / "big.gguf"
     formats.write(path, BASE, {"a": np.zeros(1, np.float32)})
     with open(path, "r+b") as f:
         f.truncate(4 << 30)
-    times = []
     for i in range(5):
-        start = time.perf_counter()
-        result = edit(path, Edits({"general.name": f"m{i:03}"}))
-        times.append(time.perf_counter() - start)
-        assert result.method == IN_PLACE
-    assert min(times) < 0.25
+        assert edit(path, Edits({"general.name": f"m{i:03}"})).method == IN_PLACE
+    assert path.stat().st_blocks * 512 < 1 << 20
