@@ -242,6 +242,8 @@ def choose(n_gpu_layers: int | str, device: str | None, main_gpu: int, build: Ca
             raise PyggmlError(f"layers cannot go to a GPU: {reason}; use -ngl 0 (n_gpu_layers=0) to compute on the CPU")
         log.debug("everything on the CPU: %s", reason)
         return None
+    if not explicit and devices.simulated():        # a simulator is for those who ask for it
+        return None
     graph, weights = build(), weights_of(index)
     free = weights.device.free
     if wanted is not None:

@@ -101,7 +101,7 @@ class Ahead:
             return
         if not self._free:
             self._free.append((self.device.pinned(self._block.shape, np.float32), self.device.pinned((STRETCH,), np.int32),
-                               self.device.cuda.event(timing=False)))
+                               self.device.event()))
         rows, chosen, done = self._free.pop()
         with self.device.active():
             self.program.scratch.cells = bucket(position + STRETCH, self.program.n_cells)

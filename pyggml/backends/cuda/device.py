@@ -162,6 +162,10 @@ class Device:
         array[...] = 0
         return array
 
+    def event(self, timing: bool = False) -> Any:
+        """An event that can be recorded on the stream and waited for."""
+        return self.cuda.event() if simulated() else self.cuda.event(timing=timing)
+
     def upload(self, target: Any, source: np.ndarray) -> None:
         """Enqueue a copy to the GPU; both are arrays of one dtype and shape."""
         if source.size:

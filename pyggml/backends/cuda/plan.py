@@ -278,7 +278,7 @@ class DeviceProgram:
         """Launch step by step, each between two events."""
         assert self.step_ns is not None
         self.scratch.prepared = -1
-        events = [self.device.cuda.event(timing=True) for _ in range(len(self._launches) + 1)]
+        events = [self.device.event(timing=True) for _ in range(len(self._launches) + 1)]
         clock = [time.perf_counter_ns()]
         events[0].record(self.device.stream)
         for (launch, step), event in zip(self._launches, events[1:], strict=True):
