@@ -229,6 +229,10 @@ class Context:
         """Layers on a GPU, with the output as one more."""
         return 0 if self._gpu is None else self._gpu.forecast.layers
 
+    def copy_bandwidth(self) -> float:
+        """Bytes a second that the GPU at work reads and writes when it copies, measured now; 0 without one."""
+        return 0.0 if self._gpu is None else self._gpu.device.copy_bandwidth()
+
     # ---- plans ---------------------------------------------------------------------------------------------------------------
 
     @cached_property

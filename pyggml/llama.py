@@ -49,13 +49,15 @@ class LlamaState:
 class Llama:
     """A model with one context. Arguments are llama_cpp.Llama's; `n_ctx` 0 takes the model's training context.
 
-    logits_all keeps the logits of every position in `scores`; log-probabilities do not need it.
+    logits_all keeps the logits of every position in `scores`; log-probabilities do not need it. n_gpu_layers: layers on a GPU, -1 or
+    "all" for all of them, "auto" for as many as fit; device: "cuda0", ..., instead of the number main_gpu.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], *, n_ctx: int = 512, n_batch: int = 512, n_ubatch: int = 512,
                  n_threads: int | None = None, n_threads_batch: int | None = None, seed: int = RANDOM_SEED, logits_all: bool = False,
                  vocab_only: bool = False, use_mmap: bool = True, last_n_tokens_size: int = 64, type_k: int | str | None = None,
-                 type_v: int | str | None = None, verbose: bool = False, **others: Any) -> None:
+                 type_v: int | str | None = None, n_gpu_layers: int | str = 0, main_gpu: int = 0,
+                 device: str | None = None, verbose: bool = False, **others: Any) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "others")} | others
         refuse({k: v for k, v in others.items() if k not in NO_EFFECT}, CONSTRUCTOR, "Llama()")
         if n_threads_batch not in (None, n_threads):
@@ -75,7 +77,7 @@ class Llama:
         if vocab_only:
             return
         self._context = Context(self._model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(n_ubatch, n_batch), n_threads=n_threads,
-                                type_k=_type_name(type_k), type_v=_type_name(type_v))
+                                type_k=_type_name(type_k), type_v=_type_name(type_v), n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, device=device)
         self.n_batch = n_batch
         self.input_ids = np.zeros(self._context.n_ctx, np.int32)
         self._all_scores = np.zeros((self._context.n_ctx, self.n_vocab()), np.float32) if logits_all else None
@@ -225,6 +227,7 @@ class Llama:
     def _generate(self, tokens: list[int], reset: bool, sampler: Sampler, processor: LogitsProcessor | None,
                   stopping: StoppingCriteria | None) -> Generator[int, Sequence[int] | None, None]:
         sampler.accept(*tokens)
+        self._ctx.greedy = sampler.params.plain and processor is None
         if reset:
             tokens = tokens[self._reuse(tokens):]
         while True:

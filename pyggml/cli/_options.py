@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyggml.errors import PyggmlError
 
@@ -92,8 +92,22 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     for letter, what in (("k", "keys"), ("v", "values")):
         group.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", choices=CACHE_TYPES, metavar="TYPE",
                            help=f"type of cached {what} (default: %(default)s)")
+    add_device(group)
     group.add_argument("--no-mmap", action="store_true", help="read the file into memory instead of mapping it")
     group.add_argument("-nr", "--no-repack", action="store_true", help="compute on the weights as they lie in the file")
+
+
+def add_device(group: Any) -> None:
+    """Where a model's layers are computed."""
+    group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", default="auto", metavar="N",
+                       help="layers on a GPU, from the last one on, with the output as one more; all; auto: as many as fit (default: auto)")
+    group.add_argument("-dev", "--device", metavar="NAME", help="cuda0, cuda1, ...; none or cpu for no GPU (default: the main GPU)")
+    group.add_argument("-mg", "--main-gpu", type=int, default=0, metavar="N", help="number of the main GPU (default: %(default)s)")
+
+
+def device(args: argparse.Namespace) -> dict[str, Any]:
+    """What a Context takes of these options."""
+    return {"n_gpu_layers": args.n_gpu_layers, "device": args.device, "main_gpu": args.main_gpu}
 
 
 def open_context(args: argparse.Namespace):
@@ -103,7 +117,7 @@ def open_context(args: argparse.Namespace):
     model = Model.load(model_path(args), use_mmap=not args.no_mmap)
     n_ctx = min(model.config.n_ctx_train, N_CTX) if args.ctx_size is None else args.ctx_size
     return model, Context(model, n_ctx=n_ctx, n_batch=args.batch_size, n_ubatch=args.ubatch_size, n_threads=args.threads,
-                          type_k=args.cache_type_k.upper(), type_v=args.cache_type_v.upper(), repack=not args.no_repack)
+                          type_k=args.cache_type_k.upper(), type_v=args.cache_type_v.upper(), repack=not args.no_repack, **device(args))
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -186,6 +186,21 @@ class Device:
         """Wait for everything enqueued."""
         self.stream.synchronize()
 
+    def copy_bandwidth(self, n_bytes: int = 512 << 20, times: int = 10) -> float:
+        """Bytes read and written a second by copies in its own memory; 0 in the simulator, whose clock means nothing."""
+        if simulated():
+            return 0.0
+        room = Arena(self, 2 * n_bytes, "measuring the bandwidth")
+        source, target, start, end = room.take(n_bytes), room.take(n_bytes), self.event(timing=True), self.event(timing=True)
+        with self.active():
+            target.copy_to_device(source, stream=self.stream)
+            start.record(self.stream)
+            for _ in range(times):
+                target.copy_to_device(source, stream=self.stream)
+            end.record(self.stream)
+            self.synchronize()
+            return 2 * n_bytes * times / (start.elapsed_time(end) / 1e3)
+
 
 class Arena:
     """One allocation of device memory, handed out in pieces; it is freed when the arena and every piece are gone."""
