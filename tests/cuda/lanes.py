@@ -100,7 +100,7 @@ def shared_array(self, shape, dtype, alignment=None):
         count = self._dynshared_size // np.dtype(dtype).itemsize
         return np.frombuffer(self._dynshared.data, dtype=dtype, count=count)
     frame = sys._getframe(1)
-    key = frame.f_code, frame.f_lineno
+    key = frame.f_code, frame.f_lasti           # the call, even of two in one line
     if key not in self._allocations:
         self._allocations[key] = np.empty(shape, dtype)
     return self._allocations[key]

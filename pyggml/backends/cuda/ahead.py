@@ -48,8 +48,9 @@ class Ahead:
         *body, last = program.steps
         steps = []
         for row in rows:
-            steps += [*body, replace(last, dst=row), DeviceStep("argmax", self._chosen, (row,)),
-                      DeviceStep("advance", tokens, (self._chosen, pos, cell, self._history, self._count))]
+            self.own_steps = [DeviceStep("argmax", self._chosen, (row,)),
+                              DeviceStep("advance", tokens, (self._chosen, pos, cell, self._history, self._count))]
+            steps += [*body, replace(last, dst=row), *self.own_steps]
         self._launches = [(launches[s.op], s) for s in steps]
         self._first = program.steps[0]
         self._recorder = Recorder(self.device)

@@ -213,13 +213,14 @@ class DeviceProgram:
             if step.op not in launches:
                 raise PyggmlError(f"the step {step.op} has no CUDA kernel; use -ngl 0")
         self.n_cells = max((s.src[1].shape[1] for s in self.steps if s.op.startswith("attention") and s.src[1] is not None), default=1)
-        wants = [needs[s.op](s, self.n_cells) for s in self.steps if s.op in needs]
+        if Ahead.fits(self):
+            self.ahead = Ahead(self, launches)
+        more = self.ahead.own_steps if self.ahead is not None else []
+        wants = [needs[s.op](s, self.n_cells) for s in (*self.steps, *more) if s.op in needs]
         act, temp = (self.take(max((w[i] for w in wants), default=0) or 1) for i in range(2))
         self.scratch = Scratch(act, temp, self.n_cells)
         self._launches = [(launches[s.op], s) for s in self.steps]
         self._recorder = Recorder(self.device)
-        if Ahead.fits(self):
-            self.ahead = Ahead(self, launches)
         self.step_ns = np.zeros(len(self.steps), np.int64) if timing else None
         return self
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from pyggml.backends.cuda.base import DeviceView
 from pyggml.backends.cuda.device import Arena, Device, round_up, simulated
-from pyggml.backends.cuda.layout import RelaidWeight, relaid_bytes, relay, relay_numpy
+from pyggml.backends.cuda.layout import RelaidWeight, cache_rows, put_cache_rows, relaid_bytes, relay, relay_numpy
 from pyggml.graph import walk
 from pyggml.ops import OPS
 from pyggml.types import TensorType, tensor_type
@@ -160,28 +160,50 @@ class DeviceCacheTensor:
         self.raw = arena.take(shape[0] * shape[1] * type.row_bytes(shape[2]))
         self._arena = arena
 
-    def _rows(self, head: int, n: int) -> Any:
-        row, start = self.type.row_bytes(self.shape[2]), head * self.shape[1]
-        return self.raw[start * row:(start + n) * row]
+    @property
+    def _sliced(self) -> bool:
+        """Whether a cell's row is one piece: quantized caches keep codes and scales apart."""
+        return not self.type.quantized
 
     def cells(self, n: int) -> np.ndarray:
-        """The first `n` cells, uint8 (n_kv, n, bytes of a row)."""
-        host = np.empty((self.shape[0], n * self.type.row_bytes(self.shape[2])), np.uint8)
-        if n:
-            with self.device.active():
-                for head in range(self.shape[0]):
-                    self.device.download(host[head], self._rows(head, n))
-                self.device.synchronize()
-        return host.reshape(self.shape[0], n, -1)
+        """The first `n` cells, uint8 (n_kv, n, bytes of a row) as they lie in this machine's caches."""
+        row = self.type.row_bytes(self.shape[2])
+        if not n:
+            return np.empty((self.shape[0], 0, row), np.uint8)
+        if not self._sliced:
+            return cache_rows(self.type.name, self.shape, self._whole(), n)
+        host = np.empty((self.shape[0], n * row), np.uint8)
+        with self.device.active():
+            for head in range(self.shape[0]):
+                self.device.download(host[head], self._piece(head, n * row))
+            self.device.synchronize()
+        return host.reshape(self.shape[0], n, row)
 
     def put(self, cells: np.ndarray) -> None:
         """Write what `cells` gave into the first cells."""
-        host = np.ascontiguousarray(cells)
-        if host.shape[1]:
-            with self.device.active():
+        cells = np.ascontiguousarray(cells)
+        if not cells.shape[1]:
+            return
+        with self.device.active():
+            if self._sliced:
                 for head in range(self.shape[0]):
-                    self.device.upload(self._rows(head, host.shape[1]), host[head].reshape(-1))
-                self.device.synchronize()
+                    self.device.upload(self._piece(head, cells[head].size), cells[head].reshape(-1))
+            else:
+                host = self._whole()
+                put_cache_rows(self.type.name, self.shape, host, cells)
+                self.device.upload(self.raw, host)
+            self.device.synchronize()
+
+    def _piece(self, head: int, n_bytes: int) -> Any:
+        start = head * self.shape[1] * self.type.row_bytes(self.shape[2])
+        return self.raw[start:start + n_bytes]
+
+    def _whole(self) -> np.ndarray:
+        host = np.empty(self.raw.nbytes, np.uint8)
+        with self.device.active():
+            self.device.download(host, self.raw)
+            self.device.synchronize()
+        return host
 
 
 def cache_bytes(tensors: Iterable[Any]) -> int:
