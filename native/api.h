@@ -110,3 +110,8 @@ typedef struct {
 void     pyg_xxh64_start(pyg_xxh64 *h, uint64_t seed);
 void     pyg_xxh64_add(pyg_xxh64 *h, const uint8_t *data, int64_t n);
 uint64_t pyg_xxh64_end(const pyg_xxh64 *h);
+
+// ---- Files that are cut while they are mapped (guard.c): what is missing reads as zeros, and the process lives ----------------------
+int  pyg_guard_watch(const void *start, size_t bytes);     // a number for the calls below, or -1: too many, or no handler
+int  pyg_guard_lost(int watch);                            // 1 once a part was touched that is not there any more
+void pyg_guard_forget(int watch);                          // after the mapping has gone

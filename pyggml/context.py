@@ -64,6 +64,7 @@ class Model:
         from pyggml import tokenizers
 
         tokenizer = tokenizers.load(self.file.kv, self.file.path)
+        self.file.verify()
         if tokenizer.n_vocab != self.n_vocab:
             raise ModelError(f'{self.file.path}: the vocabulary has {tokenizer.n_vocab} tokens and the tensor "token_embd.weight" {self.n_vocab} '
                              "rows; one of them is damaged, convert the model again")
@@ -296,6 +297,7 @@ class Context:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
         else:
             plan.run(self.pool, sizes)
+        self.model.file.verify()
         if self._watch is not None and not self._cancelled:
             self._tell(plan.captured, sizes)
         return plan.output[:m]

@@ -69,6 +69,22 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception:
+        cut = _cut()
+        if not cut:
+            raise
+        return _fail(name, cut)
+
+
+def _cut() -> str:
+    """What is to be said of a mapped file that was cut: then whatever was read from it may have failed in any way."""
+    source = sys.modules.get("pyggml.formats.source")
+    for file in list(source.mapped) if source is not None else []:
+        try:
+            file.verify()
+        except PyggmlError as error:
+            return str(error)
+    return ""
 
 
 def _open_streams() -> None:

@@ -312,6 +312,7 @@ def _write(job: Job, path: str, kv: dict[str, Typed], names: Sequence[str], hash
             out.pad(alignment)
             if out.tell() != end:
                 raise PyggmlError(f'tensor "{name}": it ends at {out.tell()} instead of {end}; this is a fault of pyggml, please report it')
+        job.file.verify()
         if hashing is not None and provenance.SHA256 in kv:
             known = replace(kv[provenance.SHA256], value=hashing.hexdigest())
             final[0] = header(kv | {provenance.SHA256: known}, tensors)[0]

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "pyggml"
 # from the ground up; a module may import its own floor and those below
 FLOORS = [
     {"errors", "native", "types"},
-    {"formats", "quants"},
+    {"formats", "quants", "page"},
     {"backends"},
     {"ops"},
     {"graph", "fuse", "lower", "plan", "backward"},
