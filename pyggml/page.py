@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import replacing
+from pyggml.formats.values import printable
 
 _FRAME = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -39,22 +42,31 @@ def axes(width: float = 8, height: float = 4.5) -> Any:
     return Figure(figsize=(width, height)).add_subplot()
 
 
+def label(text: str) -> str:
+    """Text from a file as a drawing shows it: escaped, short, and no formula."""
+    text = printable(text)
+    return (text if len(text) <= 40 else text[:39] + "\u2026").replace("$", r"\$")
+
+
 def svg(drawn: Any) -> str:
     """The figure of these axes as an <svg> element, the same for the same drawing."""
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "pyggml"}):
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "pyggml"}):
+        warnings.simplefilter("ignore")             # a character that the font lacks is drawn as a box
         drawn.figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg"):]
 
 
-def html(title: str, body: str, **values: Any) -> str:
+def html(title: str, body: str, filters: Mapping[str, Callable[[Any], str]] | None = None, **values: Any) -> str:
     """The page: `body` is a jinja2 template over `values`, in which everything is escaped but what passes `| safe`."""
     from jinja2 import DictLoader, Environment
 
     templates = {"frame": _FRAME, "page": "{% extends 'frame' %}{% block body %}" + body + "{% endblock %}"}
-    return Environment(autoescape=True, loader=DictLoader(templates)).get_template("page").render(title=title, **values)
+    environment = Environment(autoescape=True, loader=DictLoader(templates))
+    environment.filters |= filters or {}
+    return environment.get_template("page").render(title=title, **values)
 
 
 def save(path: str | os.PathLike[str], text: str) -> None:

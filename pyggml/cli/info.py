@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--full", action="store_true", help="show long arrays and texts in full")
     parser.add_argument("--json", action="store_true", help="print one JSON document with metadata and tensors")
+    parser.add_argument("--plot", metavar="PAGE", help="also write a page with size by type and layer, histograms and outliers (extra [plot])")
     parser.add_argument("--chat-template", action="store_true", help="print the chat template alone")
 
 
@@ -29,6 +30,10 @@ def run(args: argparse.Namespace) -> int:
     file = formats.open(args.file, use_mmap=False)
     if args.chat_template:
         return print_template(file)
+    if args.plot:
+        from pyggml import page
+        from pyggml.formats import picture
+        page.save(args.plot, picture.html(file))
     print(show.json_text(as_json(file, args.full)) if args.json else as_text(file, args.tensors, args.full))
     return 0
 
