@@ -153,12 +153,14 @@ class Context:
     n_batch     longest piece that `eval` takes at once (longer input is cut into such pieces)
     n_ubatch    tokens that one native call computes
     exact       decoded weights, float activations: the definition of the model, slow
+    deterministic   a token's logits have the same bits however the tokens before it were batched, with any number of threads, packed
+                or not and wherever in the cache its sequence lies (on one instruction set)
     watch       called after every batch with each input of a matrix product and its values (see Site)
     """
 
     def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
-                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False,
-                 watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
+                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, deterministic: bool = False,
+                 timing: bool = False, watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
         for name, value, low, high in (("n_ctx", n_ctx, 0, MAX_CELLS), ("n_batch", n_batch, 1, MAX_CELLS), ("n_ubatch", n_ubatch, 1, MAX_CELLS),
                                        ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS)):
             if not low <= value <= high:
@@ -169,10 +171,12 @@ class Context:
         self.n_batch, self.n_ubatch = n_batch, min(n_ubatch, n_batch, self.n_ctx)
         self.n_past = 0
         self.cache = KVCache(c.n_layers, list(c.n_kv), c.head_dim, c.head_dim_v, self.n_ctx, type_k, type_v)
-        self._repack, self._exact, self._timing, self._watch = repack, exact, timing, watch
+        self._repack, self._exact, self._fixed, self._timing, self._watch = repack, exact, deterministic, timing, watch
         self._plans: dict[tuple[int, int], Any] = {}
         self._cancelled = False
         if native.lib is None:
+            if deterministic:
+                raise ParameterError(f"deterministic=True needs the native kernels, which are missing ({native.why_missing}); leave it out")
             tell_slow()
             self.pool = None
         else:
@@ -211,7 +215,7 @@ class Context:
         if limits not in self._plans:
             store = self.model.weights(repack=self._repack, exact=self._exact)
             self._plans[limits] = Plan(self.output, store, {TOKENS: limits[0], OUTPUTS: limits[1]}, self._timing,
-                                        self._captured_nodes)
+                                        self._captured_nodes, self._fixed)
         return self._plans[limits]
 
     @cached_property

@@ -75,9 +75,9 @@ class WeightStore:
         whole_tiles = len(shape) == 2 or shape[-2] % 16 == 0        # an expert's tiles must not straddle
         return lib.pyg_pack_bytes(tensor_type(weight.type).id, math.prod(shape[:-1]), shape[-1]) if self.repack and whole_tiles else 0
 
-    def act_format(self, weight: Tensor) -> int:
-        """How activations are prepared for this weight (ACT_* of native/engine.h)."""
-        return lib.pyg_act_format(tensor_type(weight.type).id, self.packed_bytes(weight) > 0, self.exact)
+    def act_format(self, weight: Tensor, fixed: bool = False) -> int:
+        """How activations are prepared for this weight (ACT_* of native/engine.h); `fixed`: as for a packed one, whatever the batch."""
+        return lib.pyg_act_format(tensor_type(weight.type).id, fixed or self.packed_bytes(weight) > 0, self.exact)
 
     def view(self, program: Program, weight: Tensor, pack: bool) -> int:
         """Add the weight to a program; every program of this store shares the packed form (`pack`: it may have one)."""
