@@ -19,6 +19,7 @@ import numpy as np
 from pyggml import arch, native
 from pyggml.arch.blocks import Builder
 from pyggml.arch.config import Config
+from pyggml.backends.placement import Place
 from pyggml.cache import KVCache
 from pyggml.errors import Cancelled, ContextOverflow, ModelError, ParameterError, PyggmlError
 from pyggml.formats import open as open_file
@@ -38,8 +39,8 @@ def tell_slow() -> None:
 class Model:
     """A model file with its configuration: everything that contexts share."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, file: Any, *, use_mlock: bool = False) -> None:
+        self.file, self._lock = file, use_mlock
         self.arch = file.kv.get("general.architecture")
         if not isinstance(self.arch, str):
             state = "missing" if self.arch is None else f"{self.arch!r}, not a string"
@@ -55,9 +56,9 @@ class Model:
         self._stores: dict[tuple[bool, bool], Any] = {}
 
     @staticmethod
-    def load(path: str | os.PathLike[str], *, use_mmap: bool = True) -> Model:
-        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied."""
-        return Model(open_file(path, use_mmap=use_mmap))
+    def load(path: str | os.PathLike[str], *, use_mmap: bool = True, use_mlock: bool = False) -> Model:
+        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied. use_mlock: weights stay in memory."""
+        return Model(open_file(path, use_mmap=use_mmap), use_mlock=use_mlock)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -94,7 +95,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16)
+            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16, lock=self._lock)
         return self._stores[key]
 
 
@@ -152,6 +153,8 @@ class Context:
     n_ctx       tokens it holds; 0 takes the model's training context
     n_batch     longest piece that `eval` takes at once (longer input is cut into such pieces)
     n_ubatch    tokens that one native call computes
+    n_threads_batch     threads where there is more than one token at a time (None: n_threads)
+    place       the processors of each of a number of threads (see backends/placement.py)
     exact       decoded weights, float activations: the definition of the model, slow
     deterministic   a token's logits have the same bits however the tokens before it were batched, with any number of threads, packed
                 or not and wherever in the cache its sequence lies (on one instruction set)
@@ -159,10 +162,12 @@ class Context:
     """
 
     def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
-                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, deterministic: bool = False,
-                 timing: bool = False, watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
+                 n_threads_batch: int | None = None, place: Place | None = None, type_k: str = "F16",
+                 type_v: str = "F16", repack: bool = True, exact: bool = False, deterministic: bool = False, timing: bool = False,
+                 watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
         for name, value, low, high in (("n_ctx", n_ctx, 0, MAX_CELLS), ("n_batch", n_batch, 1, MAX_CELLS), ("n_ubatch", n_ubatch, 1, MAX_CELLS),
-                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS)):
+                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS),
+                                       ("n_threads_batch", 1 if n_threads_batch is None else n_threads_batch, 1, MAX_THREADS)):
             if not low <= value <= high:
                 raise ParameterError(f"{name} is {value}; it must be from {low} to {high}")
         c = model.config
@@ -182,7 +187,8 @@ class Context:
         else:
             from pyggml.backends.cpu import Pool
 
-            self.pool = Pool(n_threads)
+            self.pool = Pool(n_threads, place)
+            self._batch_pool = self.pool if n_threads_batch in (None, self.pool.n_threads) else Pool(n_threads_batch, place)
         self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
         self._logits = np.empty((0, model.n_vocab), np.float32)
 
@@ -299,7 +305,7 @@ class Context:
         if n == 1:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
         else:
-            plan.run(self.pool, sizes)
+            plan.run(self._batch_pool, sizes)
         if self._watch is not None and not self._cancelled:
             self._tell(plan.captured, sizes)
         return plan.output[:m]
