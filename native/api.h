@@ -65,6 +65,7 @@ int64_t   pyg_barriers(const pyg_pool *pool);              // barriers passed si
 // ---- Memory ------------------------------------------------------------------------------------------------------------------
 char *pyg_arena_new(size_t bytes);                         // zeroed, 2 MB aligned, huge pages asked for; NULL: no memory
 void  pyg_arena_free(char *arena, size_t bytes);
+int   pyg_lock(char *start, size_t bytes);                 // keep these pages in memory once they are touched; 0 or an errno
 
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
 // exact: 1 as floats, 0 as ggml rounds them, -1 with one scale per 256 also for the types that ggml gives one per 32 (k % 256 == 0)

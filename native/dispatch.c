@@ -1,8 +1,10 @@
 // Which instruction set runs: every ISA's table is linked in, one is chosen at import. And the memory that weights live in.
 #define _GNU_SOURCE
 #include "engine.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #if defined __linux__ && defined __aarch64__
 #include <sys/auxv.h>
 #include <asm/hwcap.h>
@@ -104,6 +106,16 @@ char *pyg_arena_new(size_t bytes) {
     madvise(start, size, MADV_HUGEPAGE);
 #endif
     return start;
+}
+
+int pyg_lock(char *start, size_t bytes) {
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = (uintptr_t)start / page * page;
+    const size_t size = (uintptr_t)start + bytes - first;
+#ifdef MLOCK_ONFAULT
+    if (!mlock2((void *)first, size, MLOCK_ONFAULT)) return 0;
+    if (errno != ENOSYS && errno != EINVAL) return errno;               // a kernel before 4.4 has only the other one
+#endif
+    return mlock((void *)first, size) ? errno : 0;
 }
 
 void pyg_arena_free(char *arena, size_t bytes) {

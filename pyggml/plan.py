@@ -85,20 +85,21 @@ class Plan:
 
     `limits` gives the largest value of each symbol. Fill `inputs[name][:n]`, then `run({TOKENS: n, ...})`; `output` is an
     array over memory that the next run overwrites. `capture` names further nodes whose values are wanted: they are kept apart
-    from fusions, and `captured` holds an array for each, likewise.
+    from fusions, and `captured` holds an array for each, likewise. `fixed` plans give a token the same bits in every batch: one way to
+    prepare activations and one way to attend, whatever the limits.
     """
 
     def __init__(self, output: Tensor, store: WeightStore, limits: dict[Symbol, int], timing: bool = False,
-                 capture: Sequence[Tensor] = ()) -> None:
+                 capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
         wanted = [output, *capture]
 
         def sizes(t: Tensor) -> tuple[int, ...]:
             return tuple(limits[d] if isinstance(d, Symbol) else d for d in t.shape)
 
-        calls = Calls(wanted, small=max(limits.values()) <= SMALL)
+        calls = Calls(wanted, small=max(limits.values()) <= SMALL and not fixed)
         fuse(calls)
-        lowering = Lowering(store, lambda t: sizes(t)[0])
+        lowering = Lowering(store, lambda t: sizes(t)[0], fixed)
         for call in calls.list:
             lowering.lower(call)
         self.steps = sort_levels(lowering.steps)
