@@ -38,7 +38,7 @@ class Limits:
     keys: int = 1 << 17
     tensors: int = 1 << 17
     elements: int = 64 << 20        # of one metadata array
-    string: int = 16 << 20          # bytes of one metadata string
+    string: int = 32 << 20          # bytes of one metadata string
     key: int = 65535                # bytes of a key
     name: int = 64                  # bytes of a tensor name
     dims: int = 4

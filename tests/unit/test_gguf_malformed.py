@@ -96,7 +96,7 @@ def sparse(path, data, size):
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda m: m.kv("k", malformed.STR, m.string("", 3 << 30)), r"length of the string is \d+ \(limit 16777216\)"),
+    (lambda m: m.kv("k", malformed.STR, m.string("", 3 << 30)), r"length of the string is \d+ \(limit 33554432\)"),
     (lambda m: m.kv("k", malformed.ARR, m.array(malformed.U8, 3 << 30, b"")), r"length of the array is \d+ \(limit 67108864\)"),
     (lambda m: m.kv("k", malformed.ARR, m.array(malformed.U64, 60 << 20, b"")), r"reach \d+ bytes into the file \(limit 67108864\)"),
     (lambda m: m.kv("k", malformed.ARR, m.array(malformed.STR, 60 << 20, b"")), r"reach \d+ bytes into the file \(limit 67108864\)"),
