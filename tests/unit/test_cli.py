@@ -310,7 +310,7 @@ def test_timing_line():
 def test_tokenize(monkeypatch, capsys):
     from pyggml import formats, tokenizers
 
-    monkeypatch.setattr(formats, "open", lambda path: SimpleNamespace(kv={}, path=path))
+    monkeypatch.setattr(formats, "open", lambda path: SimpleNamespace(kv={}, path=path, verify=lambda: None))
     monkeypatch.setattr(tokenizers, "load", lambda kv, path="": fake_engine.FakeTokenizer())
     for argv, expected in ((["-p", r"a\nb"], "     0 -> '<s>'\n     3 -> 'a'\n     2 -> '\\n'\n     4 -> 'b'\n"),
                            (["-p", "ab", "--ids"], "[0, 3, 4]\n"), (["-p", "ab", "--ids", "--no-bos"], "[3, 4]\n"),
