@@ -70,7 +70,8 @@ class Metadata(Mapping[str, Any]):
         return self.decode(self._entries[key])
 
     def type(self, key: str) -> str:
-        return self.typed_value(key).type
+        entry = self._entries[key]
+        return entry.type if isinstance(entry, Typed) else entry.kind
 
     def typed(self) -> dict[str, Typed]:
         return {key: self.typed_value(key) for key in self}
