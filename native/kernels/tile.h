@@ -11,7 +11,10 @@ typedef void tile_fn(const char *w, const char *a, int64_t k, float *out);
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns.
 INLINE int least_int(int a, int b) { return a < b ? a : b; }
 enum { TILE_VECS = TILE_ROWS / VL };
-typedef struct { int N, v0, vecs, n0, cols; } pass_shape;                         // of a column tile of N: which vectors, which columns
+typedef struct {
+    int N, v0, vecs, n0, cols;                           // of a column tile of N: which vectors, which columns
+    int index, count;                                    // of the tile's passes: which one, of how many
+} pass_shape;
 
 // How far the templates unfold is the ISA's: PASS_ACC sums of a kind (FLOAT_ACC where there is
 // one kind only) fit its registers, and SPECIALIZED is INLINE where a function
@@ -26,13 +29,22 @@ enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8 };
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
 
-// The columns of line `t` of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows.
+// With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself.
+// One pass asks for what lies a little ahead, several share out the next tile; one or two columns keep up without.
+enum { AHEAD_BYTES = 2048 };
+INLINE void fetch_ahead(const pass_shape s, const int64_t tile, const int bytes, const char *w) {
+    if (s.N <= 2) return;
+    w += s.count == 1 ? AHEAD_BYTES : tile;
+    EACH(line, (bytes + LINE - 1) / LINE) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
+}
+
+// Line t of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows; nibbles: its nibble line t or t - 4.
 INLINE vi line_at(const char *p, int i) { return vi_load(p + LINE * i); }
-INLINE vi quants(const tile_type d, const char *p, const int t) {
+INLINE vi quants(const tile_type d, const char *p, const int t, vi nibbles) {
     if (d.bits == 8) return line_at(p, t);
     vi q = vi_set(0);
     const int above = d.bits >= 4 ? 4 : 0;
-    if (above) { q = (t < 4 ? line_at(p, t) : line_at(p, t - 4) >> 4) & 0x0f0f0f0f; p += 4 * LINE; }
+    if (above) { q = (t < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0f; p += 4 * LINE; }
     if (d.codebook) return vi_lookup(d.codebook, q) ^ (int32_t)0x80808080;
     if (d.bits - above >= 2) {
         vi x = line_at(p, t >> 2);
@@ -48,25 +60,38 @@ INLINE vi quants(const tile_type d, const char *p, const int t) {
     return q;
 }
 
+// Whether the second half of the lines is summed apart, so that fewer products wait for the one before: as long as registers last.
+INLINE int in_two_sums(const tile_type d, const pass_shape s, const int quads) {
+    return MAC_WHOLE_BYTES && quads == 8 && (d.block == 32 || (d.bits == 4 && !d.codebook && s.cols <= 4));
+}
+
 // Weights that fill the byte are stored plus 128 (see S8_BIAS), the others are small unsigned numbers.
 // c[v * cols + n] += lines of quads `first` .. `first + quads` of 32 weights x their activations.
 INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, const int quads, const char *planes, const char *q, vi *c) {
     const int steps = d.zero == 7 ? 1 : least_int(quads, mac_steps(d.bits)), both = quads == 8 && d.bits != 8;
-    vi sum[PASS_ACC];
+    const int apart = in_two_sums(d, s, quads), in_place = apart && d.bits == 4 && !d.codebook;      // in place: 16 times the upper nibbles
+    vi sum[PASS_ACC], rest[PASS_ACC], nibbles[TILE_VECS];
+    if (apart) EACH(j, s.vecs * s.cols) rest[j] = vi_set(0);
     EACH(i, quads) {
         const int t = first + (both ? (i & 1) * 4 + i / 2 : i);          // both halves of a nibble line while it is in a register
         vi x[TILE_VECS];
-        EACH(v, s.vecs) x[v] = quants(d, planes + 4 * VL * (s.v0 + v), t);
+        EACH(v, s.vecs) {
+            const char *p = planes + 4 * VL * (s.v0 + v);
+            if (d.bits >= 4 && d.bits < 8 && !(both && i & 1)) { nibbles[v] = line_at(p, t & 3); IN_REGISTER(nibbles[v]); }
+            x[v] = in_place && t >= 4 ? nibbles[v] & (int32_t)0xf0f0f0f0 : quants(d, p, t, nibbles[v]);
+        }
         EACH(n, s.cols) {
             vi y = vi_set4(q + 4 * ((t - first) * s.N + s.n0 + n));
             EACH(v, s.vecs) {
                 const int j = v * s.cols + n;
-                if (d.zero == 7) c[j] = vi_dot_s8(c[j], x[v], y);
+                if (apart && i & 1) rest[j] = mac(rest[j], x[v], y);
+                else if (d.zero == 7) c[j] = vi_dot_s8(c[j], x[v], y);
                 else sum[j] = mac(i % steps == 0 ? mac_open(c[j]) : sum[j], x[v], y);
                 if (d.zero != 7 && (i + 1) % steps == 0) c[j] = mac_close(c[j], sum[j]);
             }
         }
     }
+    if (apart) EACH(j, s.vecs * s.cols) c[j] += in_place ? rest[j] >> 4 : rest[j];
 }
 INLINE int needs_start(const tile_type d) { return d.zero == 7 ? S8_BIAS != 0 : d.zero != 0; }
 
@@ -86,6 +111,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
             vi start = needs_start(d) ? vi_set4_shift(a + 4 * (2 * N + s.n0 + n), d.zero) : vi_set(0);
             EACH(v, vecs) c[v * cols + n] = start;
         }
+        fetch_ahead(s, k / 32 * tile_block_bytes(d), tile_block_bytes(d), w);
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
         dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
@@ -109,6 +135,7 @@ INLINE void pass_32_coarse(const tile_type d, const pass_shape s, const char *w,
         vf g[PASS_ACC];
         EACH(i, vecs * cols) g[i] = vf_set(0);
         UNROLL(1) for (int j = 0; j < 8; j++, w += tile_block_bytes(d)) {
+            fetch_ahead(s, k / 32 * tile_block_bytes(d), tile_block_bytes(d), w);
             const char *minus = a + 4 * (1 + 2 * j) * N + 4 * s.n0;
             vi c[PASS_ACC];
             EACH(n, cols) {
@@ -136,6 +163,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
     const int N = s.N, vecs = s.vecs, cols = s.cols;
     const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
     const int quads = d.sub / 4;                             // per sub-block
+    const int share = (tile_block_bytes(d) / LINE + pairs - 1) / pairs * LINE;      // of a block, to fetch ahead with each pair
     vf f[PASS_ACC];
     EACH(i, vecs * cols) f[i] = vf_set(0);
     for (int64_t b = 0; b < k / 256; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
@@ -143,6 +171,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
         vi sum[PASS_ACC];
         EACH(i, vecs * cols) sum[i] = vi_set(0);
         UNROLL(1) for (int p = 0; p < pairs; p++) {
+            fetch_ahead(s, k / 256 * tile_block_bytes(d), share, w + p * share);
             EACH(side, 2) {                                     // the two sub-blocks whose scales lie side by side
                 const char *lines = planes + (d.sub == 32 ? 2 * p + side : p) * planes_bytes(d);
                 const char *quad = q + (2 * p + side) * quads * 4 * N;
@@ -228,6 +257,7 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
+        fetch_ahead(s, k * step, phases * step, w);
         EACH(p, phases) {
             vf x[TILE_VECS];
             EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
@@ -258,9 +288,11 @@ INLINE void pass(const tile_type d, const int coarse, const pass_shape s, const 
 INLINE void passes(const tile_type d, const int coarse, const int N, const char *w, const char *a, int64_t k, float *out) {
     const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
     const int vecs = N * TILE_VECS <= acc ? TILE_VECS : 1, rest = N % acc;
+    const int across = (N + acc - 1) / acc, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
-        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, coarse, (pass_shape){N, v, vecs, n, acc}, w, a, k, out);
-        if (rest) pass(d, coarse, (pass_shape){N, v, vecs, N - rest, rest}, w, a, k, out);
+        const int index = v / vecs * across;
+        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, coarse, (pass_shape){N, v, vecs, n, acc, index + n / acc, count}, w, a, k, out);
+        if (rest) pass(d, coarse, (pass_shape){N, v, vecs, N - rest, rest, index + across - 1, count}, w, a, k, out);
     }
 }
 

@@ -34,6 +34,14 @@ INLINE u8x32 u8x32_set(int x) { return (uint8_t)x - (u8x32){0}; }
 #endif
 
 // ---- the same on every ISA ------------------------------------------------------------------------------------------------
+// The compiler would load what is used twice twice; on a vector in memory this does nothing but that.
+#if defined __x86_64__
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#elif defined __aarch64__
+#define IN_REGISTER(v) __asm__("" : "+w"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
+#endif
 INLINE vf vf_set(float x) { return x - (vf){0}; }
 INLINE vi vi_set(int32_t x) { return x - (vi){0}; }
 INLINE vf vf_load(const void *p) { vf v; memcpy(&v, p, sizeof v); return v; }

@@ -31,6 +31,7 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32
 // (the operators would shift in a general register first, which costs a slow move per lane vector)
 static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm512_slli_epi32(_mm512_set1_epi32(x), n); }
 // A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
+enum { MAC_WHOLE_BYTES = 1 };                       // and w may be any unsigned byte
 static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
@@ -86,6 +87,7 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_e
 static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm256_slli_epi32(_mm256_set1_epi32(x), n); }
 // A sum of byte products in the making, for w below 2^bits: open, up to mac_steps times mac, close. It stays in 16 bits as long as
 // 2 * 127 * (2^bits - 1) * steps fits. (The saturating add never saturates; unlike + the compiler does not reorder it.)
+enum { MAC_WHOLE_BYTES = 0 };
 static inline int mac_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
 static inline vi mac_open(vi c) { (void)c; return (vi)_mm256_setzero_si256(); }
 static inline vi mac(vi sum, vi w, vi a) { return (vi)_mm256_adds_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)a)); }
