@@ -34,7 +34,7 @@ static matrix matrix_of(const pyg_view *v, int64_t expert, int layout) {
     return (matrix){
         .raw = row_at(v, 0, expert, 0), .packed = v->packed ? v->packed + expert * tiles * bytes : NULL,
         .ready = (_Atomic uint8_t *)(v->ready + (v->packed ? expert * tiles : 0)),
-        .rows = v->ne[1], .k = v->ne[0], .row_stride = v->nb[1], .tiles = tiles, .bytes = bytes, .type = type, .tile = tile, .release = v->release, .kernels = tile_kernels(tile, layout),
+        .rows = v->ne[1], .k = v->ne[0], .row_stride = v->nb[1], .tiles = tiles, .bytes = bytes, .type = type, .tile = tile, .release = v->release, .kernels = TILE_KERNELS[tile],
     };
 }
 
