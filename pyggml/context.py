@@ -19,6 +19,7 @@ import numpy as np
 from pyggml import arch, native
 from pyggml.arch.blocks import Builder
 from pyggml.arch.config import Config
+from pyggml.backends.placement import Place
 from pyggml.cache import CacheTensor, KVCache, host_tensor
 from pyggml.errors import Cancelled, ContextOverflow, ModelError, ParameterError, PyggmlError
 from pyggml.formats import open as open_file
@@ -38,8 +39,8 @@ def tell_slow() -> None:
 class Model:
     """A model file with its configuration: everything that contexts share."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, file: Any, *, use_mlock: bool = False) -> None:
+        self.file, self._lock = file, use_mlock
         self.arch = file.kv.get("general.architecture")
         if not isinstance(self.arch, str):
             state = "missing" if self.arch is None else f"{self.arch!r}, not a string"
@@ -56,15 +57,16 @@ class Model:
         self._on_gpus: dict[int, Any] = {}
 
     @staticmethod
-    def load(path: str | os.PathLike[str], *, use_mmap: bool = True) -> Model:
-        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied."""
-        return Model(open_file(path, use_mmap=use_mmap))
+    def load(path: str | os.PathLike[str], *, use_mmap: bool = True, use_mlock: bool = False) -> Model:
+        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied. use_mlock: weights stay in memory."""
+        return Model(open_file(path, use_mmap=use_mmap), use_mlock=use_mlock)
 
     @cached_property
     def tokenizer(self) -> Any:
         from pyggml import tokenizers
 
         tokenizer = tokenizers.load(self.file.kv, self.file.path)
+        self.file.verify()
         if tokenizer.n_vocab != self.n_vocab:
             raise ModelError(f'{self.file.path}: the vocabulary has {tokenizer.n_vocab} tokens and the tensor "token_embd.weight" {self.n_vocab} '
                              "rows; one of them is damaged, convert the model again")
@@ -95,7 +97,7 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16)
+            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16, lock=self._lock)
         return self._stores[key]
 
     def weights_on(self, gpu: int) -> Any:
@@ -162,7 +164,11 @@ class Context:
     n_ctx       tokens it holds; 0 takes the model's training context
     n_batch     longest piece that `eval` takes at once (longer input is cut into such pieces)
     n_ubatch    tokens that one native call computes
+    n_threads_batch     threads where there is more than one token at a time (None: n_threads)
+    place       the processors of each of a number of threads (see backends/placement.py)
     exact       decoded weights, float activations: the definition of the model, slow
+    deterministic   a token's logits have the same bits however the tokens before it were batched, with any number of threads, packed
+                or not and wherever in the cache its sequence lies (on one instruction set)
     watch       called after every batch with each input of a matrix product and its values (see Site)
     n_gpu_layers    layers on a GPU, counted from the end with the output as one more (see offload.py): a number, "all" (or -1), or
                 "auto" for as many as fit, where there is a GPU
@@ -172,11 +178,13 @@ class Context:
     """
 
     def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
-                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False,
+                 n_threads_batch: int | None = None, place: Place | None = None, type_k: str = "F16",
+                 type_v: str = "F16", repack: bool = True, exact: bool = False, deterministic: bool = False, timing: bool = False,
                  watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None, n_gpu_layers: int | str = 0,
                  device: str | None = None, main_gpu: int = 0) -> None:
         for name, value, low, high in (("n_ctx", n_ctx, 0, MAX_CELLS), ("n_batch", n_batch, 1, MAX_CELLS), ("n_ubatch", n_ubatch, 1, MAX_CELLS),
-                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS)):
+                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS),
+                                       ("n_threads_batch", 1 if n_threads_batch is None else n_threads_batch, 1, MAX_THREADS)):
             if not low <= value <= high:
                 raise ParameterError(f"{name} is {value}; it must be from {low} to {high}")
         c = model.config
@@ -186,16 +194,19 @@ class Context:
         self.n_past = 0
         self.greedy = False
         self._cache_types = type_k, type_v
-        self._repack, self._exact, self._timing, self._watch = repack, exact, timing, watch
+        self._repack, self._exact, self._fixed, self._timing, self._watch = repack, exact, deterministic, timing, watch
         self._plans: dict[tuple[int, int], Any] = {}
         self._cancelled = False
         if native.lib is None:
+            if deterministic:
+                raise ParameterError(f"deterministic=True needs the native kernels, which are missing ({native.why_missing}); leave it out")
             tell_slow()
             self.pool = None
         else:
             from pyggml.backends.cpu import Pool
 
-            self.pool = Pool(n_threads)
+            self.pool = Pool(n_threads, place)
+            self._batch_pool = self.pool if n_threads_batch in (None, self.pool.n_threads) else Pool(n_threads_batch, place)
         self._gpu = self._share(n_gpu_layers, device, main_gpu)
         self.cache = self._new_cache(host_tensor if self._gpu is None else self._gpu.cache_tensor)
         self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
@@ -211,10 +222,11 @@ class Context:
             return None
         from pyggml import offload
 
-        if native.lib is None or self._exact:
+        if native.lib is None or self._exact or self._fixed:
             if offload.count(n_gpu_layers) is None:
                 return None
-            why = "exact=True computes on the CPU" if self._exact else f"the native kernels are missing ({native.why_missing})"
+            asked = "exact" if self._exact else "deterministic" if self._fixed else ""
+            why = f"{asked}=True computes on the CPU" if asked else f"the native kernels are missing ({native.why_missing})"
             raise ParameterError(f"n_gpu_layers={n_gpu_layers} is not possible, as {why}; use 0")
 
         def build() -> Any:
@@ -281,7 +293,7 @@ class Context:
             return Plan(self.output, self._gpu.store, limits, self._timing, nodes)
         store = self.model.weights(repack=self._repack, exact=self._exact)
         if self._gpu is None:
-            return Plan(self.output, store, limits, self._timing, nodes)
+            return Plan(self.output, store, limits, self._timing, nodes, self._fixed)
         from pyggml.offload import chain
 
         return chain(self.output, self._graph[1].entering[self._gpu.first], nodes, (store, self._gpu.store), limits, self._timing)
@@ -371,7 +383,8 @@ class Context:
         if n == 1 and self._gpu is None:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
         else:
-            plan.run(self.pool, sizes)
+            plan.run(self._batch_pool, sizes)
+        self.model.file.verify()
         if self._watch is not None and not self._cancelled:
             self._tell(plan.captured, sizes)
         return plan.output[:m]

@@ -83,11 +83,11 @@ def assign_memory(steps: list[Step], outputs: Sequence[Tensor], size: Callable[[
 class Draft:
     """A graph as steps with places in memory, before any memory is taken."""
 
-    def __init__(self, wanted: Sequence[Tensor], store: Weights, limits: dict[Symbol, int]) -> None:
+    def __init__(self, wanted: Sequence[Tensor], store: Weights, limits: dict[Symbol, int], fixed: bool = False) -> None:
         self.limits = limits
-        calls = Calls(wanted, small=max(limits.values()) <= SMALL)
+        calls = Calls(wanted, small=max(limits.values()) <= SMALL and not fixed)
         fuse(calls)
-        lowering = Lowering(store, lambda t: self.sizes(t)[0])
+        lowering = Lowering(store, lambda t: self.sizes(t)[0], fixed)
         for call in calls.list:
             lowering.lower(call)
         self.multiplied = lowering.multiplied
@@ -111,14 +111,15 @@ class Plan:
 
     `limits` gives the largest value of each symbol. Fill `inputs[name][:n]`, then `run({TOKENS: n, ...})`; `output` is an
     array over memory that the next run overwrites. `capture` names further nodes whose values are wanted: they are kept apart
-    from fusions, and `captured` holds an array for each, likewise.
+    from fusions, and `captured` holds an array for each, likewise. `fixed` plans give a token the same bits in every batch: one way to
+    prepare activations and one way to attend, whatever the limits.
     """
 
     def __init__(self, output: Tensor, store: Weights, limits: dict[Symbol, int], timing: bool = False,
-                 capture: Sequence[Tensor] = ()) -> None:
+                 capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
         wanted = [output, *capture]
-        draft = Draft(wanted, store, limits)
+        draft = Draft(wanted, store, limits, fixed)
         self.steps = draft.steps
         for step in self.steps:
             if step.op == "get_rows" and (table := step.src[0]) is not None and table.op == "weight":

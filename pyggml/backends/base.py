@@ -61,8 +61,8 @@ class Weights(Protocol):
 
     small: int                              # up to this many columns a matmul prepares its activations itself, beyond in a step of its own
 
-    def act_format(self, weight: Tensor) -> int:
-        """A number that is the same for weights whose activations can be prepared together."""
+    def act_format(self, weight: Tensor, fixed: bool) -> int:
+        """A number that is the same for weights whose activations can be prepared together; fixed: one way for every batch."""
 
     def act_bytes(self, format: int, k: int, columns: int) -> int:
         """Bytes of activations prepared in a step of their own."""

@@ -22,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyggml import page
     from pyggml.cli._progress import bar, cancellable
     from pyggml.measure import compare as measure
     from pyggml.measure import report
 
     if args.file is None:
         args.usage_error("there is no text to compare on; give one with -f FILE")
+    if args.plot:
+        page.require()                  # before the long work
     text = _text.read(args.file)
     parts: dict[str, Any] = {}
     with cancellable() as stop:
@@ -50,8 +53,5 @@ def run(args: argparse.Namespace) -> int:
         for path, ps in parts.items():
             print(f"\n{path}\n{measure.parts_table(ps)}")
     if args.plot:
-        from pyggml.formats.atomic import replacing
-
-        with replacing(args.plot) as out:
-            out.write(report.html(found).encode())
+        page.save(args.plot, report.html(found))
     return 0

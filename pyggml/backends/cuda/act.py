@@ -20,6 +20,7 @@ from pyggml.backends.cuda.base import DeviceView, Scratch
 from pyggml.backends.cuda.prims import (
     LOG2_E,
     bits_of,
+    block_barrier,
     device,
     exp2,
     float_of,
@@ -53,16 +54,16 @@ def count_of(slots, slot, per, limit):
 
 
 @device
-def block_sum(x, shared, threads):
+def block_sum(x, shared, tid, threads):
     """The sum of x over a block of whole warps; `shared` has a float for each warp."""
     x = warp_sum(x)
-    if cuda.threadIdx.x & 31 == 0:
-        shared[cuda.threadIdx.x >> 5] = x
-    cuda.syncthreads()
+    if tid & 31 == 0:
+        shared[tid >> 5] = x
+    block_barrier()
     total = f32(0)
     for w in range(threads >> 5):
         total += shared[w]
-    cuda.syncthreads()
+    block_barrier()
     return total
 
 
@@ -101,7 +102,7 @@ def _prepare_kernel(kind: int, normed: bool, threads: int) -> Any:
             else:
                 for at in range(tid, k, threads):
                     squares += x[row + at] * x[row + at]
-            factor = f32(1) / math.sqrt(block_sum(squares, shared, threads) / f32(k) + eps)
+            factor = f32(1) / math.sqrt(block_sum(squares, shared, tid, threads) / f32(k) + eps)
         at = cuda.blockIdx.x * span + 4 * tid
         a, b, d, e = f32(0), f32(0), f32(0), f32(0)
         if at + 3 < k and k & 3 == 0:

@@ -271,7 +271,8 @@ def attention_kernel(form: Form) -> Any:
             sum_a, sum_b = sum_a + shfl_xor(sum_a, m), sum_b + shfl_xor(sum_b, m)
         if split:
             # the warps of the block put their parts together, 64 numbers of every row at a time
-            out, tops = cuda.shared.array(shared_out, np.float32), cuda.shared.array(shared_max, np.float32)
+            out = cuda.shared.array(shared_out, np.float32)     # on lines of their own: the simulator tells shared arrays apart by line
+            tops = cuda.shared.array(shared_max, np.float32)
             if t == 0:
                 tops[2 * (warp * ROWS + g)], tops[2 * (warp * ROWS + g) + 1] = max_a, sum_a
                 tops[2 * (warp * ROWS + g + 8)], tops[2 * (warp * ROWS + g + 8) + 1] = max_b, sum_b

@@ -27,12 +27,12 @@ def _kernel(threads: int, weighted: bool) -> Any:
         shared = cuda.shared.array(warps, np.float32)
         if cuda.blockIdx.x >= count_of(slots, slot, per, rows):
             return
-        row = i64(cuda.blockIdx.x) * d
+        tid, row = cuda.threadIdx.x, i64(cuda.blockIdx.x) * d
         squares = f32(0)
-        for i in range(cuda.threadIdx.x, d, threads):
+        for i in range(tid, d, threads):
             squares += x[row + i] * x[row + i]
-        factor = f32(1) / math.sqrt(block_sum(squares, shared, threads) / f32(d) + eps)
-        for i in range(cuda.threadIdx.x, d, threads):
+        factor = f32(1) / math.sqrt(block_sum(squares, shared, tid, threads) / f32(d) + eps)
+        for i in range(tid, d, threads):
             dst[row + i] = x[row + i] * factor * (weight[i] if weighted else f32(1))
     return rms_norm
 

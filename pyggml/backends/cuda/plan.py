@@ -71,7 +71,7 @@ class Store:
         self.arena = Arena(device, n_bytes, "computing a batch") if device is not None else None
         self._constants: dict[int, tuple[np.ndarray, Arena, Any]] = {}
 
-    def act_format(self, weight: Tensor) -> int:
+    def act_format(self, weight: Tensor, fixed: bool) -> int:
         return 0
 
     def act_bytes(self, format: int, k: int, columns: int) -> int:

@@ -173,6 +173,9 @@ if SIMULATED:
     def shfl(x, source):
         return _warp(x)[1][source]
 
+    def block_barrier():
+        threading.current_thread().syncthreads()
+
     def warp_any(x):
         return any(_warp(bool(x))[1])
 else:
@@ -185,6 +188,11 @@ else:
     def shfl(x, source):
         """x of lane `source`."""
         return cuda.shfl_sync(FULL, x, source)
+
+    @device
+    def block_barrier():
+        """All threads of the block meet here, for device functions of other modules (where the simulator has no cuda.syncthreads)."""
+        cuda.syncthreads()
 
     @device
     def warp_any(x):

@@ -21,7 +21,8 @@ f32, i32, i64 = np.float32, np.int32, np.int64
 @kernel
 def _top_k(logits, ids, values, n, k, slots, slot, limit):
     """A block a row, k rounds: each finds the largest value that comes after the one before (larger first, of equals the lower id)."""
-    best, where = cuda.shared.array(WARPS, np.float32), cuda.shared.array(WARPS, np.int32)
+    best = cuda.shared.array(WARPS, np.float32)         # on lines of their own: the simulator tells shared arrays apart by line
+    where = cuda.shared.array(WARPS, np.int32)
     b = cuda.blockIdx.x
     if b >= count_of(slots, slot, 1, limit):
         return
