@@ -1,8 +1,10 @@
 // Which instruction set runs: every ISA's table is linked in, one is chosen at import. And the memory that weights live in.
 #define _GNU_SOURCE
 #include "engine.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #if defined __linux__ && defined __aarch64__
 #include <sys/auxv.h>
 #include <asm/hwcap.h>
@@ -28,6 +30,7 @@ static int supported(const char *isa) {
     if (!strcmp(isa, "avx2")) return avx2;
     int vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
                && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avxvnni")) return EVEX_AVXVNNI ? vnni : avx2 && __builtin_cpu_supports("avxvnni");
     if (!strcmp(isa, "avx512")) return vnni;
     if (!strcmp(isa, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
 #elif defined __aarch64__
@@ -104,6 +107,16 @@ char *pyg_arena_new(size_t bytes) {
     madvise(start, size, MADV_HUGEPAGE);
 #endif
     return start;
+}
+
+int pyg_lock(char *start, size_t bytes) {
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = (uintptr_t)start / page * page;
+    const size_t size = (uintptr_t)start + bytes - first;
+#ifdef MLOCK_ONFAULT
+    if (!mlock2((void *)first, size, MLOCK_ONFAULT)) return 0;
+    if (errno != ENOSYS && errno != EINVAL) return errno;               // a kernel before 4.4 has only the other one
+#endif
+    return mlock((void *)first, size) ? errno : 0;
 }
 
 void pyg_arena_free(char *arena, size_t bytes) {

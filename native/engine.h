@@ -62,8 +62,9 @@ void pool_barrier(worker *w);
 //  rope_table      dst (T, R/2, 2)       src pos i32 (T), inv_freq (R/2)                               f mscale      (cos, sin) * mscale
 //  rope            dst (T, H, D)         src x (T, H, D), table                                        i ROPE_*, R   (dst may be x)
 //  store           dst cache (Hk, C, D)  src x (T, Hk, D), cell i32 (T)                                              any cache type
-//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T)              i window, coarse      f scale, softcap
+//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T)              i window, coarse, fixed      f scale, softcap
 //                  token t sees the cells first[t] .. cell[t] (and within `window` of cell[t] when window > 0)
+//                  fixed: 1 gives a token the same bits in any batch (attention_step does so for the sizes that it takes)
 //                  coarse: 1 lets products be rounded to bf16, for plans that round activations to 8 bits anyway
 //  attention_step  dst (T, H * D)        src q, K, V, cell, first, k (T, Hk, D), v (T, Hk, D), table|-1   i window, ROPE_*, R, coarse   f scale, softcap
 //                  T <= SMALL_COLS: rope q and k, store k and v, then attention, all in one step (q, k, v unroped)

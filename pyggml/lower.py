@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pyggml.backends.cpu import WeightStore
+from pyggml.backends.base import Weights
 from pyggml.errors import PyggmlError
 from pyggml.fuse import Call
 from pyggml.graph import Tensor
 from pyggml.native import lib
 from pyggml.ops import basic, moe, rope
 
-SMALL = lib.PYG_SMALL_COLS if lib else 0        # up to this many columns a matmul prepares its activations privately
+SMALL = lib.PYG_SMALL_COLS if lib else 0        # up to this many tokens a batch is a small one, which has kernels of its own
 
 
 @dataclass(eq=False)
@@ -39,8 +39,8 @@ class Step:
 class Lowering:
     """Turns calls into steps; `matmul` also decides how activations reach a weight."""
 
-    def __init__(self, store: WeightStore, rows: Callable[[Tensor], int]) -> None:
-        self.store, self.rows = store, rows
+    def __init__(self, store: Weights, rows: Callable[[Tensor], int], fixed: bool) -> None:
+        self.store, self.rows, self.fixed = store, rows, fixed
         self.prepared: dict[tuple[int, int, int], Tensor] = {}
         self.act_ids: dict[tuple[int, int, int], int] = {}
         self.multiplied: set[int] = set()        # weights that a matmul reads, by id
@@ -51,7 +51,7 @@ class Lowering:
         simple: dict[str, tuple[list[int], list[float]]] = {
             "get_rows": ([], [a.get("scale", 1.0)]), "rms_norm": ([], [a.get("eps", 0)]), "add": ([], []), "mul": ([], []),
             "scale": ([], [a.get("factor", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]),
-            "attention": ([a.get("window", 0)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
+            "attention": ([a.get("window", 0), 0, int(self.fixed)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
         }
         if c.op in simple:
             i, f = simple[c.op]
@@ -90,8 +90,8 @@ class Lowering:
         a, weight, x, norm = c.attrs, c.srcs[0], c.srcs[1], c.attrs.get("norm")
         assert weight is not None and x is not None
         self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
-        format = self.store.act_format(weight)
-        if (up := a.get("up")) is not None and self.store.act_format(up) != format:      # two types: no common activations
+        format = self.store.act_format(weight, self.fixed)
+        if (up := a.get("up")) is not None and self.store.act_format(up, self.fixed) != format:      # two types: no common activations
             gate_out, up_out = (Tensor("matmul", (), c.out.shape) for _ in range(2))
             self.matmul(Call("mul_mat", gate_out, [weight, x], {k: a[k] for k in ("norm", "eps", "bias") if k in a}))
             self.matmul(Call("mul_mat", up_out, [up, x], {"bias": a.get("bias_up"), **{k: a[k] for k in ("norm", "eps") if k in a}}))
@@ -100,10 +100,10 @@ class Lowering:
         act = self.act_id(x, norm, format)
         i = [act, format, 0]
         eps = a.get("eps", 0.0)
-        if self.rows(x) > SMALL:
+        if self.rows(x) > self.store.small:
             key = (id(x), id(norm), format)
             if key not in self.prepared:
-                bytes_needed = lib.pyg_act_bytes(format, x.shape[-1], self.rows(x))
+                bytes_needed = self.store.act_bytes(format, weight.sizes[-1], self.rows(x))
                 self.prepared[key] = Tensor("prepare", (x, norm), (bytes_needed,), "I8")
                 self.emit(Call("prepare", self.prepared[key], []), [x, norm], i, [eps])
             x, norm, i = self.prepared[key], None, [act, format, 1]
@@ -117,10 +117,10 @@ class Lowering:
         weight, x, ids = c.srcs
         assert weight is not None and x is not None
         self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
-        format, norm = self.store.act_format(weight), a.get("norm")
+        format, norm = self.store.act_format(weight, self.fixed), a.get("norm")
         i, f = [self.act_id(x, norm, format), format, 0], [a.get("eps", 0.0)]
         if c.op == "glu_mat_id":
-            if self.store.act_format(a["up"]) != format:
+            if self.store.act_format(a["up"], self.fixed) != format:
                 raise PyggmlError(f"{weight.name} and {a['up'].name} have types whose activations differ; quantize them to one type")
             self.emit(c, [weight, x, norm, ids, a["up"]], [*i, basic.GLU.index(a["kind"])], f)
         else:

@@ -212,10 +212,49 @@ def test_run_passes_its_options_on(monkeypatch, capsys):
         original(self, model, **options)
 
     monkeypatch.setattr(fake_engine.FakeContext, "__init__", record)
-    cli.main(["run", "fake", "-p", "a", "-n", "1", "-c", "32", "-t", "3", "-b", "16", "-ub", "8", "-ctk", "q8_0", "--no-repack"])
-    assert made == dict(n_ctx=32, n_threads=3, n_batch=16, n_ubatch=8, type_k="Q8_0", type_v="F16", repack=False)
+    cli.main(["run", "fake", "-p", "a", "-n", "1", "-c", "32", "-t", "3", "-b", "16", "-ub", "8", "-ctk", "q8_0", "--no-repack",
+              "-tb", "2", "--deterministic", "-ngl", "7", "-dev", "cuda1"])
+    assert made == dict(n_ctx=32, n_threads=3, n_batch=16, n_ubatch=8, type_k="Q8_0", type_v="F16", repack=False,
+                        n_threads_batch=2, deterministic=True, place=None, n_gpu_layers="7", device="cuda1", main_gpu=0)
     cli.main(["run", "fake", "-p", "a", "-n", "1"])
-    assert made["n_ctx"] == 64
+    assert made["n_ctx"] == 64 and made["n_gpu_layers"] == "auto"
+
+
+def test_run_with_guesses(capsys):
+    """The fake counts letters: after a b c it never repeats itself, after what it has seen it does."""
+    cli.main(["run", "fake", "-p", "xyzxyzx", "-n", "2", "--temp", "0"])
+    plain = capsys.readouterr().out
+    assert cli.main(["run", "fake", "-p", "xyzxyzx", "-n", "2", "--temp", "0", "--spec-type", "ngram-simple", "--draft-max", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain and "guesses right" in err
+    assert cli.main(["run", "fake", "-p", "abc", "-n", "9", "--temp", "0", "-md", "fake-small"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "defghijkl\n" and "guesses right" in err
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--spec-type", "draft-simple"], "-md FILE"), (["-md", "fake", "--spec-type", "ngram-mod"], "exclude each other"),
+    (["--spec-type", "ngram-mod", "--draft-max", "2", "--draft-min", "3"], "at least 3 and at most 2"),
+])
+def test_run_refuses_guesses_that_cannot_be(flags, message, capsys):
+    assert cli.main(["run", "fake", "-p", "a", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numa_on_one_node(monkeypatch, capsys):
+    from pyggml.backends import placement
+    monkeypatch.setattr(placement, "nodes", lambda: [placement.usable()])
+    assert cli.main(["run", "fake", "-p", "a", "-n", "1", "--numa", "isolate"]) == 0
+    assert "--numa isolate changes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "mapped", "locked"), [([], True, False), (["--no-mmap"], False, False), (["--mlock"], True, True),
+                                                         (["-lm", "mlock"], False, True), (["-lm", "mmap+mlock"], True, True)])
+def test_how_the_file_is_loaded(monkeypatch, flags, mapped, locked):
+    asked = {}
+    monkeypatch.setattr(fake_engine.FakeModel, "load", lambda path, **how: asked.update(how) or fake_engine.FakeModel())
+    cli.main(["run", "fake", "-p", "a", "-n", "1", *flags])
+    assert asked == {"use_mmap": mapped, "use_mlock": locked}
 
 
 def test_interrupted_run(monkeypatch, capsys):
@@ -271,7 +310,7 @@ def test_timing_line():
 def test_tokenize(monkeypatch, capsys):
     from pyggml import formats, tokenizers
 
-    monkeypatch.setattr(formats, "open", lambda path: SimpleNamespace(kv={}, path=path))
+    monkeypatch.setattr(formats, "open", lambda path: SimpleNamespace(kv={}, path=path, verify=lambda: None))
     monkeypatch.setattr(tokenizers, "load", lambda kv, path="": fake_engine.FakeTokenizer())
     for argv, expected in ((["-p", r"a\nb"], "     0 -> '<s>'\n     3 -> 'a'\n     2 -> '\\n'\n     4 -> 'b'\n"),
                            (["-p", "ab", "--ids"], "[0, 3, 4]\n"), (["-p", "ab", "--ids", "--no-bos"], "[3, 4]\n"),
@@ -381,7 +420,7 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names == ["pyggml", "python", "extension", "isa", "cpu", "threads", "compiler", "huge pages", "extras"]
+    assert names == ["pyggml", "python", "extension", "isa", "cpu", "gpu", "threads", "compiler", "huge pages", "extras"]
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     assert "no-such-compiler is not found" in doctor.compiler()
 
