@@ -82,7 +82,8 @@ def _rope_store_kernel(type_k: str, type_v: str) -> Any:
     put_k, put_v = cache_type(type_k).store, cache_type(type_v).store
 
     @kernel
-    def rope_store(q, k, v, table, cell, keys, plane_k, values, plane_v, roped, arrived, heads, kv_heads, cells, dk, dv, half, mode, slots, slot, limit):
+    def rope_store(q, k, v, table, cell, keys, plane_k, values, plane_v, roped, arrived, heads, kv_heads, cells, dk, dv, half, mode,
+                   slots, slot, limit):
         """Before attention over few tokens: queries roped aside, keys roped and values as they are into the cache; nobody has arrived yet.
 
         A warp takes 32 numbers of a head: first the queries' heads, then the keys', then the values'.
