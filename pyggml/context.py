@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -301,6 +301,8 @@ class Context:
         plan = self.plan(n, m)
         for name, value in given.items():
             plan.inputs[name][:m if name == "wanted" else n] = value
+        if self._timing:
+            plan.batches.append(_batch_of(n, m, np.broadcast_to(cell, n), np.broadcast_to(first, n)))
         plan.program.aborted[0] = self._cancelled
         if n == 1:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
@@ -337,10 +339,38 @@ class Context:
         self.cache.put(saved)
         self.n_past = n
 
-    def op_times(self) -> list[tuple[str, str, int]]:
-        """(step, what it writes, nanoseconds so far) of every step, when made with timing=True."""
-        return [(s.op, _label(s), int(ns)) for plan in self._plans.values() if plan.program.step_ns is not None
-                for s, ns in zip(plan.steps, plan.program.step_ns, strict=True)]
+    def op_times(self) -> list[OpTime]:
+        """Every step with its time and work so far, when made with timing=True."""
+        from pyggml.roofline import work
+
+        times = []
+        for plan in self._plans.values():
+            for step, ns in zip(plan.steps, plan.program.step_ns, strict=True):
+                done = [work(step, plan.sizes_at({TOKENS: b.tokens, OUTPUTS: b.outputs}), b, self._exact) for b in plan.batches]
+                times.append(OpTime(step.op, _label(step), int(ns), sum(w.bytes for w in done), sum(w.macs for w in done),
+                                    done[0].kind if done else ""))
+        return times
+
+
+class OpTime(NamedTuple):
+    """A step's share of the batches so far."""
+
+    op: str
+    what: str           # the weight it reads, or what it writes
+    ns: int
+    bytes: int          # read and written
+    macs: int           # multiplications ...
+    kind: str           # ... of "int8" or "float", "" where there are none
+
+
+def _batch_of(n: int, m: int, cell: np.ndarray, first: np.ndarray) -> Any:
+    """What a batch will do: tokens, rows of logits, cells seen."""
+    from pyggml.roofline import Batch
+
+    ends: dict[int, int] = {}
+    for f, c in zip(first.tolist(), cell.tolist(), strict=True):
+        ends[f] = max(ends.get(f, f), c + 1)
+    return Batch(n, m, int((cell - first + 1).sum()), sum(end - f for f, end in ends.items()))
 
 
 def _label(step: Any) -> str:

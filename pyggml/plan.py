@@ -12,6 +12,7 @@ What differs between runs (tokens, rows of logits) stays a slot of the program; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,11 +93,8 @@ class Plan:
     def __init__(self, output: Tensor, store: WeightStore, limits: dict[Symbol, int], timing: bool = False,
                  capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
-        wanted = [output, *capture]
-
-        def sizes(t: Tensor) -> tuple[int, ...]:
-            return tuple(limits[d] if isinstance(d, Symbol) else d for d in t.shape)
-
+        self.batches: list[Any] = []        # of a plan that is timed: what its runs computed (roofline.Batch)
+        wanted, sizes = [output, *capture], self.sizes_at(limits)
         calls = Calls(wanted, small=max(limits.values()) <= SMALL and not fixed)
         fuse(calls)
         lowering = Lowering(store, lambda t: sizes(t)[0], fixed)
@@ -147,6 +145,11 @@ class Plan:
             return array(root(t))[: 4 * count].view(np.int32 if t.type == "I32" else np.float32).reshape(sizes(t))
 
         self.output, *self.captured = map(value, wanted)
+
+    @staticmethod
+    def sizes_at(values: dict[Symbol, int]) -> Callable[[Tensor], tuple[int, ...]]:
+        """A function that gives a tensor's shape when the symbols have these values."""
+        return lambda t: tuple(values[d] if isinstance(d, Symbol) else d for d in t.shape)
 
     def run(self, pool: Pool, values: dict[Symbol, int], alone: bool = False) -> bool:
         """One native call for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
