@@ -16,6 +16,7 @@
 #include "kernels/rope.h"
 #include "kernels/attention.h"
 #include "kernels/moe.h"
+#include "kernels/peak.h"
 
 #define CAT_(a, b) a##_##b
 #define CAT(a, b) CAT_(a, b)
