@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pyggml.backends.cpu import WeightStore
+from pyggml.backends.base import Weights
 from pyggml.errors import PyggmlError
 from pyggml.fuse import Call
 from pyggml.graph import Tensor
 from pyggml.native import lib
 from pyggml.ops import basic, moe, rope
 
-SMALL = lib.PYG_SMALL_COLS if lib else 0        # up to this many columns a matmul prepares its activations privately
+SMALL = lib.PYG_SMALL_COLS if lib else 0        # up to this many tokens a batch is a small one, which has kernels of its own
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Step:
 class Lowering:
     """Turns calls into steps; `matmul` also decides how activations reach a weight."""
 
-    def __init__(self, store: WeightStore, rows: Callable[[Tensor], int], fixed: bool) -> None:
+    def __init__(self, store: Weights, rows: Callable[[Tensor], int], fixed: bool) -> None:
         self.store, self.rows, self.fixed = store, rows, fixed
         self.prepared: dict[tuple[int, int, int], Tensor] = {}
         self.act_ids: dict[tuple[int, int, int], int] = {}
@@ -100,10 +100,10 @@ class Lowering:
         act = self.act_id(x, norm, format)
         i = [act, format, 0]
         eps = a.get("eps", 0.0)
-        if self.rows(x) > SMALL:
+        if self.rows(x) > self.store.small:
             key = (id(x), id(norm), format)
             if key not in self.prepared:
-                bytes_needed = lib.pyg_act_bytes(format, x.shape[-1], self.rows(x))
+                bytes_needed = self.store.act_bytes(format, weight.sizes[-1], self.rows(x))
                 self.prepared[key] = Tensor("prepare", (x, norm), (bytes_needed,), "I8")
                 self.emit(Call("prepare", self.prepared[key], []), [x, norm], i, [eps])
             x, norm, i = self.prepared[key], None, [act, format, 1]

@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pyggml.backends.cpu import Pool, Program
-from pyggml.lower import Step
-from pyggml.native import huge_zeros, lib
+from pyggml.native import huge_zeros
 from pyggml.types import tensor_type
 
 if TYPE_CHECKING:
     from pyggml.graph import Tensor
+    from pyggml.lower import Step
 
 
 class Batch(NamedTuple):
     """What one native call computed."""
 
-    tokens: int
-    outputs: int
     seen: int           # cells that tokens see, summed over tokens
     cached: int         # cells that any token sees
 
@@ -47,18 +44,21 @@ def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, ex
         used = min(experts, columns)
         read = sum(nbytes(w) for w in weights) * used // experts
         others = sum(nbytes(t) for t in (step.out, *step.src) if t is not None and all(t is not w for w in weights))
-        kind = "int8" if not exact and lib.pyg_act_format(tensor_type(weights[0].type).id, 1, 0) else "float"
+        kind = "int8" if tensor_type(weights[0].type).quantized and not exact else "float"
         return Work(read + others, len(weights) * out[-1] * weights[0].sizes[-1] * columns, kind)
     if step.op in ("attention", "attention_step"):
         heads, keys = size(step.src[0])[1:], step.src[1]  # type: ignore[arg-type]
         window = step.i[0]
-        cached, seen = (min(batch.cached, window + batch.tokens), min(batch.seen, window * batch.tokens)) if window else (batch.cached, batch.seen)
+        n_tokens = size(step.out)[0]
+        cached, seen = (min(batch.cached, window + n_tokens), min(batch.seen, window * n_tokens)) if window else (batch.cached, batch.seen)
         cell = sum(nbytes(t) // math.prod(size(t)[:-1]) for t in step.src[1:3] if t is not None) * size(keys)[0]  # type: ignore[arg-type]
         return Work(cached * cell + nbytes(step.src[0]) + nbytes(step.out), 2 * math.prod(heads) * seen, "float")
     if step.op == "get_rows":
         table = step.src[0]
         return Work(nbytes(step.out) + out[0] * tensor_type(table.type).row_bytes(out[-1]), 0, "")  # type: ignore[union-attr]
-    caches = ("cache", "store")         # stored rows are as many as the source's, not as the cache's
+    caches = ("cache", "store")
+    if step.op == "store":              # it writes as many rows as it reads
+        return Work(2 * sum(nbytes(t) for t in step.src if t is not None and t.op not in caches), 0, "")
     return Work(sum(nbytes(t) for t in (step.out, *step.src) if t is not None and t.op not in caches), 0, "")
 
 
@@ -80,6 +80,8 @@ READ_BYTES, CHUNK = 256 << 20, 1 << 20          # beyond any cache; a chunk that
 
 def measure_peaks(n_threads: int | None = None, runs: int = 5) -> Peaks:
     """The fastest of some runs of loops that do nothing else (native/kernels/peak.h); about a third of a second."""
+    from pyggml.backends.cpu import Pool, Program
+
     pool = Pool(n_threads)
     memory = huge_zeros(READ_BYTES)
     memory[:] = 3

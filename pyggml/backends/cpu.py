@@ -1,4 +1,4 @@
-"""The CPU backend's program: views and steps in the arrays that native/pool.c walks, and the thread pool that walks them.
+"""The CPU backend (see base.py). Its program: views and steps in the arrays that native/pool.c walks, and the thread pool that walks them.
 
 `Program` is the narrow waist between Python and C: the planner fills it, kernel tests fill it by hand. After `finish()`
 nothing is allocated any more; `run()` is one native call.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyggml.backends.base import Input
 from pyggml.backends.placement import Place, physical_cores
 from pyggml.errors import PyggmlError
 from pyggml.native import ffi, huge_zeros, lib
@@ -65,6 +66,7 @@ class WeightStore:
     weights with float activations. `lock` keeps in memory what matmuls read, and warns once where the system refuses.
     """
 
+    small = lib.PYG_SMALL_COLS if lib else 0
     SLAB = 1 << 30          # packed weights lie one after another: apart, each would leave part of its last huge page unused
 
     def __init__(self, *, repack: bool = True, exact: bool = False, capacity: int = SLAB, lock: bool = False) -> None:
@@ -84,9 +86,16 @@ class WeightStore:
         whole_tiles = len(shape) == 2 or shape[-2] % 16 == 0        # an expert's tiles must not straddle
         return lib.pyg_pack_bytes(tensor_type(weight.type).id, math.prod(shape[:-1]), shape[-1]) if self.repack and whole_tiles else 0
 
-    def act_format(self, weight: Tensor, fixed: bool = False) -> int:
+    def act_format(self, weight: Tensor, fixed: bool) -> int:
         """How activations are prepared for this weight (ACT_* of native/engine.h); `fixed`: as for a packed one, whatever the batch."""
         return lib.pyg_act_format(tensor_type(weight.type).id, fixed or self.packed_bytes(weight) > 0, self.exact)
+
+    def act_bytes(self, format: int, k: int, columns: int) -> int:
+        """Bytes of activations prepared in a step of their own: columns of k values."""
+        return lib.pyg_act_bytes(format, k, columns)
+
+    def program(self, n_slots: int) -> Program:
+        return Program(n_slots)
 
     def view(self, program: Program, weight: Tensor, pack: bool) -> int:
         """Add the weight to a program; every program of this store shares the packed form (`pack`: it may have one)."""
@@ -150,6 +159,24 @@ class Program:
         self._steps: list[dict[str, Any]] = []
         self._keep: list[Any] = []          # whatever the views point into
         self.native_calls = 0
+        self.ahead = None
+
+    def memory(self, n_bytes: int) -> np.ndarray:
+        """Memory for computed values."""
+        return huge_zeros(n_bytes)
+
+    def inputs(self, wanted: dict[str, Input]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each input (the array to fill before a run, what is viewed of it): one and the same here."""
+        arrays = {name: np.zeros(i.shape, i.dtype) for name, i in wanted.items()}
+        return {name: (array, array) for name, array in arrays.items()}
+
+    def constant(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def result(self, array: np.ndarray, type: str, shape: tuple[int, ...], slot: int) -> np.ndarray:
+        """The values themselves, which the next run overwrites."""
+        dtype = np.dtype(np.int32 if type == "I32" else np.float32)
+        return array[:math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def view(self, array: np.ndarray, type: str | None = None, shape: Sequence[int] | None = None, *, strides: Sequence[int] | None = None,
              slot: int = -1, slot_axis: int = 0, packed: Any = None, ready: np.ndarray | None = None, release: bool = False) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 import threading
@@ -42,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for letter, what in (("k", "keys"), ("v", "values")):
         parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", dest=f"type_{letter}", action="append", metavar="TYPE[,TYPE]",
                             help=f"type of cached {what} (default: f16)")
+    parser.add_argument("-ngl", "--n-gpu-layers", dest="ngl", action="append", metavar="N[,N]",
+                        help="layers on a GPU, all, or auto: as many as fit (default: auto)")
+    parser.add_argument("-dev", "--device", metavar="NAME", help="cuda0, cuda1, ...; none or cpu for no GPU (default: the main GPU)")
+    parser.add_argument("-mg", "--main-gpu", type=int, default=0, metavar="N", help="number of the main GPU (default: %(default)s)")
     parser.add_argument("--repack", action="append", metavar="0|1[,0|1]", help="compute on packed weights (default: 1)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="runs of each test (default: %(default)s)")
     parser.add_argument("--delay", type=float, default=0, metavar="SECONDS", help="pause before each test")
@@ -80,6 +85,7 @@ class Test(NamedTuple):
     type_k: str
     type_v: str
     n_threads: int | None
+    ngl: str
     repack: int
     n_depth: int
     n_parallel: int
@@ -99,6 +105,7 @@ class Result(NamedTuple):
     test: Test
     model: Any
     n_threads: int
+    gpu_layers: int                     # on a GPU, with the output as one more
     test_time: str                      # when it began, ISO 8601 in UTC
     samples_ns: list[int]
     ops: list[dict[str, Any]]           # with --ops: where the time went, the longest first
@@ -125,7 +132,8 @@ def tests(args: argparse.Namespace) -> list[Test]:
         args.usage_error("-pg takes two numbers, PP,TG")
     work = [(n, 0) for n in numbers["n_prompt"] if n] + [(0, n) for n in numbers["n_gen"] if n] + pairs
     setups = itertools.product(models, numbers["n_batch"], numbers["n_ubatch"], types["type_k"], types["type_v"], numbers["n_threads"],
-                               int_list(args.repack or ["1"]), numbers["n_depth"], numbers["n_parallel"])
+                               ",".join(args.ngl or ["auto"]).lower().split(","), int_list(args.repack or ["1"]), numbers["n_depth"],
+                               numbers["n_parallel"])
     return [Test(*setup, *lengths) for setup in setups for lengths in work if setup[-1] == 1 or not lengths[0]]
 
 
@@ -175,7 +183,7 @@ def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]
     """Run one test."""
     context = open_context(test, model, args, running)
     n_threads = context.pool.n_threads if context.pool is not None else 1
-    result = Result(test, model, n_threads, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [], [])
+    result = Result(test, model, n_threads, context.gpu_layers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [], [])
     if not args.no_warmup:
         evaluate(context, test._replace(n_gen=min(test.n_gen, 1), n_depth=0), model)
         context.reset()
@@ -203,11 +211,14 @@ def operations(test: Test, model: Any, args: argparse.Namespace, running: list[A
         evaluate(context, test, model)
     spent = since(before, context.op_times())
     peaks = measure_peaks(context.pool.n_threads)
+    copied = context.copy_bandwidth()
+    if copied:                                          # layers on a GPU: what limits those is its memory
+        peaks = peaks._replace(read=copied, int8=math.inf, floats=math.inf)
     rows = []
     for op in spent:
         least, limit = peaks.least(Work(op.bytes, op.macs, op.kind))
         rows.append({**op._asdict(), "share_of_peak": 1e9 * least / op.ns, "limit": limit,
-                     "peak_read": peaks.read, "peak_int8": peaks.int8, "peak_float": peaks.floats})
+                     "peak_read": peaks.read, "peak_int8": None if copied else peaks.int8, "peak_float": None if copied else peaks.floats})
     return rows
 
 
@@ -217,7 +228,7 @@ def open_context(test: Test, model: Any, args: argparse.Namespace, running: list
     n_ctx = (test.n_prompt + test.n_gen + test.n_depth) * test.n_parallel
     context = Context(model, n_ctx=n_ctx, n_batch=test.n_batch, n_ubatch=test.n_ubatch, n_threads=test.n_threads, place=args.place,
                       type_k=test.type_k.upper(), type_v=test.type_v.upper(), repack=bool(test.repack), deterministic=args.deterministic,
-                      timing=timing)
+                      timing=timing, n_gpu_layers=test.ngl, device=args.device, main_gpu=args.main_gpu)
     running[:] = [context]
     return context
 
@@ -277,8 +288,10 @@ def print_ops(test: Test, ops: list[dict[str, Any]], file: Any) -> None:
     print(f"\n{test.name}: {total / 1e6:.2f} ms in operations", file=file)
     if ops:
         peak = ops[0]
-        print(f"this machine: reads {peak['peak_read'] / 1e9:.1f} GB/s, multiplies {peak['peak_int8'] / 1e9:.0f} G int8 and "
-              f"{peak['peak_float'] / 1e9:.0f} G float a second\n"
+        best = f"the GPU copies {peak['peak_read'] / 1e9:.0f} GB/s" if peak["peak_int8"] is None else (
+            f"this machine: reads {peak['peak_read'] / 1e9:.1f} GB/s, multiplies {peak['peak_int8'] / 1e9:.0f} G int8 and "
+            f"{peak['peak_float'] / 1e9:.0f} G float a second")
+        print(f"{best}\n"
               f"{'time':>13} {'share':>7} {'GB/s':>7} {'GMAC/s':>7}  of the limit   operation", file=file)
     for op in ops:
         ns = max(op["ns"], 1)

@@ -70,7 +70,8 @@ class Metadata(Mapping[str, Any]):
         return self.decode(self._entries[key])
 
     def type(self, key: str) -> str:
-        return self.typed_value(key).type
+        entry = self._entries[key]
+        return entry.type if isinstance(entry, Typed) else entry.kind
 
     def typed(self) -> dict[str, Typed]:
         return {key: self.typed_value(key) for key in self}
@@ -163,7 +164,9 @@ class Tensor:
         if isinstance(self.type, OpaqueType):
             raise PyggmlError(f"{self.label}: {self.type.why()}")
         from pyggml.quants import dequantize
-        return dequantize(self.raw, self.type).reshape(self.shape)
+        weights = dequantize(self.raw, self.type).reshape(self.shape)
+        self.source.verify()
+        return weights
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape)) or "scalar"
@@ -193,6 +196,11 @@ class TensorFile:
     @property
     def nbytes(self) -> int:
         return sum(s.size for s in self.sources)
+
+    def verify(self) -> None:
+        """To be called after looking at views of a mapped file: GGUFError when a part was gone from the file by then (it read as zeros)."""
+        for source in self.sources:
+            source.verify()
 
     def advise(self, tensor: Tensor, advice: int) -> None:
         """madvise the pages of a mapped tensor: mmap.MADV_WILLNEED before use, MADV_DONTNEED to give them back. No-op without a map.

@@ -112,7 +112,7 @@ VALUES = st.one_of(st.integers(-5, 2 ** 40), TEXT, st.lists(TEXT.map(lambda t: t
 NAMES = st.sampled_from(["a", "b", "c.d", "general.description2", "n", "words"])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(st.tuples(st.dictionaries(NAMES, VALUES, max_size=3), st.sets(NAMES, max_size=2)), min_size=1, max_size=4), st.booleans())
 def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     path = tmp_path_factory.mktemp("edit") / "m.gguf"
