@@ -68,7 +68,7 @@ void  pyg_arena_free(char *arena, size_t bytes);
 int   pyg_lock(char *start, size_t bytes);                 // keep these pages in memory once they are touched; 0 or an errno
 
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
-// exact: 1 as floats, 0 as ggml rounds them, -1 with one scale per 256 also for the types that ggml gives one per 32 (k % 256 == 0)
+// exact: 1 as floats, 0 as ggml rounds them
 int     pyg_act_format(int type, int packed, int exact);   // how activations are prepared for weights of `type`
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` prepared columns of length k
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none

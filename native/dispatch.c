@@ -30,6 +30,7 @@ static int supported(const char *isa) {
     if (!strcmp(isa, "avx2")) return avx2;
     int vnni = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
                && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (!strcmp(isa, "avxvnni")) return EVEX_AVXVNNI ? vnni : avx2 && __builtin_cpu_supports("avxvnni");
     if (!strcmp(isa, "avx512")) return vnni;
     if (!strcmp(isa, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
 #elif defined __aarch64__

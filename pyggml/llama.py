@@ -53,13 +53,15 @@ class Llama:
     logits_all keeps the logits of every position in `scores`; log-probabilities do not need it. draft_model guesses tokens for the
     model to check several at once (see pyggml/speculate.py), which changes the speed and not what is generated: a PromptLookup, a
     smaller model's file, or a callable from token ids to token ids. deterministic: the same bits for any number of threads and batches.
+    n_gpu_layers: layers on a GPU, -1 or "all" for all of them, "auto" for as many as fit; device: "cuda0", ..., instead of the number
+    main_gpu.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], *, n_ctx: int = 512, n_batch: int = 512, n_ubatch: int = 512,
                  n_threads: int | None = None, n_threads_batch: int | None = None, seed: int = RANDOM_SEED, logits_all: bool = False,
                  vocab_only: bool = False, use_mmap: bool = True, use_mlock: bool = False, last_n_tokens_size: int = 64,
                  type_k: int | str | None = None, type_v: int | str | None = None, draft_model: Any = None, deterministic: bool = False,
-                 verbose: bool = False, **others: Any) -> None:
+                 n_gpu_layers: int | str = 0, main_gpu: int = 0, device: str | None = None, verbose: bool = False, **others: Any) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "others")} | others
         refuse({k: v for k, v in others.items() if k not in NO_EFFECT}, CONSTRUCTOR, "Llama()")
         self.model_path, self.verbose = os.fspath(model_path), verbose
@@ -78,7 +80,7 @@ class Llama:
             return
         self._context = Context(self._model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(n_ubatch, n_batch), n_threads=n_threads,
                                 n_threads_batch=n_threads_batch, type_k=_type_name(type_k), type_v=_type_name(type_v),
-                                deterministic=deterministic)
+                                deterministic=deterministic, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, device=device)
         self.n_batch = n_batch
         self.input_ids = np.zeros(self._context.n_ctx, np.int32)
         if draft_model is not None:
@@ -242,6 +244,8 @@ class Llama:
         ahead = self._ctx if isinstance(self._ctx, Speculation) else None
         if ahead is not None:
             ahead.use(sampler.params)
+        else:
+            self._ctx.greedy = sampler.params.plain and processor is None
         if reset:
             tokens = tokens[self._reuse(tokens):]
         while True:

@@ -103,7 +103,7 @@ class Lowering:
         if self.rows(x) > self.store.small:
             key = (id(x), id(norm), format)
             if key not in self.prepared:
-                bytes_needed = self.store.act_bytes(format, x.shape[-1], self.rows(x))  # type: ignore[arg-type]
+                bytes_needed = self.store.act_bytes(format, weight.sizes[-1], self.rows(x))
                 self.prepared[key] = Tensor("prepare", (x, norm), (bytes_needed,), "I8")
                 self.emit(Call("prepare", self.prepared[key], []), [x, norm], i, [eps])
             x, norm, i = self.prepared[key], None, [act, format, 1]

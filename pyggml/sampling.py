@@ -289,6 +289,12 @@ class SamplingParams:
                 raise ParameterError(f"logit_bias of token {token} is {bias}; use a finite number, or -inf to forbid the token")
 
 
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is always the one with the largest logit."""
+        return self.temp == 0.0 and not self.logit_bias and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+
+
 def _check(name: str, value, *, low: float, high: float, integer: bool, help: str, above: bool) -> None:
     number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if number and math.isfinite(value) and low <= value <= high and not (above and value == low):

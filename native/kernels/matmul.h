@@ -34,7 +34,7 @@ static matrix matrix_of(const pyg_view *v, int64_t expert, int layout) {
     return (matrix){
         .raw = row_at(v, 0, expert, 0), .packed = v->packed ? v->packed + expert * tiles * bytes : NULL,
         .ready = (_Atomic uint8_t *)(v->ready + (v->packed ? expert * tiles : 0)),
-        .rows = v->ne[1], .k = v->ne[0], .row_stride = v->nb[1], .tiles = tiles, .bytes = bytes, .type = type, .tile = tile, .release = v->release, .kernels = tile_kernels(tile, layout),
+        .rows = v->ne[1], .k = v->ne[0], .row_stride = v->nb[1], .tiles = tiles, .bytes = bytes, .type = type, .tile = tile, .release = v->release, .kernels = TILE_KERNELS[tile],
     };
 }
 
@@ -142,14 +142,20 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
 
 // Columns of the result: where column c is stored, and what is added to it. map: which column of dst is meant, or NULL.
 typedef struct { const pyg_view *dst, *residual; const int32_t *map; } target;
+typedef struct { float *to[SMALL_COLS]; const float *residual[SMALL_COLS]; } landing;     // first rows of a column tile's columns
 
-static float *target_at(const target *to, int64_t column) { return (float *)column_at(to->dst, to->map ? to->map[column] : column); }
-
-static void store_tile(const epilogue *e, const target *to, const float *a, const float *b, int64_t row, int rows, int64_t column, int N) {
+static landing landing_of(const target *to, int64_t column, int N) {
+    landing l = {0};
     for (int n = 0; n < N; n++) {
-        const float *residual = to->residual ? (const float *)column_at(to->residual, column + n) + row : NULL;
-        finish(e, a + n * TILE_ROWS, b + n * TILE_ROWS, row, rows, residual, target_at(to, column + n) + row);
+        l.to[n] = (float *)column_at(to->dst, to->map ? to->map[column + n] : column + n);
+        if (to->residual) l.residual[n] = (const float *)column_at(to->residual, column + n);
     }
+    return l;
+}
+
+static void store_tile(const epilogue *e, const landing *l, const float *a, const float *b, int64_t row, int rows, int N) {
+    for (int n = 0; n < N; n++)
+        finish(e, a + n * TILE_ROWS, b + n * TILE_ROWS, row, rows, l->residual[n] ? l->residual[n] + row : NULL, l->to[n] + row);
 }
 
 // ---- a few columns against raw rows: ggml's dot product ---------------------------------------------------------------------------------
@@ -191,20 +197,21 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
     for (int64_t c = first; c < last; c++) {
         const int N = act_tile_cols(cols, c);
         const char *a = acts + c * SMALL_COLS * column_bytes;
+        const landing at = landing_of(&j->to, c * SMALL_COLS, N);
         for (int64_t start = first_tile; start < last_tile; start += RUN_TILES) {
             const int64_t end = least(start + RUN_TILES, last_tile);
             for (int i = 0; i < j->matrices; i++) {
                 const matrix *m = &j->m[i];
                 for (int64_t t = start; t < end; t++) {
                     float *sums = out[i][t - start];
-                    if (i == 0) for (int n = 0; n < N; n++) __builtin_prefetch(target_at(&j->to, c * SMALL_COLS + n) + t * TILE_ROWS, 1);
+                    if (i == 0) for (int n = 0; n < N; n++) __builtin_prefetch(at.to[n] + t * TILE_ROWS, 1);
                     if (t == end - 1) prefetch_run(j, i + 1 < j->matrices ? i + 1 : 0, i + 1 < j->matrices ? start : end);
                     if (by_rows) row_tile(m, t, j->layout, a, N, sums);
                     else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, sums);
                 }
             }
             for (int64_t t = start; t < end; t++)
-                store_tile(&j->finish, &j->to, out[0][t - start], out[1][t - start], t * TILE_ROWS, tile_rows(&j->m[0], t), c * SMALL_COLS, N);
+                store_tile(&j->finish, &at, out[0][t - start], out[1][t - start], t * TILE_ROWS, tile_rows(&j->m[0], t), N);
         }
     }
 }

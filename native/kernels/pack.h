@@ -89,8 +89,7 @@ static int act_format(int type, int packed, int exact) {
         BLOCK_TYPES(X)
 #undef X
     };                                                       // plain numbers: ACT_F32
-    if (exact < 0 && TILE_TYPES[type].block == 32) return ACT_A256;
-    return exact > 0 ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
+    return exact ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
 }
 
 // ---- quads: 16 weights of one row as bytes, four quads, from the file's blocks (i: which 16 of the block) -------------------------

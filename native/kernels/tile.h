@@ -11,7 +11,10 @@ typedef void tile_fn(const char *w, const char *a, int64_t k, float *out);
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns.
 INLINE int least_int(int a, int b) { return a < b ? a : b; }
 enum { TILE_VECS = TILE_ROWS / VL };
-typedef struct { int N, v0, vecs, n0, cols; } pass_shape;                         // of a column tile of N: which vectors, which columns
+typedef struct {
+    int N, v0, vecs, n0, cols;                           // of a column tile of N: which vectors, which columns
+    int index, count;                                    // of the tile's passes: which one, of how many
+} pass_shape;
 
 // How far the templates unfold is the ISA's: PASS_ACC sums of a kind (FLOAT_ACC where there is
 // one kind only) fit its registers, and SPECIALIZED is INLINE where a function
@@ -26,13 +29,22 @@ enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8, FLOAT_PHASES = VL ==
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
 
-// The columns of line `t` of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows.
+// With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself.
+// One pass asks for what lies a little ahead, several share out the next tile; one or two columns keep up without.
+enum { AHEAD_BYTES = 2048 };
+INLINE void fetch_ahead(const pass_shape s, const int64_t tile, const int bytes, const char *w) {
+    if (s.N <= 2) return;
+    w += s.count == 1 ? AHEAD_BYTES : tile;
+    EACH(line, (bytes + LINE - 1) / LINE) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
+}
+
+// Line t of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows; nibbles: its nibble line t or t - 4.
 INLINE vi line_at(const char *p, int i) { return vi_load(p + LINE * i); }
-INLINE vi quants(const tile_type d, const char *p, const int t) {
+INLINE vi quants(const tile_type d, const char *p, const int t, vi nibbles) {
     if (d.bits == 8) return line_at(p, t);
     vi q = vi_set(0);
     const int above = d.bits >= 4 ? 4 : 0;
-    if (above) { q = (t < 4 ? line_at(p, t) : line_at(p, t - 4) >> 4) & 0x0f0f0f0f; p += 4 * LINE; }
+    if (above) { q = (t < 4 ? nibbles : nibbles >> 4) & 0x0f0f0f0f; p += 4 * LINE; }
     if (d.codebook) return vi_lookup(d.codebook, q) ^ (int32_t)0x80808080;
     if (d.bits - above >= 2) {
         vi x = line_at(p, t >> 2);
@@ -48,25 +60,38 @@ INLINE vi quants(const tile_type d, const char *p, const int t) {
     return q;
 }
 
+// Whether the second half of the lines is summed apart, so that fewer products wait for the one before: as long as registers last.
+INLINE int in_two_sums(const tile_type d, const pass_shape s, const int quads) {
+    return MAC_WHOLE_BYTES && quads == 8 && (d.block == 32 || (d.bits == 4 && !d.codebook && s.cols <= 4));
+}
+
 // Weights that fill the byte are stored plus 128 (see S8_BIAS), the others are small unsigned numbers.
 // c[v * cols + n] += lines of quads `first` .. `first + quads` of 32 weights x their activations.
 INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, const int quads, const char *planes, const char *q, vi *c) {
     const int steps = d.zero == 7 ? 1 : least_int(quads, mac_steps(d.bits)), both = quads == 8 && d.bits != 8;
-    vi sum[PASS_ACC];
+    const int apart = in_two_sums(d, s, quads), in_place = apart && d.bits == 4 && !d.codebook;      // in place: 16 times the upper nibbles
+    vi sum[PASS_ACC], rest[PASS_ACC], nibbles[TILE_VECS];
+    if (apart) EACH(j, s.vecs * s.cols) rest[j] = vi_set(0);
     EACH(i, quads) {
         const int t = first + (both ? (i & 1) * 4 + i / 2 : i);          // both halves of a nibble line while it is in a register
         vi x[TILE_VECS];
-        EACH(v, s.vecs) x[v] = quants(d, planes + 4 * VL * (s.v0 + v), t);
+        EACH(v, s.vecs) {
+            const char *p = planes + 4 * VL * (s.v0 + v);
+            if (d.bits >= 4 && d.bits < 8 && !(both && i & 1)) { nibbles[v] = line_at(p, t & 3); IN_REGISTER(nibbles[v]); }
+            x[v] = in_place && t >= 4 ? nibbles[v] & (int32_t)0xf0f0f0f0 : quants(d, p, t, nibbles[v]);
+        }
         EACH(n, s.cols) {
             vi y = vi_set4(q + 4 * ((t - first) * s.N + s.n0 + n));
             EACH(v, s.vecs) {
                 const int j = v * s.cols + n;
-                if (d.zero == 7) c[j] = vi_dot_s8(c[j], x[v], y);
+                if (apart && i & 1) rest[j] = mac(rest[j], x[v], y);
+                else if (d.zero == 7) c[j] = vi_dot_s8(c[j], x[v], y);
                 else sum[j] = mac(i % steps == 0 ? mac_open(c[j]) : sum[j], x[v], y);
                 if (d.zero != 7 && (i + 1) % steps == 0) c[j] = mac_close(c[j], sum[j]);
             }
         }
     }
+    if (apart) EACH(j, s.vecs * s.cols) c[j] += in_place ? rest[j] >> 4 : rest[j];
 }
 INLINE int needs_start(const tile_type d) { return d.zero == 7 ? S8_BIAS != 0 : d.zero != 0; }
 
@@ -86,6 +111,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
             vi start = needs_start(d) ? vi_set4_shift(a + 4 * (2 * N + s.n0 + n), d.zero) : vi_set(0);
             EACH(v, vecs) c[v * cols + n] = start;
         }
+        fetch_ahead(s, k / 32 * tile_block_bytes(d), tile_block_bytes(d), w);
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
         dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
@@ -100,42 +126,15 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
     EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
 }
 
-// ---- blocks of 32 x ACT_A256: one multiplication per block and column instead of two ------------------------------------------------
-INLINE void pass_32_coarse(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
-    const int N = s.N, vecs = s.vecs, cols = s.cols, half = TILE_ROWS * 2, lane = VL * 2;
-    vf f[PASS_ACC];
-    EACH(i, vecs * cols) f[i] = vf_set(0);
-    for (int64_t b = 0; b < k / 256; b++, a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
-        vf g[PASS_ACC];
-        EACH(i, vecs * cols) g[i] = vf_set(0);
-        UNROLL(1) for (int j = 0; j < 8; j++, w += tile_block_bytes(d)) {
-            const char *minus = a + 4 * (1 + 2 * j) * N + 4 * s.n0;
-            vi c[PASS_ACC];
-            EACH(n, cols) {
-                vi start = needs_start(d) ? vi_set4_shift(minus + 4 * n, d.zero) + vi_set4_shift(minus + 4 * (N + n), d.zero) : vi_set(0);
-                EACH(v, vecs) c[v * cols + n] = start;
-            }
-            dot_lines(d, s, 0, 8, w + header_bytes(d), a + 4 * (29 + 8 * j) * N, c);
-            EACH(v, vecs) {
-                vf scale = scale_32(d, w, s.v0 + v);
-                EACH(n, cols) g[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale, g[v * cols + n]);
-                if (d.mins) {
-                    vf m = vf_from_f16(w + half + lane * (s.v0 + v));
-                    EACH(n, cols) g[v * cols + n] = vf_fma(-vf_from_i(vi_set4(minus + 4 * n) + vi_set4(minus + 4 * (N + n))), m, g[v * cols + n]);
-                }
-            }
-        }
-        EACH(v, vecs) EACH(n, cols) f[v * cols + n] = vf_fma(g[v * cols + n], vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
-    }
-    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
-}
-
 // ---- blocks of 256 x ACT_A256 -----------------------------------------------------------------------------------------------------
-// Sub-block sums meet their integer scales in integers, so a block rounds once.
+// Sub-block sums meet their integer scales in integers, so a block rounds once. Where the sums of two sub-blocks fit in 16 bits
+// they meet both scales in one product.
+INLINE int sums_fit_i16(const tile_type d) { return !d.codebook && (127 << (d.zero ? d.zero : d.bits)) * d.sub <= INT16_MAX; }
 INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
     const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
     const int quads = d.sub / 4;                             // per sub-block
+    const int share = (tile_block_bytes(d) / LINE + pairs - 1) / pairs * LINE;      // of a block, to fetch ahead with each pair
     vf f[PASS_ACC];
     EACH(i, vecs * cols) f[i] = vf_set(0);
     for (int64_t b = 0; b < k / 256; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
@@ -143,6 +142,8 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
         vi sum[PASS_ACC];
         EACH(i, vecs * cols) sum[i] = vi_set(0);
         UNROLL(1) for (int p = 0; p < pairs; p++) {
+            vi first[PASS_ACC];
+            fetch_ahead(s, k / 256 * tile_block_bytes(d), share, w + p * share);
             EACH(side, 2) {                                     // the two sub-blocks whose scales lie side by side
                 const char *lines = planes + (d.sub == 32 ? 2 * p + side : p) * planes_bytes(d);
                 const char *quad = q + (2 * p + side) * quads * 4 * N;
@@ -156,9 +157,15 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
                     EACH(v, vecs) c[v * cols + n] = start;
                 }
                 dot_lines(d, s, d.sub == 32 ? 0 : 4 * side, quads, lines, quad, c);
-                EACH(v, vecs) {
+                if (sums_fit_i16(d) && !side) EACH(i, vecs * cols) first[i] = c[i] & 0xffff;
+                else EACH(v, vecs) {
                     vi two = vi_pairs_from_u8(scales + p * pair_line + lane * (s.v0 + v));
                     if (d.scales == SCALES_NIBBLE) two &= 0x000f000f;
+                    if (sums_fit_i16(d)) {
+                        if (d.scales == SCALES_I8) two = vi_pairs_from_i8(two);
+                        EACH(n, cols) sum[v * cols + n] = vi_dot_i16(sum[v * cols + n], two, first[v * cols + n] | c[v * cols + n] << 16);
+                        continue;
+                    }
                     vi scale = d.scales == SCALES_I8 ? (side ? two << 8 : two << 24) >> 24 : side ? two >> 16 : two & 0xff;
                     EACH(n, cols) sum[v * cols + n] += c[v * cols + n] * scale;
                 }
@@ -228,6 +235,7 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
+        fetch_ahead(s, k * step, phases * step, w);
         EACH(p, phases) {
             vf x[TILE_VECS];
             EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
@@ -247,47 +255,35 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
 }
 
 // ---- instances: a function per type and number of columns ---------------------------------------------------------------------------
-INLINE void pass(const tile_type d, const int coarse, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     if (d.block == 1) pass_1(d, s, w, a, k, out);
     else if (d.scales == SCALES_F32) pass_codes(d, s, w, a, k, out);
-    else if (coarse) pass_32_coarse(d, s, w, a, k, out);
     else if (d.block == 32) pass_32(d, s, w, a, k, out);
     else pass_256(d, s, w, a, k, out);
 }
-INLINE void passes(const tile_type d, const int coarse, const int N, const char *w, const char *a, int64_t k, float *out) {
+INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out) {
     const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
     const int vecs = N * TILE_VECS <= acc ? TILE_VECS : 1, rest = N % acc;
+    const int across = (N + acc - 1) / acc, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
-        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, coarse, (pass_shape){N, v, vecs, n, acc}, w, a, k, out);
-        if (rest) pass(d, coarse, (pass_shape){N, v, vecs, N - rest, rest}, w, a, k, out);
+        const int index = v / vecs * across;
+        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, (pass_shape){N, v, vecs, n, acc, index + n / acc, count}, w, a, k, out);
+        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, index + across - 1, count}, w, a, k, out);
     }
 }
 
+#define ALL_TILES(T) FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #define INSTANCE(name, n) static void tile_##name##_##n(const char *w, const char *a, int64_t k, float *out) { passes_##name(n, w, a, k, out); }
-#define INSTANCES(name, type, coarse) \
-    SPECIALIZED void passes_##name(const int N, const char *w, const char *a, int64_t k, float *out) { passes(TILE_TYPES[TYPE_##type], coarse, N, w, a, k, out); } \
+#define T(name, ...) \
+    SPECIALIZED void passes_##name(const int N, const char *w, const char *a, int64_t k, float *out) { passes(TILE_TYPES[TYPE_##name], N, w, a, k, out); } \
     INSTANCE(name, 1) INSTANCE(name, 2) INSTANCE(name, 3) INSTANCE(name, 4) INSTANCE(name, 5) INSTANCE(name, 6) INSTANCE(name, 7) INSTANCE(name, 8)
-#define ENTRY(name, type) [TYPE_##type] = {tile_##name##_1, tile_##name##_2, tile_##name##_3, tile_##name##_4, tile_##name##_5, tile_##name##_6, tile_##name##_7, tile_##name##_8},
-
-#define T(type, ...) INSTANCES(type, type, 0)
-FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
-#undef T
-#define T(type, ...) INSTANCES(coarse_##type, type, 1)
-BLOCK32_TILES(T)
+ALL_TILES(T)
 #undef T
 
+// By tile type and number of columns less one.
 static tile_fn *const TILE_KERNELS[N_TILES][SMALL_COLS] = {
-#define T(type, ...) ENTRY(type, type)
-    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
+#define T(name, ...) [TYPE_##name] = {tile_##name##_1, tile_##name##_2, tile_##name##_3, tile_##name##_4, \
+                                      tile_##name##_5, tile_##name##_6, tile_##name##_7, tile_##name##_8},
+    ALL_TILES(T)
 #undef T
 };
-static tile_fn *const COARSE_KERNELS[N_TILES][SMALL_COLS] = {
-#define T(type, ...) ENTRY(coarse_##type, type)
-    BLOCK32_TILES(T)
-#undef T
-};
-
-// The kernels of a tile type, by number of columns less one, for activations in a layout.
-static tile_fn *const *tile_kernels(int tile, int layout) {
-    return TILE_TYPES[tile].block == 32 && layout == ACT_A256 ? COARSE_KERNELS[tile] : TILE_KERNELS[tile];
-}

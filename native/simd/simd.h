@@ -25,7 +25,16 @@ typedef int32_t  i32x8 __attribute__((vector_size(32)));
 typedef float    f32x8 __attribute__((vector_size(32)));
 INLINE u8x32 u8x32_set(int x) { return (uint8_t)x - (u8x32){0}; }
 
-#if defined ISA_avx2 || defined ISA_avx512 || defined ISA_avx512bf16
+// Holds a value in a register: the compiler would load it again for each use, or add in another order and run out of registers.
+#if defined __x86_64__
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#elif defined __aarch64__
+#define IN_REGISTER(v) __asm__("" : "+w"(v))
+#else
+#define IN_REGISTER(v) (void)(v)
+#endif
+
+#if defined ISA_avx2 || defined ISA_avxvnni || defined ISA_avx512 || defined ISA_avx512bf16
 #include "x86.h"
 #elif defined ISA_neon
 #include "arm.h"
@@ -41,6 +50,8 @@ INLINE vi vi_load(const void *p) { vi v; memcpy(&v, p, sizeof v); return v; }
 INLINE void vf_store(void *p, vf v) { memcpy(p, &v, sizeof v); }
 INLINE void vi_store(void *p, vi v) { memcpy(p, &v, sizeof v); }
 INLINE vi vi_set4(const void *p) { int32_t x; memcpy(&x, p, 4); return vi_set(x); }      // the same 4 bytes in every lane
+typedef int16_t vi_pairs __attribute__((vector_size(4 * VL)));
+INLINE vi vi_pairs_from_i8(vi bytes) { return (vi)(((vi_pairs)bytes ^ 0x80) - 0x80); }   // pairs of bytes in 16 bits, now with their sign
 INLINE vf vf_from_i(vi a) { return __builtin_convertvector(a, vf); }
 INLINE vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }     // mask lanes are 0 or -1
 INLINE vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }

@@ -1,10 +1,19 @@
-// AVX2 (8 lanes) and AVX-512 with VNNI (16 lanes).
+// AVX2 and AVX-VNNI (8 lanes), AVX-512 with VNNI (16 lanes).
 #pragma once
 #include <immintrin.h>
 static inline float f16_to_f32(f16 h) { return _cvtsh_ss(h.bits); }
 static inline f16 f32_to_f16(float f) { return (f16){_cvtss_sh(f, 0)}; }
 
-#if defined __AVX512F__
+// A build may have the 32-byte form of vpdpbusd under either of its encodings: see PYGGML_EVEX_AVXVNNI in build.py.
+#if defined __AVXVNNI__
+#define DPBUSD(c, w, a) _mm256_dpbusd_avx_epi32(c, w, a)
+#define DPWSSD(c, w, a) _mm256_dpwssd_avx_epi32(c, w, a)
+#elif defined __AVX512VNNI__
+#define DPBUSD(c, w, a) _mm256_dpbusd_epi32(c, w, a)
+#define DPWSSD(c, w, a) _mm256_dpwssd_epi32(c, w, a)
+#endif
+
+#if defined ISA_avx512 || defined ISA_avx512bf16
 enum { VL = 16, S8_BIAS = 128 };
 typedef float   vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -31,6 +40,7 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32
 // (the operators would shift in a general register first, which costs a slow move per lane vector)
 static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm512_slli_epi32(_mm512_set1_epi32(x), n); }
 // A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
+enum { MAC_WHOLE_BYTES = 1 };                       // and w may be any unsigned byte
 static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
@@ -40,7 +50,7 @@ static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)index);
 }
 #else
-enum { VL = 8, S8_BIAS = 0 };
+enum { VL = 8 };
 typedef float   vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 static inline vf vf_from_f16(const void *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
@@ -73,6 +83,17 @@ static inline void vi_to_i8(void *p, vi v) {    // values that fit
     __m128i h = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
     _mm_storel_epi64(p, _mm_packs_epi16(h, h));
 }
+#if defined DPBUSD
+enum { S8_BIAS = 128, MAC_WHOLE_BYTES = 1 };
+static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)DPBUSD((__m256i)acc, (__m256i)w, (__m256i)a); }
+static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
+static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)DPWSSD((__m256i)acc, (__m256i)w, (__m256i)a); }
+static inline int mac_steps(int bits) { (void)bits; return 8; }
+static inline vi mac_open(vi c) { return c; }
+static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
+static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
+#else
+enum { S8_BIAS = 0, MAC_WHOLE_BYTES = 0 };
 // vpmaddubsw adds two products in 16 bits: 127 * 127 * 2 fits, a full unsigned byte does not, hence the sign trick in _s8
 static inline vi vi_dot_u7(vi acc, vi w, vi a) {
     return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1));
@@ -82,14 +103,19 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) {
     return vi_dot_u7(acc, (vi)_mm256_abs_epi8(s), (vi)_mm256_sign_epi8((__m256i)a, s));
 }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
-// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm256_slli_epi32(_mm256_set1_epi32(x), n); }
 // A sum of byte products in the making, for w below 2^bits: open, up to mac_steps times mac, close. It stays in 16 bits as long as
-// 2 * 127 * (2^bits - 1) * steps fits. (The saturating add never saturates; unlike + the compiler does not reorder it.)
+// 2 * 127 * (2^bits - 1) * steps fits.
 static inline int mac_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
 static inline vi mac_open(vi c) { (void)c; return (vi)_mm256_setzero_si256(); }
-static inline vi mac(vi sum, vi w, vi a) { return (vi)_mm256_adds_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)a)); }
+static inline vi mac(vi sum, vi w, vi a) {
+    sum = (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+    IN_REGISTER(sum);
+    return sum;
+}
 static inline vi mac_close(vi c, vi sum) { return c + (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+#endif
+// ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm256_slli_epi32(_mm256_set1_epi32(x), n); }
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
@@ -97,17 +123,20 @@ static inline vi vi_lookup(const int8_t table[16], vi index) {
 #endif
 
 // ---- 32 bytes, 8 lanes: acc lane i takes bytes 4i .. 4i + 3 ------------------------------------------------------------------
-#if defined __AVX512VNNI__
-INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return (i32x8)_mm256_dpbusd_epi32(_mm256_setzero_si256(), (__m256i)w, (__m256i)a); }
+#if defined DPBUSD
+INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return (i32x8)DPBUSD(_mm256_setzero_si256(), (__m256i)w, (__m256i)a); }
 // one more dpbusd costs less than taking signs apart
 INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) { return dot_u7x32(w, a) - dot_u7x32(u8x32_set(zero), a); }
-INLINE u8x32 u8x32_mask(uint32_t bits) { return (u8x32)_mm256_movm_epi8(bits); }
 #else
 INLINE i32x8 dot_u7x32(u8x32 w, i8x32 a) { return (i32x8)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1)); }
 INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) {
     __m256i d = _mm256_sub_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_maddubs_epi16(_mm256_set1_epi8(zero), (__m256i)a));
     return (i32x8)_mm256_madd_epi16(d, _mm256_set1_epi16(1));
 }
+#endif
+#if defined ISA_avx512 || defined ISA_avx512bf16
+INLINE u8x32 u8x32_mask(uint32_t bits) { return (u8x32)_mm256_movm_epi8(bits); }
+#else
 INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
     const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
@@ -139,7 +168,7 @@ INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entrie
 
 // ---- lanes repeated and swapped, for attention ------------------------------------------------------------------------------
 // vf_repeat(p, n): the n floats at p, again and again;  vf_swap(v, n): lane i gets lane i ^ n.  n is a constant power of two.
-#if defined __AVX512F__
+#if defined ISA_avx512 || defined ISA_avx512bf16
 enum { VREGS = 32 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm512_set1_ps(*p);

@@ -7,12 +7,20 @@ steps run. backends/cpu.py and backends/cuda/ are the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from pyggml.graph import Tensor
+
+
+class Input(NamedTuple):
+    """A value that is given to each run: its largest shape, element type (int32 or float32), and the slot of its number of rows."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    slot: int
 
 
 class Program(Protocol):
@@ -21,12 +29,13 @@ class Program(Protocol):
     slots: np.ndarray
     aborted: np.ndarray                     # [0] is set to 1 from any thread: the run stops soon
     step_ns: np.ndarray | None              # nanoseconds of each step so far, where timing was asked for
+    ahead: Any                              # what decodes without waiting for the host (backends/cuda/ahead.py), or None
 
     def memory(self, n_bytes: int) -> Any:
         """Memory for computed values; a slice of it, `[offset:]`, can be viewed."""
 
-    def input(self, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, Any]:
-        """(the array that the user fills before a run, what is viewed)."""
+    def inputs(self, wanted: dict[str, Input]) -> dict[str, tuple[np.ndarray, Any]]:
+        """For each input (the array that is filled before a run, what is viewed of it)."""
 
     def constant(self, array: np.ndarray) -> Any:
         """What is viewed of an array that never changes."""

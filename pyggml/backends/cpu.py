@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyggml.backends.base import Input
 from pyggml.backends.placement import Place, physical_cores
 from pyggml.errors import PyggmlError
 from pyggml.native import ffi, huge_zeros, lib
@@ -158,15 +159,16 @@ class Program:
         self._steps: list[dict[str, Any]] = []
         self._keep: list[Any] = []          # whatever the views point into
         self.native_calls = 0
+        self.ahead = None
 
     def memory(self, n_bytes: int) -> np.ndarray:
         """Memory for computed values."""
         return huge_zeros(n_bytes)
 
-    def input(self, shape: tuple[int, ...], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(the array to fill before a run, what is viewed): one and the same here."""
-        array = np.zeros(shape, dtype)
-        return array, array
+    def inputs(self, wanted: dict[str, Input]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each input (the array to fill before a run, what is viewed of it): one and the same here."""
+        arrays = {name: np.zeros(i.shape, i.dtype) for name, i in wanted.items()}
+        return {name: (array, array) for name, array in arrays.items()}
 
     def constant(self, array: np.ndarray) -> np.ndarray:
         return array

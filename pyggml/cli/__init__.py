@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that nothing fails again when Python flushes at exit
         return CLOSED_PIPE
     except OSError as error:
-        return _fail(name, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+        from pyggml.formats.values import printable
+
+        return _fail(name, printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error))
     except MemoryError:
         return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyggml.errors import PyggmlError
 
@@ -93,6 +93,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     for letter, what in (("k", "keys"), ("v", "values")):
         group.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", choices=CACHE_TYPES, metavar="TYPE",
                            help=f"type of cached {what} (default: %(default)s)")
+    add_device(group)
     group.add_argument("-nr", "--no-repack", action="store_true", help="compute on the weights as they lie in the file")
     group.add_argument("--deterministic", action="store_true",
                        help="the same bits for any number of threads, any batches, packed or not (a little slower)")
@@ -140,6 +141,19 @@ def load_model(args: argparse.Namespace, path: str):
     return Model.load(path, use_mmap=use_mmap and not args.no_mmap, use_mlock=use_mlock or args.mlock)
 
 
+def add_device(group: Any) -> None:
+    """Where a model's layers are computed."""
+    group.add_argument("-ngl", "--gpu-layers", "--n-gpu-layers", dest="n_gpu_layers", default="auto", metavar="N",
+                       help="layers on a GPU, from the last one on, with the output as one more; all; auto: as many as fit (default: auto)")
+    group.add_argument("-dev", "--device", metavar="NAME", help="cuda0, cuda1, ...; none or cpu for no GPU (default: the main GPU)")
+    group.add_argument("-mg", "--main-gpu", type=int, default=0, metavar="N", help="number of the main GPU (default: %(default)s)")
+
+
+def device(args: argparse.Namespace) -> dict[str, Any]:
+    """What a Context takes of these options."""
+    return {"n_gpu_layers": args.n_gpu_layers, "device": args.device, "main_gpu": args.main_gpu}
+
+
 def open_context(args: argparse.Namespace):
     """(Model, Context) as the options say."""
     from pyggml.context import Context
@@ -149,7 +163,7 @@ def open_context(args: argparse.Namespace):
     n_ctx = min(model.config.n_ctx_train, N_CTX) if args.ctx_size is None else args.ctx_size
     return model, Context(model, n_ctx=n_ctx, n_batch=args.batch_size, n_ubatch=args.ubatch_size, n_threads=args.threads,
                           n_threads_batch=args.threads_batch, place=args.place, type_k=args.cache_type_k.upper(), type_v=args.cache_type_v.upper(),
-                          repack=not args.no_repack, deterministic=args.deterministic)
+                          repack=not args.no_repack, deterministic=args.deterministic, **device(args))
 
 
 # ---- speculative decoding ----

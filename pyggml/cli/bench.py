@@ -41,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for letter, what in (("k", "keys"), ("v", "values")):
         parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", dest=f"type_{letter}", action="append", metavar="TYPE[,TYPE]",
                             help=f"type of cached {what} (default: f16)")
+    parser.add_argument("-ngl", "--n-gpu-layers", dest="ngl", action="append", metavar="N[,N]",
+                        help="layers on a GPU, all, or auto: as many as fit (default: auto)")
+    parser.add_argument("-dev", "--device", metavar="NAME", help="cuda0, cuda1, ...; none or cpu for no GPU (default: the main GPU)")
+    parser.add_argument("-mg", "--main-gpu", type=int, default=0, metavar="N", help="number of the main GPU (default: %(default)s)")
     parser.add_argument("--repack", action="append", metavar="0|1[,0|1]", help="compute on packed weights (default: 1)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N", help="runs of each test (default: %(default)s)")
     parser.add_argument("--delay", type=float, default=0, metavar="SECONDS", help="pause before each test")
@@ -77,6 +81,7 @@ class Test(NamedTuple):
     type_k: str
     type_v: str
     n_threads: int | None
+    ngl: str
     repack: int
     n_depth: int
     n_prompt: int
@@ -94,6 +99,7 @@ class Result(NamedTuple):
     test: Test
     model: Any
     n_threads: int
+    gpu_layers: int                     # on a GPU, with the output as one more
     test_time: str                      # when it began, ISO 8601 in UTC
     samples_ns: list[int]
 
@@ -119,7 +125,7 @@ def tests(args: argparse.Namespace) -> list[Test]:
         args.usage_error("-pg takes two numbers, PP,TG")
     work = [(n, 0) for n in numbers["n_prompt"] if n] + [(0, n) for n in numbers["n_gen"] if n] + pairs
     setups = itertools.product(models, numbers["n_batch"], numbers["n_ubatch"], types["type_k"], types["type_v"], numbers["n_threads"],
-                               int_list(args.repack or ["1"]), numbers["n_depth"])
+                               ",".join(args.ngl or ["auto"]).lower().split(","), int_list(args.repack or ["1"]), numbers["n_depth"])
     return [Test(*setup, *lengths) for setup in setups for lengths in work]
 
 
@@ -155,7 +161,7 @@ def results(todo: list[Test], args: argparse.Namespace, running: list[Any], inte
         try:
             yield measure(test, model, args, running)
             if args.ops:
-                print_ops(test, operations(test, model, running), sys.stdout if args.output == "md" else sys.stderr)
+                print_ops(test, *operations(test, model, args, running), sys.stdout if args.output == "md" else sys.stderr)
         except Cancelled:
             return
         if interrupted.is_set():
@@ -164,9 +170,9 @@ def results(todo: list[Test], args: argparse.Namespace, running: list[Any], inte
 
 def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> Result:
     """Run one test."""
-    context = open_context(test, model, running)
+    context = open_context(test, model, args, running)
     n_threads = context.pool.n_threads if context.pool is not None else 1
-    result = Result(test, model, n_threads, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [])
+    result = Result(test, model, n_threads, context.gpu_layers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [])
     tokens = random_tokens(model, test.n_prompt + test.n_gen)
     prompt, generation = tokens[:test.n_prompt], tokens[test.n_prompt:]
     if not args.no_warmup:
@@ -181,24 +187,25 @@ def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]
     return result
 
 
-def operations(test: Test, model: Any, running: list[Any]) -> list[tuple[str, str, int]]:
-    """The time of each operation in one more run of a test, warmed up."""
-    context = open_context(test, model, running, timing=True)
+def operations(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> tuple[list[Any], float]:
+    """The time of each operation in one more run of a test, warmed up; and the bytes a second that the GPU at work copies, or 0."""
+    context = open_context(test, model, args, running, timing=True)
     context.eval(random_tokens(model, test.n_depth), logits="none")
     tokens = random_tokens(model, test.n_prompt + test.n_gen)
-    before: list[tuple[str, str, int]] = []
+    before: list[Any] = []
     for _ in range(2):
         before = context.op_times()
         context.truncate(test.n_depth)
         evaluate(context, tokens[:test.n_prompt], tokens[test.n_prompt:])
-    return since(before, context.op_times())
+    return since(before, context.op_times()), context.copy_bandwidth()
 
 
-def open_context(test: Test, model: Any, running: list[Any], timing: bool = False) -> Any:
+def open_context(test: Test, model: Any, args: argparse.Namespace, running: list[Any], timing: bool = False) -> Any:
     from pyggml.context import Context
 
     context = Context(model, n_ctx=test.n_prompt + test.n_gen + test.n_depth, n_batch=test.n_batch, n_ubatch=test.n_ubatch, n_threads=test.n_threads,
-                      type_k=test.type_k.upper(), type_v=test.type_v.upper(), repack=bool(test.repack), timing=timing)
+                      type_k=test.type_k.upper(), type_v=test.type_v.upper(), repack=bool(test.repack), timing=timing,
+                      n_gpu_layers=test.ngl, device=args.device, main_gpu=args.main_gpu)
     running[:] = [context]
     return context
 
@@ -221,19 +228,27 @@ def evaluate(context: Any, prompt: Any, generation: Any) -> None:
         context.eval(generation[i:i + 1])
 
 
-def since(before: list[tuple[str, str, int]], after: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+def since(before: list[Any], after: list[Any]) -> list[Any]:
     """What each step took between two readings, summed over steps of one name that write the same kind of thing; the longest first."""
-    spent: dict[tuple[str, str], int] = {}
+    from pyggml.plan import StepTime
+
+    spent: dict[tuple[str, str], list[int]] = {}
     for sign, readings in ((-1, before), (1, after)):
-        for op, what, ns in readings:
-            key = op, re.sub(r"\.\d+(?=\.|$)", ".*", what)      # blk.7.ffn_up -> blk.*.ffn_up
-            spent[key] = spent.get(key, 0) + sign * ns
-    return sorted(((op, what, ns) for (op, what), ns in spent.items()), key=lambda row: -row[2])
+        for op, what, ns, n_bytes in readings:
+            row = spent.setdefault((op, re.sub(r"\.\d+(?=\.|$)", ".*", what)), [0, 0])      # blk.7.ffn_up -> blk.*.ffn_up
+            row[0] += sign * ns
+            row[1] += sign * n_bytes
+    return sorted((StepTime(*key, *row) for key, row in spent.items()), key=lambda row: -row.ns)
 
 
-def print_ops(test: Test, ops: list[tuple[str, str, int]], file: Any) -> None:
-    total = sum(ns for _, _, ns in ops) or 1
-    print(f"\n{test.name}: {total / 1e6:.2f} ms in operations", file=file)
-    for op, what, ns in ops:
-        print(f"{ns / 1e6:10.3f} ms {100 * ns / total:5.1f} %  {op:<16} {what}", file=file)
+def print_ops(test: Test, ops: list[Any], bandwidth: float, file: Any) -> None:
+    """bandwidth: bytes a second that a share is taken of, 0 where none was measured."""
+    total = sum(row.ns for row in ops) or 1
+    copied = f"; the GPU copies {bandwidth / 1e9:.0f} GB/s" if bandwidth else ""
+    print(f"\n{test.name}: {total / 1e6:.2f} ms in operations{copied}", file=file)
+    for row in ops:
+        speed = row.bytes / max(row.ns, 1)              # bytes per nanosecond are GB/s
+        share = f" {100e9 * speed / bandwidth:5.1f} %" if bandwidth else ""
+        traffic = f"{row.bytes / 1e6:9.1f} MB {speed:7.1f} GB/s{share}"
+        print(f"{row.ns / 1e6:10.3f} ms {100 * row.ns / total:5.1f} %  {row.op:<16} {row.what:<30} {traffic}", file=file)
     print(file=file)

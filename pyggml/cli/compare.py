@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from pyggml.cli import _text
+from pyggml.cli import _options, _text
 
 HELP = "measure what quantization lost: files against their source"
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     with cancellable() as stop:
         with bar("comparing", "chunks", stop) as progress:
             found = measure.compare(args.reference, args.files, text, n_ctx=args.ctx_size, n_chunks=args.chunks, **_text.options(args),
+                                    **_options.device(args),
                                     progress=lambda done, total, scores: progress(done, total, f"KLD {scores[0].kld.mean():.5f}"))
         if args.per_tensor or args.per_layer:
             for path in args.files:

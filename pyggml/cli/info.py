@@ -51,7 +51,8 @@ def as_json(file: TensorFile, full: bool = False) -> dict[str, Any]:
     metadata = {}
     for key in file.kv:
         value, kind = file.kv[key], file.kv.type(key)
-        metadata[key] = {"type": kind, **({"length": len(value)} if kind.endswith("[]") else {}),
+        cut = kind.endswith("[]") or (kind == "str" and len(value) > show.SHOWN_JSON)
+        metadata[key] = {"type": kind, **({"length": len(value)} if cut else {}),
                          "value": show.json_value(value, None if full else show.SHOWN_ITEMS)}
     return {"path": file.path, "format": file.format, "byte_order": "little" if file.order == "<" else "big", "bytes": file.nbytes,
             "alignment": file.alignment, "data_offset": file.data_offset, "warnings": file.warnings, "metadata": metadata,
@@ -64,7 +65,7 @@ def as_text(file: TensorFile, tensors: bool = False, full: bool = False) -> str:
         rows = [("tensor", "type", "shape", "bytes", "offset")]
         rows += [(printable(t.name), t.type.name, show.shape(t), str(t.nbytes), f"0x{t.offset:x}") for t in file.tensors.values()]
         parts.append(show.columns(rows, frozenset((3, 4))))
-    parts += [f"warning: {w}" for w in file.warnings]
+    parts += show.some([f"warning: {w}" for w in file.warnings], "warnings", "--json lists all")
     return "\n\n".join(part for part in parts if part)
 
 

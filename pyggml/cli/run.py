@@ -110,6 +110,7 @@ def stream(args: argparse.Namespace, context: Any, tokenizer: Any, sampler: Any,
 
     decoder = StreamDecoder(tokenizer, unparse_special=args.special)
     sampler.accept(*tokens)
+    context.greedy = sampler.params.plain
     logits = context.eval(tokens)
     timing.prompt_tokens, timing.prompt = len(tokens), timing.lap()
     while timing.tokens != args.predict:
@@ -132,6 +133,7 @@ def tell(args: argparse.Namespace, model: Any, context: Any, sampler: Any, token
 
     threads = context.pool.n_threads if context.pool is not None else 1
     print(f"model    {model.describe()}, {model.nbytes / 2**20:.1f} MiB\n"
-          f"compute  {native.isa}, {threads} threads, context {context.n_ctx}, batch {context.n_batch}, ubatch {context.n_ubatch}\n"
+          f"compute  {native.isa}, {threads} threads, {context.gpu_layers} layers on a GPU, "
+          f"context {context.n_ctx}, batch {context.n_batch}, ubatch {context.n_ubatch}\n"
           f"sampling seed {sampler.seed}, " + ", ".join(f"{name} {getattr(sampler.params, name):g}" for name in _options.SAMPLING.values()) +
           f"\nprompt   {len(tokens)} tokens: {' '.join(map(str, tokens))}", file=sys.stderr)

@@ -31,7 +31,7 @@ MAGICS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 VERSIONS = {"ggml": (0,), "ggmf": (1,), "ggjt": (1, 2, 3)}
 DATA_ALIGNMENT = 32                     # in ggjt files
 CONTEXT, EPSILON = 2048, 5e-6           # not in the file: LLaMA's context; its epsilons were 1e-6 and (second version) 1e-5
-MOST = {"n_vocab": 1 << 20, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
+MOST = {"n_vocab": 1 << 19, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
 _TOKEN, _NAME, _WINDOW = 4096, 256, 1 << 18
 
 NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "output.weight": "output.weight"}
@@ -41,12 +41,12 @@ LAYER_NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv
 _LAYER = re.compile(r"layers\.(\d{1,4})\.(.+)\.weight")
 
 
-def gguf_name(name: str) -> str:
-    """Today's name of a tensor, or "" for one that is not stored any more (rope.freqs)."""
+def gguf_name(name: str) -> str | None:
+    """Today's name of a tensor, "" for one that is not stored any more, None for one that no llama model has."""
     match = _LAYER.fullmatch(name)
     if match and match[2] in LAYER_NAMES:
         return f"blk.{int(match[1])}.{LAYER_NAMES[match[2]]}.weight"
-    return NAMES.get(name, "")
+    return "" if name.endswith("rope.freqs") else NAMES.get(name)
 
 
 # ---- old blocks -----------------------------------------------------------------------------------------------------------------
@@ -191,6 +191,9 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
     dims = [w.u32(f"dimension {i}", 1) for i in range(n_dims)]
     name = w.take(length, "name").decode("utf-8", "replace")
     w.where = f'tensor "{printable(name)}"'
+    new_name = gguf_name(name)
+    if new_name is None:
+        raise w.fail("no llama model has such a tensor, and only llama models can be read from files older than GGUF")
     row = BY_ID.get(number)
     if row is None or not row.ctype:
         raise w.fail(f"type is {number}, which was removed from the format; convert the model again from its source", type_at)
@@ -202,13 +205,13 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
     tensor: Tensor
     layout = version if kind == "ggjt" else 1
     if (layout, row.name) in OLD_BLOCKS:
-        old = OldTensor(w.source, gguf_name(name), row, shape, start, layout)
+        old = OldTensor(w.source, new_name, row, shape, start, layout)
         tensor, size = old, old.nbytes // row.bytes * old.old_bytes
     else:
         size = row.row_bytes(dims[0])
         for n in dims[1:]:
             size *= n
-        tensor = Tensor(w.source, gguf_name(name), row, shape, start, size)
+        tensor = Tensor(w.source, new_name, row, shape, start, size)
     if size > w.source.size - start:
         raise w.fail(f"data of {size} bytes ends {start + size - w.source.size} bytes past the end of the file; the file is incomplete or damaged")
     w.pos = start + size

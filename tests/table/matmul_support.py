@@ -67,7 +67,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray
 class Weight:
     """A random weight (rows, k) or (experts, rows, k) in a layout.
 
-    packed: with its arena; coarse: the same, for activations with a scale per 256; raw: blocks; exact: floats made from blocks.
+    packed: with its arena; raw: blocks; exact: floats made from blocks.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...], layout: str, rng: np.random.Generator) -> None:
@@ -77,10 +77,10 @@ class Weight:
         self.raw = random_blocks(name, n * rows, k, rng)
         self.dense = dequantize(self.raw, name).reshape(shape).astype(np.float64)
         self.packed = self.ready = None
-        if layout in ("packed", "coarse"):
+        if layout == "packed":
             self.packed = np.zeros(n * lib.pyg_pack_bytes(self.id, rows, k), np.uint8)
             self.ready = np.zeros(n * -(-rows // 16), np.uint8)
-        self.format = lib.pyg_act_format(self.id, int(self.packed is not None), {"exact": 1, "coarse": -1}.get(layout, 0))
+        self.format = lib.pyg_act_format(self.id, int(self.packed is not None), int(layout == "exact"))
 
     def view(self, program: Program, release: bool = False) -> int:
         return program.view(self.raw, self.name, self.shape, packed=self.packed, ready=self.ready, release=release)

@@ -13,8 +13,7 @@ from pyggml.types import TYPES
 
 MULTIPLIED = [t for t in TYPES if t.activation]
 PACKED = [t for t in MULTIPLIED if lib.pyg_pack_bytes(t.id, 16, 256)]
-CASES = [(t.name, layout) for t in MULTIPLIED for layout in ("packed", "coarse", "raw", "exact")
-         if t in PACKED or layout not in ("packed", "coarse") if layout != "coarse" or t.block == 32]
+CASES = [(t.name, layout) for t in MULTIPLIED for layout in ("packed", "raw", "exact") if t in PACKED or layout != "packed"]
 COLUMNS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 31, 64)
 ROWS = (1, 15, 16, 33)
 

@@ -67,8 +67,10 @@ class FakeModel:
 
 
 class FakeContext:
+    gpu_layers = 0
+
     def __init__(self, model, *, n_ctx=512, n_batch=2048, n_ubatch=512, n_threads=None, n_threads_batch=None, place=None, type_k="F16", type_v="F16",
-                 repack=True, exact=False, deterministic=False, timing=False):
+                 repack=True, exact=False, deterministic=False, timing=False, n_gpu_layers=0, device=None, main_gpu=0):
         self.model, self.n_ctx, self.n_batch, self.n_ubatch = model, n_ctx or model.config.n_ctx_train, n_batch, n_ubatch
         self.n_past, self.pool = 0, SimpleNamespace(n_threads=n_threads or 2)
         self.evaluated = []         # (n_past before, tokens, logits) of each call
@@ -107,7 +109,10 @@ class FakeContext:
         self.cancelled = True
 
     def op_times(self):
-        return [("mul_mat", "blk.0.ffn_up.weight", 1000 * len(self.evaluated)), ("mul_mat", "blk.1.ffn_up.weight", 500 * len(self.evaluated))]
+        n = len(self.evaluated)
+        return [("mul_mat", "blk.0.ffn_up.weight", 1000 * n, 4000 * n), ("mul_mat", "blk.1.ffn_up.weight", 500 * n, 4000 * n)]
+    def copy_bandwidth(self):
+        return 0.0
 
 
 def install(monkeypatch):

@@ -213,11 +213,11 @@ def test_run_passes_its_options_on(monkeypatch, capsys):
 
     monkeypatch.setattr(fake_engine.FakeContext, "__init__", record)
     cli.main(["run", "fake", "-p", "a", "-n", "1", "-c", "32", "-t", "3", "-b", "16", "-ub", "8", "-ctk", "q8_0", "--no-repack",
-              "-tb", "2", "--deterministic"])
+              "-tb", "2", "--deterministic", "-ngl", "7", "-dev", "cuda1"])
     assert made == dict(n_ctx=32, n_threads=3, n_batch=16, n_ubatch=8, type_k="Q8_0", type_v="F16", repack=False,
-                        n_threads_batch=2, deterministic=True, place=None)
+                        n_threads_batch=2, deterministic=True, place=None, n_gpu_layers="7", device="cuda1", main_gpu=0)
     cli.main(["run", "fake", "-p", "a", "-n", "1"])
-    assert made["n_ctx"] == 64
+    assert made["n_ctx"] == 64 and made["n_gpu_layers"] == "auto"
 
 
 def test_run_with_guesses(capsys):
@@ -420,7 +420,7 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names == ["pyggml", "python", "extension", "isa", "cpu", "threads", "compiler", "huge pages", "extras"]
+    assert names == ["pyggml", "python", "extension", "isa", "cpu", "gpu", "threads", "compiler", "huge pages", "extras"]
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     assert "no-such-compiler is not found" in doctor.compiler()
 

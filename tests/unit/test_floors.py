@@ -14,7 +14,7 @@ FLOORS = [
     {"ops"},
     {"graph", "fuse", "lower", "plan", "backward"},
     {"arch"},
-    {"context", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
+    {"context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
      "speculate"},
     {"quantize", "train", "convert", "serve", "measure"},
     {"cli", "__init__", "__main__"},

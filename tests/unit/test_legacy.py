@@ -44,7 +44,7 @@ def old_blocks(blocks, name, version):
     return np.concatenate([head, body], 1).tobytes()
 
 
-def old_file(kind, version, type_name="F32", magic=None, extra=b""):
+def old_file(kind, version, type_name="F32", magic=None, extra=b"", skip=""):
     row = BY_NAME[type_name]
     out = bytearray(magic or {"ggml": b"lmgg", "ggmf": b"fmgg", "ggjt": b"tjgg"}[kind])
     if kind != "ggml":
@@ -53,6 +53,8 @@ def old_file(kind, version, type_name="F32", magic=None, extra=b""):
     for i, text in enumerate(VOCAB):
         out += struct.pack("<I", len(text)) + text + (b"" if kind == "ggml" else struct.pack("<f", -float(i)))
     for name, w in {**WEIGHTS, "rope.freqs": np.ones(8, np.float32)}.items():
+        if name == skip:
+            continue
         quantized = row.quantized and w.ndim == 2
         data = w.tobytes()
         if type_name == "F16" and w.ndim == 2:
@@ -191,8 +193,10 @@ def test_refused(data, says):
 
 def test_other_models_are_named():
     data = old_file("ggjt", 3).replace(b"tok_embeddings", b"tok_embeddingz")
-    with pytest.raises(GGUFError, match='tensor "token_embd.weight" is missing .* only llama models'):
+    with pytest.raises(GGUFError, match='tensor "tok_embeddingz.weight": no llama model has such a tensor, and only llama models'):
         formats.open_source(Memory(data))
+    with pytest.raises(GGUFError, match='tensor "token_embd.weight" is missing .* only llama models'):
+        formats.open_source(Memory(old_file("ggjt", 3, skip="tok_embeddings.weight")))
 
 
 @pytest.mark.parametrize("order", ["little", "big"])
