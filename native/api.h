@@ -65,6 +65,7 @@ int64_t   pyg_barriers(const pyg_pool *pool);              // barriers passed si
 // ---- Memory ------------------------------------------------------------------------------------------------------------------
 char *pyg_arena_new(size_t bytes);                         // zeroed, 2 MB aligned, huge pages asked for; NULL: no memory
 void  pyg_arena_free(char *arena, size_t bytes);
+int   pyg_lock(char *start, size_t bytes);                 // keep these pages in memory once they are touched; 0 or an errno
 
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
 // exact: 1 as floats, 0 as ggml rounds them
@@ -110,3 +111,8 @@ typedef struct {
 void     pyg_xxh64_start(pyg_xxh64 *h, uint64_t seed);
 void     pyg_xxh64_add(pyg_xxh64 *h, const uint8_t *data, int64_t n);
 uint64_t pyg_xxh64_end(const pyg_xxh64 *h);
+
+// ---- Files that are cut while they are mapped (guard.c): what is missing reads as zeros, and the process lives ----------------------
+int  pyg_guard_watch(const void *start, size_t bytes);     // a number for the calls below, or -1: too many, or no handler
+int  pyg_guard_lost(int watch);                            // 1 once a part was touched that is not there any more
+void pyg_guard_forget(int watch);                          // after the mapping has gone

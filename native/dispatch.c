@@ -1,8 +1,10 @@
 // Which instruction set runs: every ISA's table is linked in, one is chosen at import. And the memory that weights live in.
 #define _GNU_SOURCE
 #include "engine.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #if defined __linux__ && defined __aarch64__
 #include <sys/auxv.h>
 #include <asm/hwcap.h>
@@ -73,10 +75,13 @@ int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
 }
 
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search) {
-    void (*encode)(int64_t, const float *, void *, const float *) = search && kernels->search[type] ? kernels->search[type] : kernels->quantize[type];
-    if (!encode) return 1;
+    if (kernels->encode[type]) {
+        kernels->encode[type](n_rows, n_per_row, src, dst, importance, search);
+        return 0;
+    }
+    if (!kernels->quantize[type]) return 1;
     int64_t row_bytes = kernels->row_bytes(type, n_per_row);
-    for (int64_t r = 0; r < n_rows; r++) encode(n_per_row, src + r * n_per_row, (char *)dst + r * row_bytes, importance);
+    for (int64_t r = 0; r < n_rows; r++) kernels->quantize[type](n_per_row, src + r * n_per_row, (char *)dst + r * row_bytes, importance);
     return 0;
 }
 
@@ -105,6 +110,16 @@ char *pyg_arena_new(size_t bytes) {
     madvise(start, size, MADV_HUGEPAGE);
 #endif
     return start;
+}
+
+int pyg_lock(char *start, size_t bytes) {
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = (uintptr_t)start / page * page;
+    const size_t size = (uintptr_t)start + bytes - first;
+#ifdef MLOCK_ONFAULT
+    if (!mlock2((void *)first, size, MLOCK_ONFAULT)) return 0;
+    if (errno != ENOSYS && errno != EINVAL) return errno;               // a kernel before 4.4 has only the other one
+#endif
+    return mlock((void *)first, size) ? errno : 0;
 }
 
 void pyg_arena_free(char *arena, size_t bytes) {

@@ -62,8 +62,9 @@ void pool_barrier(worker *w);
 //  rope_table      dst (T, R/2, 2)       src pos i32 (T), inv_freq (R/2)                               f mscale      (cos, sin) * mscale
 //  rope            dst (T, H, D)         src x (T, H, D), table                                        i ROPE_*, R   (dst may be x)
 //  store           dst cache (Hk, C, D)  src x (T, Hk, D), cell i32 (T)                                              any cache type
-//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T)              i window, coarse      f scale, softcap
+//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T)              i window, coarse, fixed      f scale, softcap
 //                  token t sees the cells first[t] .. cell[t] (and within `window` of cell[t] when window > 0)
+//                  fixed: 1 gives a token the same bits in any batch (attention_step does so for the sizes that it takes)
 //                  coarse: 1 lets products be rounded to bf16, for plans that round activations to 8 bits anyway
 //  attention_step  dst (T, H * D)        src q, K, V, cell, first, k (T, Hk, D), v (T, Hk, D), table|-1   i window, ROPE_*, R, coarse   f scale, softcap
 //                  T <= SMALL_COLS: rope q and k, store k and v, then attention, all in one step (q, k, v unroped)
@@ -71,9 +72,11 @@ void pool_barrier(worker *w);
 //  mul_mat_id      dst (T, U, M)         src W (E, M, K), x (T, K) or (T, U, K), norm|-1, ids          i act_id, format  f eps
 //  glu_mat_id      dst (T, U, M)         src Wgate (E, M, K), x (T, K), norm|-1, ids, Wup              i act_id, format, 0, GLU_*  f eps
 //  moe_sum         dst (T, M)            src y (T, U, M), weights (T, U), residual (T, M)|-1
+//  peak            dst (C)               src bytes (C, n)                                              i PEAK_*    (in no plan: measures the machine)
 enum { GLU_SILU, GLU_GELU, GLU_RELU };
 enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
 enum { MOE_SOFTMAX, MOE_SIGMOID };
+enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ };
 // Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
 // For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp.
 enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K };
@@ -82,7 +85,7 @@ enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K };
 #define PYG_OPS(OP) \
     OP(get_rows) OP(rms_norm) OP(mul_mat) OP(glu_mat) OP(prepare) OP(add) OP(mul) OP(scale) OP(glu) \
     OP(rope_table) OP(rope) OP(store) OP(attention) OP(attention_step) \
-    OP(moe_route) OP(mul_mat_id) OP(glu_mat_id) OP(moe_sum)
+    OP(moe_route) OP(mul_mat_id) OP(glu_mat_id) OP(moe_sum) OP(peak)
 enum {
 #define OP(name) OP_##name,
     PYG_OPS(OP)
@@ -98,7 +101,8 @@ typedef struct {
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
     void (*dequantize[N_TYPES])(int64_t n, const void *src, float *dst);
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
-    void (*search[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);     // quantize with a wider, slower search
+    // many rows at once; search: for the least error that is found, otherwise ggml's choice of scales, which is what `quantize` gives
+    void (*encode[N_TYPES])(int64_t rows, int64_t n, const float *src, void *dst, const float *importance, int search);
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact);

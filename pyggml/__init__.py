@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Llama": "pyggml.llama", "LogitsProcessorList": "pyggml.arguments", "StoppingCriteriaList": "pyggml.arguments",
     "Model": "pyggml.context", "Context": "pyggml.context",
+    "PromptLookup": "pyggml.speculate",
     "Sampler": "pyggml.sampling", "SamplingParams": "pyggml.sampling",
     "open": "pyggml.formats", "TensorFile": "pyggml.formats",
     "PyggmlError": "pyggml.errors",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pyggml.llama import Llama as Llama
     from pyggml.sampling import Sampler as Sampler
     from pyggml.sampling import SamplingParams as SamplingParams
+    from pyggml.speculate import PromptLookup as PromptLookup
 
 
 def __getattr__(name: str) -> Any:

@@ -32,11 +32,11 @@ class StoppingCriteriaList(list):
 
 # Constructor arguments that are taken with these values only ...
 CONSTRUCTOR: dict[str, tuple[Any, ...]] = {
-    "n_gpu_layers": (0,), "split_mode": (1,), "main_gpu": (0,), "tensor_split": (None,), "use_mlock": (False,), "kv_overrides": (None,),
+    "split_mode": (1,), "tensor_split": (None,), "kv_overrides": (None,),
     "rope_scaling_type": (None, -1), "pooling_type": (-1,), "attention_type": (-1,), "rope_freq_base": (0.0,), "rope_freq_scale": (0.0,),
     "yarn_ext_factor": (-1.0,), "yarn_attn_factor": (1.0,), "yarn_beta_fast": (32.0,), "yarn_beta_slow": (1.0,), "yarn_orig_ctx": (0,),
     "embedding": (False,), "lora_base": (None,), "lora_scale": (1.0,), "lora_path": (None,), "numa": (False,), "chat_format": (None,),
-    "chat_handler": (None,), "draft_model": (None,), "tokenizer": (None,), "spm_infill": (False,),
+    "chat_handler": (None,), "tokenizer": (None,), "spm_infill": (False,),
 }
 # ... and those that choose between ways to compute the same thing on other machines, so that any value will do.
 NO_EFFECT = {"offload_kqv", "op_offload", "flash_attn", "swa_full", "no_perf"}

@@ -19,7 +19,8 @@ import numpy as np
 from pyggml import arch, native
 from pyggml.arch.blocks import Builder
 from pyggml.arch.config import Config
-from pyggml.cache import KVCache
+from pyggml.backends.placement import Place
+from pyggml.cache import CacheTensor, KVCache, host_tensor
 from pyggml.errors import Cancelled, ContextOverflow, ModelError, ParameterError, PyggmlError
 from pyggml.formats import open as open_file
 from pyggml.graph import OUTPUTS, TOKENS, Tensor, walk
@@ -38,8 +39,8 @@ def tell_slow() -> None:
 class Model:
     """A model file with its configuration: everything that contexts share."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, file: Any, *, use_mlock: bool = False) -> None:
+        self.file, self._lock = file, use_mlock
         self.arch = file.kv.get("general.architecture")
         if not isinstance(self.arch, str):
             state = "missing" if self.arch is None else f"{self.arch!r}, not a string"
@@ -53,17 +54,19 @@ class Model:
             raise ModelError(f'{file.path}: the tensor "token_embd.weight" has shape {list(table.shape)}; it must have a row for each token')
         self.n_vocab = table.shape[0]
         self._stores: dict[tuple[bool, bool], Any] = {}
+        self._on_gpus: dict[int, Any] = {}
 
     @staticmethod
-    def load(path: str | os.PathLike[str], *, use_mmap: bool = True) -> Model:
-        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied."""
-        return Model(open_file(path, use_mmap=use_mmap))
+    def load(path: str | os.PathLike[str], *, use_mmap: bool = True, use_mlock: bool = False) -> Model:
+        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied. use_mlock: weights stay in memory."""
+        return Model(open_file(path, use_mmap=use_mmap), use_mlock=use_mlock)
 
     @cached_property
     def tokenizer(self) -> Any:
         from pyggml import tokenizers
 
         tokenizer = tokenizers.load(self.file.kv, self.file.path)
+        self.file.verify()
         if tokenizer.n_vocab != self.n_vocab:
             raise ModelError(f'{self.file.path}: the vocabulary has {tokenizer.n_vocab} tokens and the tensor "token_embd.weight" {self.n_vocab} '
                              "rows; one of them is damaged, convert the model again")
@@ -94,8 +97,17 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
-            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16)
+            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16, lock=self._lock)
         return self._stores[key]
+
+    def weights_on(self, gpu: int) -> Any:
+        """The weights that a GPU holds, shared by every context that puts layers there."""
+        from pyggml.backends.cuda.device import open_device
+        from pyggml.backends.cuda.store import DeviceWeights
+
+        if gpu not in self._on_gpus:
+            self._on_gpus[gpu] = DeviceWeights(open_device(gpu))
+        return self._on_gpus[gpu]
 
 
 @dataclass(frozen=True)
@@ -152,15 +164,27 @@ class Context:
     n_ctx       tokens it holds; 0 takes the model's training context
     n_batch     longest piece that `eval` takes at once (longer input is cut into such pieces)
     n_ubatch    tokens that one native call computes
+    n_threads_batch     threads where there is more than one token at a time (None: n_threads)
+    place       the processors of each of a number of threads (see backends/placement.py)
     exact       decoded weights, float activations: the definition of the model, slow
+    deterministic   a token's logits have the same bits however the tokens before it were batched, with any number of threads, packed
+                or not and wherever in the cache its sequence lies (on one instruction set)
     watch       called after every batch with each input of a matrix product and its values (see Site)
+    n_gpu_layers    layers on a GPU, counted from the end with the output as one more (see offload.py): a number, "all" (or -1), or
+                "auto" for as many as fit, where there is a GPU
+    device, main_gpu    which GPU: "cuda0", "none", or its number
+
+    Set `greedy` when the next token is always the one with the largest logit: a GPU then goes on without being asked.
     """
 
     def __init__(self, model: Model, *, n_ctx: int = 512, n_batch: int = 2048, n_ubatch: int = 512, n_threads: int | None = None,
-                 type_k: str = "F16", type_v: str = "F16", repack: bool = True, exact: bool = False, timing: bool = False,
-                 watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None) -> None:
+                 n_threads_batch: int | None = None, place: Place | None = None, type_k: str = "F16",
+                 type_v: str = "F16", repack: bool = True, exact: bool = False, deterministic: bool = False, timing: bool = False,
+                 watch: Callable[[Site, np.ndarray, np.ndarray | None], None] | None = None, n_gpu_layers: int | str = 0,
+                 device: str | None = None, main_gpu: int = 0) -> None:
         for name, value, low, high in (("n_ctx", n_ctx, 0, MAX_CELLS), ("n_batch", n_batch, 1, MAX_CELLS), ("n_ubatch", n_ubatch, 1, MAX_CELLS),
-                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS)):
+                                       ("n_threads", 1 if n_threads is None else n_threads, 1, MAX_THREADS),
+                                       ("n_threads_batch", 1 if n_threads_batch is None else n_threads_batch, 1, MAX_THREADS)):
             if not low <= value <= high:
                 raise ParameterError(f"{name} is {value}; it must be from {low} to {high}")
         c = model.config
@@ -168,26 +192,70 @@ class Context:
         self.n_ctx = n_ctx or c.n_ctx_train
         self.n_batch, self.n_ubatch = n_batch, min(n_ubatch, n_batch, self.n_ctx)
         self.n_past = 0
-        self.cache = KVCache(c.n_layers, list(c.n_kv), c.head_dim, c.head_dim_v, self.n_ctx, type_k, type_v)
-        self._repack, self._exact, self._timing, self._watch = repack, exact, timing, watch
+        self.greedy = False
+        self._cache_types = type_k, type_v
+        self._repack, self._exact, self._fixed, self._timing, self._watch = repack, exact, deterministic, timing, watch
         self._plans: dict[tuple[int, int], Any] = {}
         self._cancelled = False
         if native.lib is None:
+            if deterministic:
+                raise ParameterError(f"deterministic=True needs the native kernels, which are missing ({native.why_missing}); leave it out")
             tell_slow()
             self.pool = None
         else:
             from pyggml.backends.cpu import Pool
 
-            self.pool = Pool(n_threads)
+            self.pool = Pool(n_threads, place)
+            self._batch_pool = self.pool if n_threads_batch in (None, self.pool.n_threads) else Pool(n_threads_batch, place)
+        self._gpu = self._share(n_gpu_layers, device, main_gpu)
+        self.cache = self._new_cache(host_tensor if self._gpu is None else self._gpu.cache_tensor)
         self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
         self._logits = np.empty((0, model.n_vocab), np.float32)
+
+    def _new_cache(self, new: Callable[..., Any]) -> KVCache:
+        c = self.model.config
+        return KVCache(c.n_layers, list(c.n_kv), c.head_dim, c.head_dim_v, self.n_ctx, *self._cache_types, new)
+
+    def _share(self, n_gpu_layers: int | str, device: str | None, main_gpu: int) -> Any:
+        """What a GPU computes (offload.Share), or None."""
+        if n_gpu_layers == 0:
+            return None
+        from pyggml import offload
+
+        if native.lib is None or self._exact or self._fixed:
+            if offload.count(n_gpu_layers) is None:
+                return None
+            asked = "exact" if self._exact else "deterministic" if self._fixed else ""
+            why = f"{asked}=True computes on the CPU" if asked else f"the native kernels are missing ({native.why_missing})"
+            raise ParameterError(f"n_gpu_layers={n_gpu_layers} is not possible, as {why}; use 0")
+
+        def build() -> Any:
+            cache = self._new_cache(lambda layer, name, type, shape: CacheTensor(name, type, shape, np.empty(0, np.uint8)))
+            builder = Builder(self.model.file, self.model.config, cache, self.n_ctx)
+            return offload.Graph(self.model.graph(builder), builder.entering, cache.keys, cache.values, self.n_ubatch)
+
+        return offload.choose(n_gpu_layers, device, main_gpu, build, self.model.weights_on)
+
+    @property
+    def gpu_layers(self) -> int:
+        """Layers on a GPU, with the output as one more."""
+        return 0 if self._gpu is None else self._gpu.forecast.layers
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second that the GPU at work reads and writes when it copies, measured now; 0 without one."""
+        return 0.0 if self._gpu is None else self._gpu.device.copy_bandwidth()
 
     # ---- plans ---------------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def _graph(self) -> tuple[Tensor, Builder]:
+        builder = Builder(self.model.file, self.model.config, self.cache, self.n_ctx)
+        return self.model.graph(builder), builder
+
+    @property
     def output(self) -> Tensor:
         """The logits node of this model's graph."""
-        return self.model.graph(Builder(self.model.file, self.model.config, self.cache, self.n_ctx))
+        return self._graph[0]
 
     @cached_property
     def _sites(self) -> list[Site]:
@@ -205,14 +273,30 @@ class Context:
 
     def plan(self, n_tokens: int, n_outputs: int) -> Any:
         """The plan for a batch of this size: small batches, batches with few logits, batches with all of them."""
-        from pyggml.plan import SMALL, Plan
+        from pyggml.plan import SMALL
 
-        limits = (SMALL, SMALL) if n_tokens <= SMALL else (self.n_ubatch, SMALL if n_outputs <= SMALL else self.n_ubatch)
+        if self._gpu is not None:
+            from pyggml.offload import sizes
+
+            limits = sizes(n_tokens, n_outputs, self.n_ubatch)
+        else:
+            limits = (SMALL, SMALL) if n_tokens <= SMALL else (self.n_ubatch, SMALL if n_outputs <= SMALL else self.n_ubatch)
         if limits not in self._plans:
-            store = self.model.weights(repack=self._repack, exact=self._exact)
-            self._plans[limits] = Plan(self.output, store, {TOKENS: limits[0], OUTPUTS: limits[1]}, self._timing,
-                                        self._captured_nodes)
+            self._plans[limits] = self._new_plan({TOKENS: limits[0], OUTPUTS: limits[1]})
         return self._plans[limits]
+
+    def _new_plan(self, limits: dict[Any, int]) -> Any:
+        from pyggml.plan import Plan
+
+        nodes = self._captured_nodes
+        if self._gpu is not None and self._gpu.whole:
+            return Plan(self.output, self._gpu.store, limits, self._timing, nodes)
+        store = self.model.weights(repack=self._repack, exact=self._exact)
+        if self._gpu is None:
+            return Plan(self.output, store, limits, self._timing, nodes, self._fixed)
+        from pyggml.offload import chain
+
+        return chain(self.output, self._graph[1].entering[self._gpu.first], nodes, (store, self._gpu.store), limits, self._timing)
 
     @cached_property
     def _reference(self) -> Any:
@@ -276,6 +360,10 @@ class Context:
 
     def _run(self, ids: np.ndarray, wanted: Sequence[int]) -> np.ndarray:
         """The tokens that follow n_past."""
+        if self.greedy and self._gpu is not None and len(ids) == len(wanted) == 1 and self._watch is None:
+            row = self.plan(1, 1).row(int(ids[0]), self.n_past)
+            if row is not None:
+                return row[None]
         cells = self.n_past if len(ids) == 1 else np.arange(self.n_past, self.n_past + len(ids))
         return self._batch(ids, cells, cells, 0, wanted)
 
@@ -288,14 +376,19 @@ class Context:
             out, *captured = self._reference.run({k: np.broadcast_to(np.asarray(v, np.int32), m if k == "wanted" else n) for k, v in given.items()})
             self._tell(captured, sizes)
             return out
+        self._forget_ahead()
         plan = self.plan(n, m)
-        for name, value in given.items():
-            plan.inputs[name][:m if name == "wanted" else n] = value
-        plan.program.aborted[0] = self._cancelled
-        if n == 1:
+        plan.fill(given, {name: m if name == "wanted" else n for name in given})
+        if self._timing:
+            from pyggml.roofline import batch_of
+
+            plan.batches.append(batch_of(n, m, np.broadcast_to(cell, n), np.broadcast_to(first, n)))
+        plan.abort(self._cancelled)
+        if n == 1 and self._gpu is None:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
         else:
-            plan.run(self.pool, sizes)
+            plan.run(self._batch_pool, sizes)
+        self.model.file.verify()
         if self._watch is not None and not self._cancelled:
             self._tell(plan.captured, sizes)
         return plan.output[:m]
@@ -304,13 +397,19 @@ class Context:
         """Stop the running evaluation within milliseconds; callable from a signal handler or another thread."""
         self._cancelled = True
         for plan in self._plans.values():
-            plan.program.aborted[0] = 1
+            plan.abort(True)
 
     def truncate(self, n: int) -> None:
         """Keep the first `n` tokens."""
         if not 0 <= n <= self.n_past:
             raise PyggmlError(f"cannot keep {n} tokens of {self.n_past}")
         self.n_past = n
+
+    def _forget_ahead(self) -> None:
+        """What a GPU computed ahead rests on the cache as it was."""
+        if self._gpu is not None:
+            for plan in self._plans.values():
+                plan.stop()
 
     def reset(self) -> None:
         self.n_past = 0
@@ -324,14 +423,12 @@ class Context:
         n = saved[0].shape[1]
         if n > self.n_ctx:
             raise ContextOverflow(f"the saved {n} tokens do not fit into the context of {self.n_ctx}; use a larger one (-c)")
+        self._forget_ahead()
         self.cache.put(saved)
         self.n_past = n
 
-    def op_times(self) -> list[tuple[str, str, int]]:
-        """(step, what it writes, nanoseconds so far) of every step, when made with timing=True."""
-        return [(s.op, _label(s), int(ns)) for plan in self._plans.values() if plan.program.step_ns is not None
-                for s, ns in zip(plan.steps, plan.program.step_ns, strict=True)]
+    def op_times(self) -> list[Any]:
+        """Every step with its time and work so far (roofline.OpTime), when made with timing=True."""
+        from pyggml.roofline import op_times
 
-
-def _label(step: Any) -> str:
-    return next((t.name for t in step.src if t is not None and t.op == "weight"), step.out.name or step.out.op)
+        return [row for plan in self._plans.values() for part in plan.parts for row in op_times(part, plan.batches, self._exact)]

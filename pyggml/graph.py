@@ -129,3 +129,14 @@ def walk(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
         else:
             stack.append((node, True))
             stack.extend((s, False) for s in reversed(node.srcs) if s is not None and id(s) not in done)
+
+
+def replace(outputs: Sequence[Tensor], new: dict[int, Tensor]) -> list[Tensor]:
+    """The outputs of the same graph with other nodes in the place of those whose id is in `new`; what does not depend on them is shared."""
+    made = dict(new)
+    for node in walk(outputs):
+        if id(node) not in made:
+            srcs = tuple(None if s is None else made[id(s)] for s in node.srcs)
+            same = all(a is b for a, b in zip(srcs, node.srcs, strict=True))
+            made[id(node)] = node if same else Tensor(node.op, srcs, node.shape, node.type, node.attrs, node.name, node.data)
+    return [made[id(t)] for t in outputs]

@@ -34,6 +34,7 @@ from pyggml.arguments import (
 from pyggml.context import Context, Model
 from pyggml.errors import ContextOverflow, ParameterError
 from pyggml.sampling import RANDOM_SEED, Sampler, SamplingParams
+from pyggml.speculate import DraftModel, OtherDrafts, PromptLookup, Speculation
 from pyggml.types import tensor_type
 
 
@@ -49,17 +50,20 @@ class LlamaState:
 class Llama:
     """A model with one context. Arguments are llama_cpp.Llama's; `n_ctx` 0 takes the model's training context.
 
-    logits_all keeps the logits of every position in `scores`; log-probabilities do not need it.
+    logits_all keeps the logits of every position in `scores`; log-probabilities do not need it. draft_model guesses tokens for the
+    model to check several at once (see pyggml/speculate.py), which changes the speed and not what is generated: a PromptLookup, a
+    smaller model's file, or a callable from token ids to token ids. deterministic: the same bits for any number of threads and batches.
+    n_gpu_layers: layers on a GPU, -1 or "all" for all of them, "auto" for as many as fit; device: "cuda0", ..., instead of the number
+    main_gpu.
     """
 
     def __init__(self, model_path: str | os.PathLike[str], *, n_ctx: int = 512, n_batch: int = 512, n_ubatch: int = 512,
                  n_threads: int | None = None, n_threads_batch: int | None = None, seed: int = RANDOM_SEED, logits_all: bool = False,
-                 vocab_only: bool = False, use_mmap: bool = True, last_n_tokens_size: int = 64, type_k: int | str | None = None,
-                 type_v: int | str | None = None, verbose: bool = False, **others: Any) -> None:
+                 vocab_only: bool = False, use_mmap: bool = True, use_mlock: bool = False, last_n_tokens_size: int = 64,
+                 type_k: int | str | None = None, type_v: int | str | None = None, draft_model: Any = None, deterministic: bool = False,
+                 n_gpu_layers: int | str = 0, main_gpu: int = 0, device: str | None = None, verbose: bool = False, **others: Any) -> None:
         self._arguments = {k: v for k, v in locals().items() if k not in ("self", "others")} | others
         refuse({k: v for k, v in others.items() if k not in NO_EFFECT}, CONSTRUCTOR, "Llama()")
-        if n_threads_batch not in (None, n_threads):
-            raise ParameterError(f"n_threads_batch={n_threads_batch} is not supported: prompts and tokens use the same n_threads={n_threads}")
         self.model_path, self.verbose = os.fspath(model_path), verbose
         self._last_n = last_n_tokens_size
         self.set_seed(seed)
@@ -69,20 +73,33 @@ class Llama:
             self._file = formats.open(model_path, use_mmap=use_mmap)
             self._tokenizer = tokenizers.load(self._file.kv, self._file.path)
         else:
-            self._model = Model.load(model_path, use_mmap=use_mmap)
+            self._model = Model.load(model_path, use_mmap=use_mmap, use_mlock=use_mlock)
             self._file, self._tokenizer = self._model.file, self._model.tokenizer
         self._pieces = completion.Pieces(self._tokenizer)
         if vocab_only:
             return
         self._context = Context(self._model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(n_ubatch, n_batch), n_threads=n_threads,
-                                type_k=_type_name(type_k), type_v=_type_name(type_v))
+                                n_threads_batch=n_threads_batch, type_k=_type_name(type_k), type_v=_type_name(type_v),
+                                deterministic=deterministic, n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, device=device)
         self.n_batch = n_batch
         self.input_ids = np.zeros(self._context.n_ctx, np.int32)
+        if draft_model is not None:
+            self._context = Speculation(self._context, self._drafter(draft_model, n_threads, n_threads_batch), ids=self.input_ids)
         self._all_scores = np.zeros((self._context.n_ctx, self.n_vocab()), np.float32) if logits_all else None
         self._row: np.ndarray | None = None         # logits after the newest token, float32 (n_vocab)
         self._sampler: Sampler | None = None
         if verbose:
             print(f"{self.model_path}: {self._model.describe()}, context {self.n_ctx()}", file=sys.stderr)
+
+    def _drafter(self, draft_model: Any, n_threads: int | None, n_threads_batch: int | None) -> Any:
+        if isinstance(draft_model, (str, os.PathLike)):
+            drafter = DraftModel(Context(Model.load(draft_model), n_ctx=self._context.n_ctx, n_threads=n_threads,
+                                         n_threads_batch=n_threads_batch))
+            drafter.check(self._model)
+            return drafter
+        if not callable(draft_model):
+            raise ParameterError(f"draft_model={draft_model!r} is not a PromptLookup, a model file or a callable from token ids to token ids")
+        return draft_model if isinstance(draft_model, PromptLookup) else OtherDrafts(draft_model, self._model.n_vocab)
 
     # ---- facts ----
 
@@ -198,10 +215,8 @@ class Llama:
     def _sampling(self, seed: int | None = None, **sampling: Any) -> SamplingParams:
         return sampling_params(self._seed if seed is None else seed, self._last_n, **sampling)
 
-    def _choose(self, sampler: Sampler, processor: LogitsProcessor | None, row: np.ndarray) -> int:
-        if processor is not None:
-            row = np.asarray(processor(self.input_ids[:self.n_tokens], row.copy()), np.float32)
-        return sampler.sample(row)
+    def _processed(self, processor: LogitsProcessor | None, row: np.ndarray) -> np.ndarray:
+        return row if processor is None else np.asarray(processor(self.input_ids[:self.n_tokens], row.copy()), np.float32)
 
     def sample(self, *, idx: int | None = None, logits_processor: LogitsProcessor | None = None, **sampling: Any) -> int:
         """A token from the newest logits, or from row `idx` of `scores`. The same arguments go on with the same random numbers."""
@@ -210,7 +225,8 @@ class Llama:
             self._sampler = Sampler(params)
         self._sampler.forget()
         self._sampler.accept(*self.eval_tokens)
-        return self._choose(self._sampler, one_callable(logits_processor, LogitsProcessorList), self._newest() if idx is None else self.scores[idx])
+        row = self._newest() if idx is None else self.scores[idx]
+        return self._sampler.sample(self._processed(one_callable(logits_processor, LogitsProcessorList), row))
 
     def generate(self, tokens: Sequence[int], *, reset: bool = True, logits_processor: LogitsProcessor | None = None,
                  stopping_criteria: StoppingCriteria | None = None, **sampling: Any) -> Generator[int, Sequence[int] | None, None]:
@@ -225,13 +241,19 @@ class Llama:
     def _generate(self, tokens: list[int], reset: bool, sampler: Sampler, processor: LogitsProcessor | None,
                   stopping: StoppingCriteria | None) -> Generator[int, Sequence[int] | None, None]:
         sampler.accept(*tokens)
+        ahead = self._ctx if isinstance(self._ctx, Speculation) else None
+        if ahead is not None:
+            ahead.use(sampler.params)
+        else:
+            self._ctx.greedy = sampler.params.plain and processor is None
         if reset:
             tokens = tokens[self._reuse(tokens):]
         while True:
             if tokens:
                 self.eval(tokens)
             row = self._newest()
-            token = self._choose(sampler, processor, row)
+            ready = self._processed(processor, row)
+            token = sampler.sample(ready) if ahead is None else ahead.choose(sampler, ready)
             if stopping is not None and stopping(self.input_ids[:self.n_tokens], row):
                 return
             more = yield token

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pyggml.backends.cpu import WeightStore
+from pyggml.backends.base import Weights
 from pyggml.errors import PyggmlError
 from pyggml.fuse import Call
 from pyggml.graph import Tensor
 from pyggml.native import lib
 from pyggml.ops import basic, moe, rope
 
-SMALL = lib.PYG_SMALL_COLS if lib else 0        # up to this many columns a matmul prepares its activations privately
+SMALL = lib.PYG_SMALL_COLS if lib else 0        # up to this many tokens a batch is a small one, which has kernels of its own
 
 
 @dataclass(eq=False)
@@ -39,12 +39,12 @@ class Step:
 class Lowering:
     """Turns calls into steps; `matmul` also decides how activations reach a weight."""
 
-    def __init__(self, store: WeightStore, rows: Callable[[Tensor], int]) -> None:
-        self.store, self.rows = store, rows
+    def __init__(self, store: Weights, rows: Callable[[Tensor], int], fixed: bool) -> None:
+        self.store, self.rows, self.fixed = store, rows, fixed
         self.prepared: dict[tuple[int, int, int], Tensor] = {}
         self.act_ids: dict[tuple[int, int, int], int] = {}
         self.multiplied: set[int] = set()        # weights that a matmul reads, by id
-        self.rounds = False                      # a matmul so far rounds its activations to 8 bits: attention may round products to bf16
+        self.rounds = False                      # a matmul so far rounds its activations to 8 bits
         self.steps: list[Step] = []
 
     def lower(self, c: Call) -> None:
@@ -52,7 +52,7 @@ class Lowering:
         simple: dict[str, tuple[list[int], list[float]]] = {
             "get_rows": ([], [a.get("scale", 1.0)]), "rms_norm": ([], [a.get("eps", 0)]), "add": ([], []), "mul": ([], []),
             "scale": ([], [a.get("factor", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]),
-            "attention": ([a.get("window", 0), int(self.rounds)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
+            "attention": ([a.get("window", 0), self.coarse, int(self.fixed)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
         }
         if c.op in simple:
             i, f = simple[c.op]
@@ -64,7 +64,7 @@ class Lowering:
         elif c.op == "rope":
             self.emit(c, c.srcs, [rope.MODES.index(a["mode"]), 2 * self.half(c.srcs[1])])
         elif c.op == "attention_step":
-            self.emit(c, c.srcs, [a["window"], rope.MODES.index(a["mode"]), 2 * self.half(c.srcs[7]), int(self.rounds)], [a["scale"], a["softcap"]])
+            self.emit(c, c.srcs, [a["window"], rope.MODES.index(a["mode"]), 2 * self.half(c.srcs[7]), self.coarse], [a["scale"], a["softcap"]])
         elif c.op == "moe_route":
             self.emit(c, [c.srcs[0], *c.also], [moe.GATING.index(a["gating"]), int(a["normalize"])], [a["scale"]])
         elif c.op == "moe_sum":
@@ -87,9 +87,14 @@ class Lowering:
         """A number for these prepared activations, the same for every matmul that can share them."""
         return self.act_ids.setdefault((id(x), id(norm), format), len(self.act_ids))
 
+    @property
+    def coarse(self) -> int:
+        """Whether attention may round products to bf16: never where results must not depend on how tokens are batched."""
+        return int(self.rounds and not self.fixed)
+
     def format_of(self, weight: Tensor) -> int:
         """How this weight's matmul reads its activations (ACT_* of native/engine.h; 0: as floats)."""
-        format = self.store.act_format(weight)
+        format = self.store.act_format(weight, self.fixed)
         self.rounds |= format != 0
         return format
 
@@ -98,7 +103,7 @@ class Lowering:
         assert weight is not None and x is not None
         self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
         format = self.format_of(weight)
-        if (up := a.get("up")) is not None and self.store.act_format(up) != format:      # two types: no common activations
+        if (up := a.get("up")) is not None and self.store.act_format(up, self.fixed) != format:      # two types: no common activations
             gate_out, up_out = (Tensor("matmul", (), c.out.shape) for _ in range(2))
             self.matmul(Call("mul_mat", gate_out, [weight, x], {k: a[k] for k in ("norm", "eps", "bias") if k in a}))
             self.matmul(Call("mul_mat", up_out, [up, x], {"bias": a.get("bias_up"), **{k: a[k] for k in ("norm", "eps") if k in a}}))
@@ -107,10 +112,10 @@ class Lowering:
         act = self.act_id(x, norm, format)
         i = [act, format, 0]
         eps = a.get("eps", 0.0)
-        if self.rows(x) > SMALL:
+        if self.rows(x) > self.store.small:
             key = (id(x), id(norm), format)
             if key not in self.prepared:
-                bytes_needed = lib.pyg_act_bytes(format, x.shape[-1], self.rows(x))
+                bytes_needed = self.store.act_bytes(format, weight.sizes[-1], self.rows(x))
                 self.prepared[key] = Tensor("prepare", (x, norm), (bytes_needed,), "I8")
                 self.emit(Call("prepare", self.prepared[key], []), [x, norm], i, [eps])
             x, norm, i = self.prepared[key], None, [act, format, 1]
@@ -127,7 +132,7 @@ class Lowering:
         format, norm = self.format_of(weight), a.get("norm")
         i, f = [self.act_id(x, norm, format), format, 0], [a.get("eps", 0.0)]
         if c.op == "glu_mat_id":
-            if self.store.act_format(a["up"]) != format:
+            if self.store.act_format(a["up"], self.fixed) != format:
                 raise PyggmlError(f"{weight.name} and {a['up'].name} have types whose activations differ; quantize them to one type")
             self.emit(c, [weight, x, norm, ids, a["up"]], [*i, basic.GLU.index(a["kind"])], f)
         else:

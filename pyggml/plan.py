@@ -1,25 +1,27 @@
-"""From a graph to a plan: which native steps compute it, in what order, and where every value lives.
+"""From a graph to a plan: which steps compute it, in what order, and where every value lives.
 
     fuse.py     one call per node, then patterns that make one step of several
     lower.py    steps with numbered sources; activations quantized once for all matmuls that read them
     levels      steps sorted by depth; a barrier stands only before a level
     memory      values that are never alive at the same level share bytes
-    Plan        views and steps of a Program, inputs and outputs as arrays
+    Draft       all of that, with no memory taken yet
+    Plan        views and steps of a backend's Program (backends/base.py), inputs and outputs as arrays
 
 What differs between runs (tokens, rows of logits) stays a slot of the program; nothing is planned twice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from pyggml.backends.cpu import Pool, Program, WeightStore
+from pyggml.backends.base import Input, Weights
 from pyggml.fuse import Calls, fuse, through
-from pyggml.graph import SYMBOLS, Symbol, Tensor
+from pyggml.graph import SYMBOLS, Shape, Symbol, Tensor
 from pyggml.lower import SMALL, Lowering, Step
-from pyggml.native import huge_zeros
 from pyggml.types import tensor_type
 
 ALIGN = 64
@@ -78,47 +80,66 @@ def assign_memory(steps: list[Step], outputs: Sequence[Tensor], size: Callable[[
     return offsets, total
 
 
+class Draft:
+    """A graph as steps with places in memory, before any memory is taken."""
+
+    def __init__(self, wanted: Sequence[Tensor], store: Weights, limits: dict[Symbol, int], fixed: bool = False) -> None:
+        self.limits = limits
+        calls = Calls(wanted, small=max(limits.values()) <= SMALL and not fixed)
+        fuse(calls)
+        lowering = Lowering(store, lambda t: self.sizes(t)[0], fixed)
+        for call in calls.list:
+            lowering.lower(call)
+        self.multiplied = lowering.multiplied
+        self.steps = sort_levels(lowering.steps)
+        self.offsets, self.nbytes = assign_memory(self.steps, wanted, lambda t: tensor_type(t.type).row_bytes(math.prod(self.sizes(t))))
+
+    def sizes(self, t: Tensor) -> tuple[int, ...]:
+        """The largest shape of a value."""
+        return tuple(self.limits[d] if isinstance(d, Symbol) else d for d in t.shape)
+
+
+def slot_of(shape: Shape) -> int:
+    """The slot of the symbol in a shape, -1 where there is none."""
+    return next((d.slot for d in shape if isinstance(d, Symbol)), -1)
+
+
 # ---- the plan ---------------------------------------------------------------------------------------------------------------
 
 class Plan:
-    """A graph ready to run on the CPU backend.
+    """A graph ready to run on the backend that holds its weights.
 
     `limits` gives the largest value of each symbol. Fill `inputs[name][:n]`, then `run({TOKENS: n, ...})`; `output` is an
     array over memory that the next run overwrites. `capture` names further nodes whose values are wanted: they are kept apart
-    from fusions, and `captured` holds an array for each, likewise.
+    from fusions, and `captured` holds an array for each, likewise. `fixed` plans give a token the same bits in every batch: one way to
+    prepare activations and one way to attend, whatever the limits.
     """
 
-    def __init__(self, output: Tensor, store: WeightStore, limits: dict[Symbol, int], timing: bool = False,
-                 capture: Sequence[Tensor] = ()) -> None:
+    def __init__(self, output: Tensor, store: Weights, limits: dict[Symbol, int], timing: bool = False,
+                 capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
+        self.batches: list[Any] = []        # of a plan that is timed: what its runs computed (roofline.Batch)
         wanted = [output, *capture]
-
-        def sizes(t: Tensor) -> tuple[int, ...]:
-            return tuple(limits[d] if isinstance(d, Symbol) else d for d in t.shape)
-
-        calls = Calls(wanted, small=max(limits.values()) <= SMALL)
-        fuse(calls)
-        lowering = Lowering(store, lambda t: sizes(t)[0])
-        for call in calls.list:
-            lowering.lower(call)
-        self.steps = sort_levels(lowering.steps)
+        draft = Draft(wanted, store, limits, fixed)
+        self.steps = draft.steps
         for step in self.steps:
             if step.op == "get_rows" and (table := step.src[0]) is not None and table.op == "weight":
                 store.keep_rows(table.name)
-        offsets, total = assign_memory(self.steps, wanted, lambda t: tensor_type(t.type).row_bytes(int(np.prod(sizes(t), dtype=np.int64))))
-        self._memory = huge_zeros(total)
-        self.inputs: dict[str, np.ndarray] = {}
-        self.program = Program(len(SYMBOLS))
+        self.program = program = store.program(len(SYMBOLS))
+        memory = program.memory(draft.nbytes)
+        leaves = (root(t) for s in self.steps for t in s.reads if root(t).op == "input")
+        placed = program.inputs({t.name: Input(draft.sizes(t), np.int32 if t.type == "I32" else np.float32, slot_of(t.shape)) for t in leaves})
+        self.inputs = {name: host for name, (host, _) in placed.items()}
         views: dict[tuple[int, tuple], int] = {}
 
-        def array(t: Tensor) -> np.ndarray:
+        def array(t: Tensor) -> Any:
             if t.op == "input":
-                return self.inputs.setdefault(t.name, np.zeros(sizes(t), np.int32 if t.type == "I32" else np.float32))
+                return placed[t.name][1]
             if t.op == "const":
-                return t.data
+                return program.constant(t.data)
             if t.op == "cache":
                 return t.data.raw
-            return self._memory[offsets[id(t)]:]
+            return memory[draft.offsets[id(t)]:]
 
         def view(t: Tensor | None) -> int:
             if t is None:
@@ -128,27 +149,45 @@ class Plan:
             key = (id(source), shape)
             if key not in views:
                 if source.op == "weight":
-                    views[key] = store.view(self.program, source, pack=id(source) in lowering.multiplied)
+                    views[key] = store.view(program, source, pack=id(source) in draft.multiplied)
                 else:
-                    symbols = [d for d in shape if isinstance(d, Symbol)]
                     numbers = tuple(limits[d] if isinstance(d, Symbol) else d for d in shape)
-                    views[key] = self.program.view(array(source), source.type, numbers, slot=symbols[0].slot if symbols else -1)
+                    views[key] = program.view(array(source), source.type, numbers, slot=slot_of(shape))
             return views[key]
 
         level = 0
         for s in self.steps:
-            self.program.step(s.op, view(s.out), [view(t) for t in s.src], s.i, s.f, sync=s.level != level)
+            program.step(s.op, view(s.out), [view(t) for t in s.src], s.i, s.f, sync=s.level != level)
             level = s.level
-        self.program.finish(timing)
+        self.output, *self.captured = (program.result(array(root(t)), t.type, draft.sizes(t), slot_of(t.shape)) for t in wanted)
+        program.finish(timing)
 
-        def value(t: Tensor) -> np.ndarray:
-            count = int(np.prod(sizes(t)))
-            return array(root(t))[: 4 * count].view(np.int32 if t.type == "I32" else np.float32).reshape(sizes(t))
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plans that it runs."""
+        return (self,)
 
-        self.output, *self.captured = map(value, wanted)
-
-    def run(self, pool: Pool, values: dict[Symbol, int], alone: bool = False) -> bool:
-        """One native call for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
+    def run(self, pool: Any, values: dict[Symbol, int], alone: bool = False) -> bool:
+        """Compute for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
         for symbol, value in values.items():
             self.program.slots[symbol.slot] = value
         return self.program.run(pool, alone)
+
+    def fill(self, given: dict[str, Any], counts: dict[str, int]) -> None:
+        """Write the first counts[name] values of each input that this graph has."""
+        for name, values in given.items():
+            if name in self.inputs:
+                self.inputs[name][:counts[name]] = values
+
+    def abort(self, value: bool) -> None:
+        """Stop a run soon (True), or let runs go on again (False); callable from any thread."""
+        self.program.aborted[0] = value
+
+    def row(self, token: int, position: int) -> np.ndarray | None:
+        """Logits after one token, float32 (n_vocab), by a program that goes on by itself; None where it does not."""
+        return self.program.ahead.row(token, position) if self.program.ahead is not None else None
+
+    def stop(self) -> None:
+        """Forget what was computed ahead."""
+        if self.program.ahead is not None:
+            self.program.ahead.stop()

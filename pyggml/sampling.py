@@ -163,11 +163,6 @@ def temperature(c: Candidates, temp: float) -> Candidates:
 
 # ---- choosing one ----
 
-def greedy(logits: np.ndarray) -> int:
-    """The likeliest token, the lowest id among equals."""
-    return int(logits.argmax())
-
-
 _BLOCK = 512        # a running sum over a whole vocabulary is slow, one over blocks and then inside one of them is not
 
 
@@ -187,13 +182,52 @@ def draw(c: Candidates, u: float) -> tuple[int, float]:
     return (i if c.ids is None else int(c.ids[i])), float(weights[i]) / total
 
 
-def mirostat_v2(c: Candidates, mu: float, tau: float, eta: float, u: float) -> tuple[int, float]:
-    """(token, next mu): draw among candidates whose surprise is at most `mu` bits, then move mu towards a mean surprise of `tau` bits."""
+def mirostat_v2(c: Candidates, mu: float) -> Candidates:
+    """Candidates whose surprise is at most `mu` bits, or the likeliest one. What is drawn of them moves mu (mirostat_next)."""
     with np.errstate(divide="ignore"):
         surprise = -np.log2(softmax(c.logits))
     keep = np.flatnonzero(surprise <= mu)
-    token, p = draw(c.take(keep if keep.size else c.logits.argmax(axis=0, keepdims=True), False), u)
-    return token, mu - eta * (-math.log2(p) - tau)
+    return c.take(keep if keep.size else c.logits.argmax(axis=0, keepdims=True), False)
+
+
+def mirostat_next(mu: float, p: float, tau: float, eta: float) -> float:
+    """mu after a token of probability `p`: moved towards a mean surprise of `tau` bits."""
+    return mu - eta * (-math.log2(p) - tau)
+
+
+def probability(c: Candidates, token: int) -> float:
+    """Of drawing `token`."""
+    weights = np.exp(c.logits - c.peak)
+    at = np.asarray([token] if c.ids is None else np.flatnonzero(c.ids == token))
+    return float(weights[at].sum() / weights.sum())
+
+
+def dense(c: Candidates, n_vocab: int) -> np.ndarray:
+    """The probability of every token, float64 (n_vocab)."""
+    weights = np.exp(c.logits.astype(np.float64) - c.peak)
+    if c.ids is None:
+        return weights / weights.sum()
+    every = np.zeros(n_vocab)
+    every[c.ids] = weights / weights.sum()
+    return every
+
+
+def draw_beside(c: Candidates, drafted: int, draft: Candidates, n_vocab: int, u: float, v: float) -> tuple[int, float]:
+    """(token, its probability among `c`): distributed as a draw from `c`, and as often as can be the token `drafted`, which was drawn from
+    the candidates `draft`. u, v: numbers in [0, 1).
+
+    Rejection sampling as in Leviathan et al. 2023 (arXiv:2211.17192, section 2.3): the drafted token x stays with probability
+    min(1, p(x) / q(x)); otherwise one is drawn in proportion to max(0, p - q).
+    """
+    p = probability(c, drafted)
+    if u * probability(draft, drafted) < p:
+        return drafted, p
+    wanted = dense(c, n_vocab)
+    rest = np.maximum(wanted - dense(draft, n_vocab), 0.0).cumsum()
+    if rest[-1] <= 0.0:                 # the two are the same but for rounding
+        return draw(c, v)
+    token = int(rest.searchsorted(v * rest[-1], side="right"))
+    return token, float(wanted[token])
 
 
 # ---- the chain ----
@@ -255,6 +289,12 @@ class SamplingParams:
                 raise ParameterError(f"logit_bias of token {token} is {bias}; use a finite number, or -inf to forbid the token")
 
 
+    @property
+    def plain(self) -> bool:
+        """Whether the next token is always the one with the largest logit."""
+        return self.temp == 0.0 and not self.logit_bias and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+
+
 def _check(name: str, value, *, low: float, high: float, integer: bool, help: str, above: bool) -> None:
     number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if number and math.isfinite(value) and low <= value <= high and not (above and value == low):
@@ -300,22 +340,36 @@ class Sampler:
         self.recent.clear()
         self.counts.clear()
 
-    def sample(self, logits: np.ndarray) -> int:
-        """A token for `logits`, float32 (n_vocab), which are left as they are. Greedy when temp is 0, whatever else is set."""
+    def sample(self, logits: np.ndarray, drafted: int | None = None, draft: Candidates | None = None) -> int:
+        """A token for `logits`, float32 (n_vocab), which are left as they are. Greedy when temp is 0, whatever else is set.
+
+        drafted, draft: a guess of the token and what it was drawn from. They change how often the token is the guess, but not how
+        tokens are distributed; a guess that was not drawn at random needs no mention.
+        """
+        c = self.candidates(logits)
+        if self.params.temp == 0.0:
+            return int(c.ids[0])  # type: ignore[index]
+        if drafted is None or draft is None:
+            token, p = draw(c, self.random.random())
+        else:
+            token, p = draw_beside(c, drafted, draft, logits.size, self.random.random(), self.random.random())
+        if self.params.mirostat:
+            self.mu = mirostat_next(self.mu, p, self.params.mirostat_tau, self.params.mirostat_eta)
+        return token
+
+    def candidates(self, logits: np.ndarray) -> Candidates:
+        """What the chain leaves of `logits`: the next token is drawn from this."""
         p = self.params
         c = Candidates(self._biased(logits) if p.logit_bias else logits)
         peak = float(c.logits.max())
         if not math.isfinite(peak):
             raise PyggmlError(_unusable(c.logits))
-        if p.temp == 0.0:
-            return greedy(SAMPLERS["penalties"](c, self).logits)
-        if p.mirostat:
+        if p.temp == 0.0 or p.mirostat:
             c = temperature(SAMPLERS["penalties"](c, self), p.temp)
-            token, self.mu = mirostat_v2(c, self.mu, p.mirostat_tau, p.mirostat_eta, self.random.random())
-            return token
+            return mirostat_v2(c, self.mu) if p.mirostat and p.temp else c
         for name in p.samplers:
             c = SAMPLERS[name](c, self)
-        return draw(c, self.random.random())[0]
+        return c
 
     def _biased(self, logits: np.ndarray) -> np.ndarray:
         logits = logits.copy()

@@ -98,6 +98,8 @@ def text_cases() -> Iterator[Case]:
     yield Case("key_not_utf8", M.file((M.kv(b"a\xff", U8, b"\1"),)), "not UTF-8")
     yield Case("key_surrogate", M.file((M.kv(b"a\xed\xa0\x80", U8, b"\1"),)), "not UTF-8")
     yield Case("key_too_long", M.file((M.kv("k" * 65536, U8, b"\1"),)), "length of the key is 65536 (limit 65535)")
+    yield Case("keys_too_many", M.file((M.kv("k", U8, b"\1"),), n_kv=1 << 18, data=bytes(4 << 20)), f"key count is {1 << 18} (limit {1 << 17})")
+    yield Case("string_too_long", M.file((M.kv("k", STR, M.string("v" * ((32 << 20) + 1))),)), "length of the string is 33554433 (limit 33554432)")
     yield Case("key_twice", M.file((M.kv("k", U8, b"\1"), M.kv("k", U8, b"\1"))), "twice")
     yield Case("alignment_twice", M.file(tuple(M.kv("general.alignment", U32, M.pack("I", a)) for a in (32, 64))), "twice")
     yield Case("name_empty", M.file((), (M.info(""),), DATA), "the tensor name is empty")
@@ -121,10 +123,15 @@ def value_cases() -> Iterator[Case]:
     for depth in (65, 66, 1000, 100_000):
         nested = M.array(ARR, 1, b"") * (depth - 1) + M.array(U8, 1, b"\1")
         yield Case(f"nested_{depth}", M.file((M.kv("k", ARR, nested),)), "nested 65 deep (limit 64)")
+    for outer, inner in ((65537, 0), (300, 300)):
+        arrays = M.array(ARR, inner, M.array(U8, 0, b"") * inner) if inner else M.array(U8, 0, b"")
+        yield Case(f"nested_wide_{outer}_{inner}", M.file((M.kv("k", ARR, M.array(ARR, outer, arrays * outer)),)), "(limit 65536)")
     yield Case("nested_huge_inside", M.file((M.kv("k", ARR, M.array(ARR, 1, M.array(U64, 2 ** 61, bytes(8)))),)), "length of the array is")
 
 
 def tensor_cases() -> Iterator[Case]:
+    many = M.file((), (M.info(),), DATA + bytes(8 << 20), n_tensors=1 << 18)
+    yield Case("tensors_too_many", many, f"tensor count is {1 << 18} (limit {1 << 17})")
     for n in (5, 8, 9, 1000, 2 ** 31, 2 ** 32 - 1):
         yield Case(f"n_dims_{n:x}", M.file((), (M.info(n_dims=n),), DATA * 3), f"n_dims is {n} (limit 4)")
     for dims in ((2 ** 63,), (2 ** 64 - 1,), (2 ** 32, 2 ** 32), (2 ** 31, 2 ** 31, 2 ** 31), (2 ** 62, 3), (2 ** 16,) * 4,
@@ -227,6 +234,23 @@ def legal_cases() -> Iterator[Case]:
     strings = b"".join(M.string(str(i)) for i in range(100_000))
     yield Case("many_strings", M.file((M.kv("k", ARR, M.array(STR, 100_000, strings)),)))
     yield Case("many_keys", M.file(tuple(M.kv(f"k{i}", U8, b"\1") for i in range(5000))))
+    wide = M.kv("k" * 65000, U8, b"\1"), *(M.kv(f"k{i}", U8, b"\1") for i in range(2000))
+    yield Case("long_key_among_many", M.file(wide))
+    yield Case("long_text", M.file((M.kv("k", STR, M.string("\U0001f600" + "a" * (4 << 20))), M.kv("b", STR, M.string(b"\xff" * (4 << 20))))))
+    yield Case("many_short_strings", M.file((M.kv("k", ARR, M.array(STR, 500_000, M.string("ab") * 500_000)),)))
+    gaps = tuple(M.info(f"t{i}", offset=96 * i) for i in range(2000))
+    yield Case("many_gaps", M.file((), gaps, DATA * 6000))
+    shown = M.kv("general.architecture", STR, M.string("a\0b\x1b[31m\u202e")), M.kv("n\x1b]0;x\x07", STR, M.string("x\r\ny"))
+    yield Case("control_characters", M.file(shown, (M.info("\x1b[31m\u202e\x07"),), DATA))
+    odd = (M.kv("general.architecture", U32, M.pack("I", 5)), M.kv("tokenizer.chat_template", ARR, M.array(STR, 1, M.string("x"))),
+           M.kv("tokenizer.ggml.model", U8, b"\1"), M.kv("tokenizer.ggml.tokens", STR, M.string("x")), M.kv("split.no", STR, M.string("x")))
+    yield Case("known_keys_of_other_types", M.file(odd, (M.info("token_embd.weight"),), DATA))
+    odd = (ARCH, M.kv("llama.block_count", U64, M.pack("Q", 2 ** 63)), M.kv("llama.attention.head_count", ARR, M.array(STR, 1, M.string("x"))),
+           M.kv("llama.embedding_length", F64, M.pack("d", math.nan)), M.kv("llama.expert_count", I64, M.pack("q", -1)),
+           M.kv("llama.expert_used_count", ARR, M.array(ARR, 1, M.array(U8, 1, b"\1"))))
+    yield Case("known_keys_of_no_sense", M.file(odd, (M.info("blk.999999999.attn_q.weight"), M.info("blk.0.attn_q.weight", offset=32)), DATA * 2))
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    yield Case("many_endless_templates", M.file(tuple(M.kv(f"tokenizer.chat_template.{i}", STR, M.string(endless)) for i in range(8))))
     yield Case("many_tensors", M.file((), tuple(M.info(f"t{i}", offset=32 * i) for i in range(2000)), DATA * 2000))
     yield Case("quantized", M.file((), (M.info("q", (32, 2), T_Q4_0),), bytes(36)))
 

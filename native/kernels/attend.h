@@ -8,7 +8,8 @@
 //   O[d] += V[c][d] * P[c]          likewise
 //
 // A group with fewer rows than lanes gives each row `rep` neighbouring lanes: these share out d in steps of `rep`, and
-// K[c][d .. d + rep) is repeated over the lanes. With `pair` (bf16 dot products) a float is a word of two bf16: K and Q pair
+// K[c][d .. d + rep) is repeated over the lanes. How many ways a score's sum is cut decides its last bits, so a group may be asked
+// to add as one with more lanes per row would: `chains` times `rep` sums, joined in the order in which lanes are. With `pair` (bf16 dot products) a float is a word of two bf16: K and Q pair
 // neighbouring d, V and P pair neighbouring cells.
 
 enum { TILE_CELLS = 64, GROUP_VECS = 2, PANEL = VREGS == 32 ? 8 : 4 };
@@ -17,6 +18,7 @@ enum { TILE_CELLS = 64, GROUP_VECS = 2, PANEL = VREGS == 32 ? 8 : 4 };
 
 typedef struct {
     int      vecs, rep, rows;           // vecs * VL lanes for `rows` rows of `rep` lanes each (rep > 1 only with one vector)
+    int      chains;                    // parts of a score's sum in each lane
     int      first_row;                 // its first row, counted in the run of tokens it belongs to
     float   *q;                         // (words / rep, lanes) scaled queries
     float   *out, *max, *sum;           // (padded D / rep, lanes) unnormalised O; (lanes) running maximum and sum
@@ -37,20 +39,28 @@ INLINE void gather_row(const query_group *g, int row, int64_t n, const float *fr
         for (int r = 0; r < g->rep && i + r < n; r++) d[i + r] = from[r] * factor;
 }
 
-// Cuts the rows from `first_row` on into the next group's shape.
-INLINE void shape_group(query_group *g, int first_row, int rows) {
+// The most lanes that each of `rows` rows can have in one vector.
+INLINE int lanes_per_row(int rows) {
+    int rep = 1;
+    while (rows * rep * 2 <= VL) rep *= 2;
+    return rep;
+}
+
+// Cuts the rows from `first_row` on into the next group's shape. parts: of a score's sum (a power of two), 0: as many as there are lanes.
+INLINE void shape_group(query_group *g, int first_row, int rows, int parts) {
     g->first_row = first_row;
     g->vecs = rows > VL ? GROUP_VECS : 1;
     g->rows = rows < g->vecs * VL ? rows : g->vecs * VL;
-    g->rep = 1;
-    while (g->vecs == 1 && g->rows * g->rep * 2 <= VL) g->rep *= 2;
+    g->rep = lanes_per_row(g->vecs == 1 ? g->rows : VL);
+    if (parts && g->rep > parts) g->rep = parts;
+    g->chains = parts ? parts / g->rep : 1;
 }
 
-// acc[j][v] += sum over k < n of a[j * a_j + k * a_k] * b[k][v]: the one inner loop. J, V, REP and pair are constants.
-INLINE void panel(int J, int V, int REP, int pair, const float *a, int64_t a_j, int64_t a_k, const float *b, int64_t n, vf *acc) {
+// acc[j][v] += sum over k < n of a[j * a_j + k * a_k] * b[k * b_k][v]: the one inner loop. J, V, REP and pair are constants.
+INLINE void panel(int J, int V, int REP, int pair, const float *a, int64_t a_j, int64_t a_k, const float *b, int64_t b_k, int64_t n, vf *acc) {
     for (int64_t k = 0; k < n; k++) {
         vf column[GROUP_VECS];
-        for (int v = 0; v < V; v++) column[v] = vf_load(b + (k * V + v) * VL);
+        for (int v = 0; v < V; v++) column[v] = vf_load(b + (k * b_k * V + v) * VL);
         #pragma GCC unroll 8
         for (int j = 0; j < J; j++) {
             vf x = vf_repeat(a + j * a_j + k * a_k, REP);
@@ -59,11 +69,29 @@ INLINE void panel(int J, int V, int REP, int pair, const float *a, int64_t a_j, 
     }
 }
 
+// The same scores, each the sum of `chains` sums over every chains-th word.
+INLINE void tile_scores_chained(int V, int REP, int pair, const query_group *g, const float *k, int64_t words, int cells, float *S) {
+    const int chains = g->chains;
+    for (int c = 0; c < cells; c += PANEL) {
+        vf part[VL][PANEL * GROUP_VECS];
+        for (int i = 0; i < chains; i++) {
+            vf acc[PANEL * GROUP_VECS] = {{0}};
+            panel(PANEL, V, REP, pair, k + c * words + i * REP, words, chains * REP, g->q + i * V * VL, chains, words / (chains * REP), acc);
+            for (int j = 0; j < PANEL * V; j++) part[i][j] = vf_group_sum(acc[j], REP);
+        }
+        for (int n = chains / 2; n > 0; n /= 2)
+            for (int i = 0; i < n; i++)
+                for (int j = 0; j < PANEL * V; j++) part[i][j] = part[2 * i][j] + part[2 * i + 1][j];
+        for (int j = 0; j < PANEL * V; j++) vf_store(S + (c * V + j) * VL, part[0][j]);
+    }
+}
+
 // S (cells rounded up to PANEL, lanes)
 INLINE void tile_scores(int V, int REP, int pair, const query_group *g, const float *k, int64_t words, int cells, float *S) {
+    if (g->chains > 1) { tile_scores_chained(V, REP, pair, g, k, words, cells, S); return; }
     for (int c = 0; c < cells; c += PANEL) {
         vf acc[PANEL * GROUP_VECS] = {{0}};
-        panel(PANEL, V, REP, pair, k + c * words, words, REP, g->q, words / REP, acc);
+        panel(PANEL, V, REP, pair, k + c * words, words, REP, g->q, 1, words / REP, acc);
         #pragma GCC unroll 16
         for (int i = 0; i < PANEL * V; i++) vf_store(S + (c * V + i) * VL, vf_group_sum(acc[i], REP));
     }
@@ -104,7 +132,7 @@ INLINE void tile_output(int J, int V, int REP, int pair, query_group *g, const f
     vf acc[PANEL * GROUP_VECS];
     #pragma GCC unroll 16
     for (int i = 0; i < J * V; i++) acc[i] = vf_load(out + i * VL) * rescale[i % V];
-    panel(J, V, REP, pair, values + d, REP, padded, P, n, acc);
+    panel(J, V, REP, pair, values + d, REP, padded, P, 1, n, acc);
     #pragma GCC unroll 16
     for (int i = 0; i < J * V; i++) vf_store(out + i * VL, acc[i]);
 }

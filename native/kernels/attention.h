@@ -1,14 +1,17 @@
 // Attention over the cache: `attention` for batches, `attention_step` for decoding, which also ropes and stores.
 //
 // Both walk runs: tokens that follow each other in one sequence (equal first cell, cells rising by one). Every cell between
-// the first that a run's first token sees and the last token's own is seen by some token of the run, so a tile never holds
-// a cell that was not written. Work is shared out as (KV head, run) or, when decoding, (KV head, split of the cells).
+// its sequence's first and a token's own has been written, so a tile never holds one that was not. Work is shared out as
+// (KV head, run) or, when decoding, (KV head, split of the cells).
+//
+// A token's bits do not depend on how many tokens attention_step gets at once: a score's sum is cut as for one token alone, and tiles
+// and splits begin at multiples of their lengths from the sequence's first cell, so that what other tokens see beyond adds zeros.
 #include "attend.h"
 
 enum {
     UNIT_ROWS = 256,                    // rows that share the conversion of a tile
-    SPLIT_CELLS = 256,                  // decoding: cells of one split, more when that would give over MAX_SPLITS
-    MAX_SPLITS = 32,
+    SPLIT_CELLS = 256,                  // decoding: cells of one split, more when the cache would then have over MAX_SPLITS
+    MAX_SPLITS = 64,
 };
 
 typedef struct {                        // a step's operands, read once
@@ -16,7 +19,7 @@ typedef struct {                        // a step's operands, read once
     const int32_t  *cell, *first;
     int64_t         tokens, share, kv_heads, D, window, words, padded;      // share: query heads per KV head
     float           scale, softcap;
-    int             pair;
+    int             pair, parts;        // parts: how a score's sum is cut (shape_group)
 } attention_args;
 
 typedef struct {                        // private memory of one unit of work
@@ -33,6 +36,10 @@ INLINE int32_t first_visible(const attention_args *a, int64_t t) {
     int64_t edge = a->window > 0 ? a->cell[t] - a->window + 1 : a->first[t];
     return (int32_t)(edge > a->first[t] ? edge : a->first[t]);
 }
+// Where tiles (or splits) of `length` cells begin for what token t sees: at a multiple of it from its sequence's first cell.
+INLINE int64_t first_of_its(const attention_args *a, int64_t t, int64_t length) {
+    return a->first[t] + (first_visible(a, t) - a->first[t]) / length * length;
+}
 INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
     int64_t end = t + 1;
     while (end < a->tokens && end - t < limit && a->first[end] == a->first[t] && a->cell[end] == a->cell[end - 1] + 1) end++;
@@ -41,7 +48,7 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
 
 // bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
 // asks for them with `coarse`. An F32 cache is always read in full.
-static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse) {
+static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse, int fixed) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
     int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
     attention_args a = {
@@ -51,6 +58,7 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s, 
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
         .pair = NATIVE_BF16 && !any_f32 && (coarse || all_bf16),
     };
+    a.parts = fixed ? lanes_per_row((int)a.share) : 0;
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
     return a;
 }
@@ -85,7 +93,7 @@ INLINE int64_t cut_groups(const attention_args *a, attention_memory *m, int64_t 
     int32_t *visible = m->visible;
     for (int64_t row = 0; row < rows; row += m->groups[n++].rows) {
         query_group *g = &m->groups[n];
-        shape_group(g, (int)row, (int)(rows - row));
+        shape_group(g, (int)row, (int)(rows - row), a->parts);
         int lanes = group_lanes(g);
         g->q = q, q += a->words / g->rep * lanes;
         g->out = state, state += a->padded / g->rep * lanes;
@@ -189,7 +197,7 @@ INLINE void write_group(const attention_args *a, const query_group *g, int64_t t
 INLINE int64_t unit_tokens(const attention_args *a) { return a->share < UNIT_ROWS ? UNIT_ROWS / a->share : 1; }
 
 static void op_attention(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s, s->i[1]);
+    attention_args a = attention_shape(w->plan->views, s, s->i[1], s->i[2]);
     attention_memory m;
     attention_layout(&m, &a, w->scratch, unit_tokens(&a) * a.share, 1, a.tokens);
     int64_t runs = 0;
@@ -199,12 +207,12 @@ static void op_attention(worker *w, const pyg_step *s) {
         int64_t kv_head = chunk / runs, run = runs - 1 - chunk % runs;      // a head's longest runs first
         int64_t t0 = m.run_start[run], t1 = m.run_start[run + 1], n = cut_groups(&a, &m, t0, t1, m.state);
         for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t0, kv_head, NULL, 0, 0);
-        attend_cells(&a, &m, kv_head, n, first_visible(&a, t0), a.cell[t1 - 1] + 1);
+        attend_cells(&a, &m, kv_head, n, first_of_its(&a, t0, TILE_CELLS), a.cell[t1 - 1] + 1);
         for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t0, kv_head);
     }
 }
 static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s, s->i[1]);
+    attention_args a = attention_shape(plan->views, s, s->i[1], s->i[2]);
     attention_memory m;
     return attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
 }
@@ -214,16 +222,18 @@ typedef struct {                        // the cells that the step's tokens see,
     int64_t from, end, length, count;
 } cell_splits;
 
+INLINE int64_t split_length(const attention_args *a) {
+    int64_t length = round_up((a->k->ne[1] + MAX_SPLITS - 1) / MAX_SPLITS, TILE_CELLS);
+    return length > SPLIT_CELLS ? length : SPLIT_CELLS;
+}
 static cell_splits split_cells(const attention_args *a) {
-    cell_splits p = {INT64_MAX, 0, 0, 0};
+    cell_splits p = {INT64_MAX, 0, split_length(a), 0};
     for (int64_t t = 0; t < a->tokens; t++) {
-        int64_t lo = first_visible(a, t), hi = a->cell[t];
+        int64_t lo = first_of_its(a, t, p.length), hi = a->cell[t];
         lo = lo < hi ? lo : hi;
         p.from = lo < p.from ? lo : p.from;
         p.end = hi + 1 > p.end ? hi + 1 : p.end;
     }
-    p.length = round_up((p.end - p.from + MAX_SPLITS - 1) / MAX_SPLITS, TILE_CELLS);
-    if (p.length < SPLIT_CELLS) p.length = SPLIT_CELLS;
     p.count = (p.end - p.from + p.length - 1) / p.length;
     return p;
 }
@@ -257,7 +267,7 @@ static void merge_splits(const attention_args *a, attention_memory *m, const cel
 }
 
 static void op_attention_step(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s, s->i[3]);
+    attention_args a = attention_shape(w->plan->views, s, s->i[3], 1);
     cell_splits p = split_cells(&a);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, w->scratch, a.tokens * a.share, a.tokens, 0);
@@ -272,7 +282,7 @@ static void op_attention_step(worker *w, const pyg_step *s) {
         float *state = p.count > 1 ? states + chunk * state_size : m.state;
         for (int64_t t = 0, next; t < a.tokens; t = next) {
             next = run_end(&a, t, a.tokens);
-            int64_t n = cut_groups(&a, &m, t, next, state), lo = first_visible(&a, t), hi = a.cell[next - 1] + 1;
+            int64_t n = cut_groups(&a, &m, t, next, state), lo = first_of_its(&a, t, TILE_CELLS), hi = a.cell[next - 1] + 1;
             for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t, kv_head, view_of(w, s->src[7]), s->i[1], s->i[2]);
             attend_cells(&a, &m, kv_head, n, lo > from ? lo : from, hi < end ? hi : end);
             if (p.count == 1)
@@ -286,10 +296,9 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     for (int64_t kv_head; (kv_head = claim_again(w)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
 }
 static int64_t scratch_attention_step(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s, s->i[3]);
+    attention_args a = attention_shape(plan->views, s, s->i[3], 1);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, NULL, a.tokens * a.share, a.tokens, 0);
-    int64_t splits = (a.k->ne[1] + SPLIT_CELLS - 1) / SPLIT_CELLS;
-    if (splits > MAX_SPLITS) splits = MAX_SPLITS;
+    int64_t splits = (a.k->ne[1] + split_length(&a) - 1) / split_length(&a);
     return used + a.kv_heads * splits * state_floats(&a, a.tokens * a.share, a.tokens) * (int64_t)sizeof(float);
 }

@@ -37,7 +37,10 @@ BLOCK_TYPES(X)
 #define X(id, name, ctype, to_float)                                                                    \
     static void dequantize_##name(int64_t n, const void *src, float *dst) {                             \
         const char *p = src;                                                                            \
-        for (int64_t k = 0; k < n; k++, p += sizeof(ctype)) {                                           \
+        int64_t k = 0;                                                                                  \
+        if (id == TYPE_f16)             /* the compiler does not take these in vectors by itself */     \
+            for (; k + VL <= n; k += VL, p += VL * sizeof(ctype)) vf_store(dst + k, vf_from_f16(p));    \
+        for (; k < n; k++, p += sizeof(ctype)) {                                                        \
             ctype v;                                                                                    \
             memcpy(&v, p, sizeof v);                                                                    \
             dst[k] = to_float;                                                                          \

@@ -20,11 +20,11 @@ typedef struct {
 // one kind only) fit its registers, and SPECIALIZED is INLINE where a function
 // per number of columns pays. The scalar build keeps its loops.
 #if defined ISA_scalar
-enum { PASS_ACC = 1, FLOAT_ACC = 1 };
+enum { PASS_ACC = 1, FLOAT_ACC = 1, FLOAT_PHASES = 1 };
 #define SPECIALIZED static __attribute__((noinline))
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 #else
-enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8 };
+enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8, FLOAT_PHASES = VL == 16 ? 2 : 1 };
 #define SPECIALIZED INLINE
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
@@ -229,9 +229,9 @@ INLINE vf float_line(const tile_type d, const char *p) {
 }
 INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
-    // a narrow pass needs more independent sums to hide the latency of fma
-    const int phases = vecs * cols <= 2 ? 4 : vecs * cols <= 4 ? 2 : 1, step = tile_block_bytes(d);
-    vf f[4][FLOAT_ACC];
+    // a narrow pass needs independent sums to hide the latency of fma; as many in a wide one, for a column must not depend on its neighbours
+    const int phases = FLOAT_PHASES, step = tile_block_bytes(d);
+    vf f[FLOAT_PHASES][FLOAT_ACC];
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
@@ -249,8 +249,7 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
         EACH(v, vecs) EACH(n, cols) f[0][v * cols + n] = vf_fma(float_line(d, w + VL * d.bytes * (s.v0 + v)), vf_set(((const float *)a)[s.n0 + n]), f[0][v * cols + n]);
     EACH(v, vecs) EACH(n, cols) {
         vf y = f[0][v * cols + n];
-        if (phases > 1) y += f[1][v * cols + n];
-        if (phases > 2) y += f[2][v * cols + n] + f[3][v * cols + n];
+        if (phases > 1) y += f[FLOAT_PHASES - 1][v * cols + n];
         vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, y);
     }
 }

@@ -22,6 +22,7 @@ class Builder(Graph):
     def __init__(self, file: TensorFile, config: Config, cache: KVCache, n_ctx: int) -> None:
         super().__init__()
         self.file, self.config, self.cache_tensors = file, config, cache
+        self.entering: list[Tensor] = []        # what enters each layer, and last what enters the output: where a graph can be cut
         self.tokens = self.input("tokens", (TOKENS,), "I32")
         self.pos = self.input("pos", (TOKENS,), "I32")         # position of each token in its sequence
         self.cell = self.input("cell", (TOKENS,), "I32")       # where its key and value are stored
@@ -48,7 +49,7 @@ class Builder(Graph):
         """The weight `name`, which must have this numpy shape."""
         if name not in self.file.tensors:
             raise ModelError(f'{self.file.path}: the tensor "{name}" is missing; the file is incomplete or not a {self.config.arch} model')
-        tensor = self.file.tensors[name]
+        tensor = self.file.tensors[name].computable
         if tuple(tensor.shape) != shape:
             raise ModelError(f'{self.file.path}: the tensor "{name}" has shape {list(tensor.shape)}; the keys of this model ask for {list(shape)}')
         if isinstance(tensor.type, OpaqueType):
@@ -72,6 +73,11 @@ class Builder(Graph):
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return self.rms_norm(x, self.floats(f"{name}.weight", (x.shape[-1],)), eps=self.config.eps)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Say that x is all that the next layer (or the output) takes from those before it, besides the graph's inputs. Returns x."""
+        self.entering.append(x)
+        return x
 
     def embedding(self) -> Tensor:
         """Rows of the token table -> (T, n_embd)"""
@@ -127,9 +133,10 @@ def transformer(b: Builder, mode: str, window: Any = 0) -> Tensor:
     x = b.embedding()
     for layer in range(b.config.n_layers):
         p = f"blk.{layer}"
+        x = b.enter(x)
         a = b.self_attention(b.norm(x, f"{p}.attn_norm"), layer, mode, window)
         if layer == b.config.n_layers - 1:
             a, x = b.get_rows(a, b.wanted), b.get_rows(x, b.wanted)
         x = b.add(b.linear(a, f"{p}.attn_output", b.config.n_embd), x)
         x = b.add(b.ffn(b.norm(x, f"{p}.ffn_norm"), layer), x)
-    return b.logits(x)
+    return b.logits(b.enter(x))

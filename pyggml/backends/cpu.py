@@ -1,4 +1,4 @@
-"""The CPU backend's program: views and steps in the arrays that native/pool.c walks, and the thread pool that walks them.
+"""The CPU backend (see base.py). Its program: views and steps in the arrays that native/pool.c walks, and the thread pool that walks them.
 
 `Program` is the narrow waist between Python and C: the planner fills it, kernel tests fill it by hand. After `finish()`
 nothing is allocated any more; `run()` is one native call.
@@ -6,6 +6,7 @@ nothing is allocated any more; `run()` is one native call.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyggml.backends.base import Input
+from pyggml.backends.placement import Place, physical_cores
 from pyggml.errors import PyggmlError
 from pyggml.native import ffi, huge_zeros, lib
 from pyggml.types import tensor_type
@@ -21,28 +24,33 @@ from pyggml.types import tensor_type
 if TYPE_CHECKING:
     from pyggml.graph import Tensor
 
+log = logging.getLogger("pyggml")
+
 OPS: dict[str, int] = {ffi.string(lib.pyg_op_name(i)).decode(): i for i in range(lib.pyg_op_count())} if lib else {}
 _NUMPY_TYPES = {np.dtype(d): name for d, name in ((np.float32, "F32"), (np.int32, "I32"), (np.float16, "F16"), (np.int8, "I8"), (np.uint8, "I8"))}
 
 
-def physical_cores() -> int:
-    """Physical cores this process may use (hyper-threads of one core count once)."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = set()
-    for cpu in usable:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.exists() else cpu)
-    return max(1, len(cores))
+def _threads() -> set[int]:
+    """Ids of this process's threads, where the system tells."""
+    tasks = Path("/proc/self/task")
+    return {int(task.name) for task in tasks.iterdir()} if tasks.exists() else set()
 
 
 class Pool:
-    """A persistent pool of `n_threads` workers; the calling thread is one of them."""
+    """A persistent pool of `n_threads` workers; the calling thread is one of them.
 
-    def __init__(self, n_threads: int | None = None) -> None:
+    place: the processors of each of so many workers (see placement.py); None leaves all to the system.
+    """
+
+    def __init__(self, n_threads: int | None = None, place: Place | None = None) -> None:
         self.n_threads = n_threads or physical_cores()
+        before = _threads() if place is not None else set()
         self._pool = ffi.gc(lib.pyg_pool_new(self.n_threads), lib.pyg_pool_free)
         if self._pool == ffi.NULL:
             raise PyggmlError(f"cannot start {self.n_threads} threads; use fewer (-t)")
+        if place is not None:
+            for thread, cpus in zip([0, *sorted(_threads() - before)], place(self.n_threads), strict=False):
+                os.sched_setaffinity(thread, cpus)
 
     @property
     def barriers(self) -> int:
@@ -54,13 +62,16 @@ class WeightStore:
     """The weights of one model as the CPU backend holds them: raw in the file's mapping, and packed where a packed form exists.
 
     Packing is lazy: a tile is packed by the worker that first computes with it, into one arena of huge pages, and the file's
-    pages behind it are released. `exact` keeps every weight raw and multiplies decoded weights with float activations.
+    pages behind it are released; of a file that is not mapped, what was read. `exact` keeps every weight raw and multiplies decoded
+    weights with float activations. `lock` keeps in memory what matmuls read, and warns once where the system refuses.
     """
 
+    small = lib.PYG_SMALL_COLS if lib else 0
     SLAB = 1 << 30          # packed weights lie one after another: apart, each would leave part of its last huge page unused
 
-    def __init__(self, *, repack: bool = True, exact: bool = False, capacity: int = SLAB) -> None:
-        self.repack, self.exact, self.capacity = repack and not exact, exact, capacity
+    def __init__(self, *, repack: bool = True, exact: bool = False, capacity: int = SLAB, lock: bool = False) -> None:
+        self.repack, self.exact, self.capacity, self._lock = repack and not exact, exact, capacity, lock
+        self._read: dict[str, np.ndarray] = {}          # what is not mapped, until it is packed
         self._slab, self._used = np.empty(0, np.uint8), 0
         self._packed: dict[str, tuple[Any, np.ndarray] | None] = {}
         self._gathered: set[str] = set()
@@ -75,15 +86,29 @@ class WeightStore:
         whole_tiles = len(shape) == 2 or shape[-2] % 16 == 0        # an expert's tiles must not straddle
         return lib.pyg_pack_bytes(tensor_type(weight.type).id, math.prod(shape[:-1]), shape[-1]) if self.repack and whole_tiles else 0
 
-    def act_format(self, weight: Tensor) -> int:
-        """How activations are prepared for this weight (ACT_* of native/engine.h)."""
-        return lib.pyg_act_format(tensor_type(weight.type).id, self.packed_bytes(weight) > 0, self.exact)
+    def act_format(self, weight: Tensor, fixed: bool) -> int:
+        """How activations are prepared for this weight (ACT_* of native/engine.h); `fixed`: as for a packed one, whatever the batch."""
+        return lib.pyg_act_format(tensor_type(weight.type).id, fixed or self.packed_bytes(weight) > 0, self.exact)
+
+    def act_bytes(self, format: int, k: int, columns: int) -> int:
+        """Bytes of activations prepared in a step of their own: columns of k values."""
+        return lib.pyg_act_bytes(format, k, columns)
+
+    def program(self, n_slots: int) -> Program:
+        return Program(n_slots)
 
     def view(self, program: Program, weight: Tensor, pack: bool) -> int:
         """Add the weight to a program; every program of this store shares the packed form (`pack`: it may have one)."""
         packed, ready = self._pack(weight) if pack else (None, None)
-        raw = weight.data.raw.reshape(-1)
-        release = packed is not None and weight.data.mapped and weight.name not in self._gathered
+        release = packed is not None and weight.name not in self._gathered
+        if release and not weight.data.mapped:
+            if weight.name not in self._read:
+                self._read[weight.name] = np.array(weight.data.raw)         # private: its pages go when it is packed
+            raw = self._read[weight.name].reshape(-1)
+        else:
+            raw = weight.data.raw.reshape(-1)
+            if not release:
+                self._keep_in_memory(raw)
         return program.view(raw, weight.type, weight.sizes, packed=packed, ready=ready, release=release)
 
     def _pack(self, weight: Tensor) -> tuple[Any, np.ndarray | None]:
@@ -98,14 +123,30 @@ class WeightStore:
         """`size` zeroed bytes, aligned to a cache line."""
         if self._used + size > self._slab.nbytes:
             self._slab, self._used = huge_zeros(max(size, min(self.capacity, self.SLAB))), 0
+            self._keep_in_memory(self._slab)
         start = self._used
         self._used += -(-size // 64) * 64
         return self._slab[start:start + size]
+
+    def _keep_in_memory(self, array: np.ndarray) -> None:
+        """Lock the pages of `array`, each when it is first touched. Where that is refused, say so and stop asking."""
+        if self._lock and array.nbytes and (error := lib.pyg_lock(ffi.cast("char *", array.ctypes.data), array.nbytes)):
+            self._lock = False
+            log.warning("cannot lock %.1f MB in memory (%s; the limit is %s, see ulimit -l): going on without", array.nbytes / 1e6,
+                        os.strerror(error), lock_limit())
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved for packed weights."""
         return sum(e[0].nbytes for e in self._packed.values() if e)
+
+
+def lock_limit() -> str:
+    """How much memory this process may lock, in words."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "none" if limit == resource.RLIM_INFINITY else f"{limit / 1e6:.1f} MB"
 
 
 class Program:
@@ -118,6 +159,24 @@ class Program:
         self._steps: list[dict[str, Any]] = []
         self._keep: list[Any] = []          # whatever the views point into
         self.native_calls = 0
+        self.ahead = None
+
+    def memory(self, n_bytes: int) -> np.ndarray:
+        """Memory for computed values."""
+        return huge_zeros(n_bytes)
+
+    def inputs(self, wanted: dict[str, Input]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each input (the array to fill before a run, what is viewed of it): one and the same here."""
+        arrays = {name: np.zeros(i.shape, i.dtype) for name, i in wanted.items()}
+        return {name: (array, array) for name, array in arrays.items()}
+
+    def constant(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def result(self, array: np.ndarray, type: str, shape: tuple[int, ...], slot: int) -> np.ndarray:
+        """The values themselves, which the next run overwrites."""
+        dtype = np.dtype(np.int32 if type == "I32" else np.float32)
+        return array[:math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def view(self, array: np.ndarray, type: str | None = None, shape: Sequence[int] | None = None, *, strides: Sequence[int] | None = None,
              slot: int = -1, slot_axis: int = 0, packed: Any = None, ready: np.ndarray | None = None, release: bool = False) -> int:

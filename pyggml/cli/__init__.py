@@ -64,11 +64,29 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that nothing fails again when Python flushes at exit
         return CLOSED_PIPE
     except OSError as error:
-        return _fail(name, f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error))
+        from pyggml.formats.values import printable
+
+        return _fail(name, printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error))
     except MemoryError:
         return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception:
+        cut = _cut()
+        if not cut:
+            raise
+        return _fail(name, cut)
+
+
+def _cut() -> str:
+    """What is to be said of a mapped file that was cut: then whatever was read from it may have failed in any way."""
+    source = sys.modules.get("pyggml.formats.source")
+    for file in list(source.mapped) if source is not None else []:
+        try:
+            file.verify()
+        except PyggmlError as error:
+            return str(error)
+    return ""
 
 
 def _open_streams() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pyggml.cli import _options
 from pyggml.errors import PyggmlError
 
 
@@ -17,6 +18,7 @@ def add_text(parser: argparse.ArgumentParser, n_ctx: int = 512) -> None:
     group.add_argument("-t", "--threads", type=int, metavar="N", help="threads (default: physical cores)")
     group.add_argument("-b", "--batch-size", type=int, default=2048, metavar="N", help="tokens taken at once (default: %(default)s)")
     group.add_argument("-ub", "--ubatch-size", type=int, default=512, metavar="N", help="tokens computed in one go (default: %(default)s)")
+    _options.add_device(group)
     group.add_argument("--no-mmap", action="store_true", help="read files into memory instead of mapping them")
     parser.set_defaults(usage_error=parser.error)
 

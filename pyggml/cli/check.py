@@ -14,7 +14,6 @@ from pyggml.formats.check import check as findings
 from pyggml.formats.values import printable
 
 HELP = "check model files for damage, oddities and missing parts"
-SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,14 +96,17 @@ def engine(file: formats.TensorFile) -> list[Finding]:
 
 def print_report(report: dict[str, Any], quiet: bool) -> None:
     """Errors go to standard error, everything else to standard output."""
-    for line in report["errors"][:SHOWN]:
+    path = printable(report["path"])
+    for line in some(report, "errors"):
         print(line, file=sys.stderr)
-    if len(report["errors"]) > SHOWN:
-        print(f"{printable(report['path'])}: {len(report['errors']) - SHOWN} more errors; --json lists all", file=sys.stderr)
     if quiet:
         return
     for kind in ("warnings", "notes"):
-        for line in report[kind]:
+        for line in some(report, kind):
             print(f"{line} ({kind[:-1]})")
     if not report["errors"]:
-        print(f"{printable(report['path'])}: sound ({report['summary']})")
+        print(f"{path}: sound ({report['summary']})")
+
+
+def some(report: dict[str, Any], kind: str) -> list[str]:
+    return show.some(report[kind], kind, "--json lists all")

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from pyggml.cli import _text
+from pyggml.cli import _options, _text
 
 HELP = "measure what quantization lost: files against their source"
 
@@ -22,17 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pyggml import page
     from pyggml.cli._progress import bar, cancellable
     from pyggml.measure import compare as measure
     from pyggml.measure import report
 
     if args.file is None:
         args.usage_error("there is no text to compare on; give one with -f FILE")
+    if args.plot:
+        page.require()                  # before the long work
     text = _text.read(args.file)
     parts: dict[str, Any] = {}
     with cancellable() as stop:
         with bar("comparing", "chunks", stop) as progress:
             found = measure.compare(args.reference, args.files, text, n_ctx=args.ctx_size, n_chunks=args.chunks, **_text.options(args),
+                                    **_options.device(args),
                                     progress=lambda done, total, scores: progress(done, total, f"KLD {scores[0].kld.mean():.5f}"))
         if args.per_tensor or args.per_layer:
             for path in args.files:
@@ -49,8 +53,5 @@ def run(args: argparse.Namespace) -> int:
         for path, ps in parts.items():
             print(f"\n{path}\n{measure.parts_table(ps)}")
     if args.plot:
-        from pyggml.formats.atomic import replacing
-
-        with replacing(args.plot) as out:
-            out.write(report.html(found).encode())
+        page.save(args.plot, report.html(found))
     return 0

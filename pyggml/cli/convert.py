@@ -37,5 +37,7 @@ def run(args: argparse.Namespace) -> int:
             if problem:
                 raise PyggmlError(problem)
     formats.write(args.output, kv, file.tensors, order=ORDERS[args.byte_order])
+    for warning in file.warnings:
+        print(f"{printable(args.file)}: {warning} (warning)")
     print(f"{printable(args.output)}: GGUF v3 from {file.format}, {len(file.tensors)} tensors, {show.amount(os.path.getsize(args.output))}")
     return 0

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HELP = "show what this machine offers: instruction sets, compiler, threads, memory, extras"
+HELP = "show what this machine offers: instruction sets, GPUs, compiler, threads, memory, extras"
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -40,6 +40,7 @@ def report() -> list[tuple[str, str]]:
         ("isa", f"{native.isa}; " + (", ".join(f"{isa} {'yes' if ok else 'no'}" for isa, ok in available.items()) or "no native kernels")
          + (" (PYGGML_ISA)" if os.environ.get("PYGGML_ISA") else "")),
         ("cpu", cpu_name()),
+        ("gpu", gpus()),
         ("threads", threads()),
         ("compiler", compiler()),
         ("huge pages", huge_pages()),
@@ -52,6 +53,14 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def gpus() -> str:
+    """Every GPU, and what keeps it from being used."""
+    from pyggml.backends.cuda.device import gpus, why_not
+
+    described = [str(gpu) + (f" (not used: {reason})" if (reason := why_not(gpu.index)) else "") for gpu in gpus()]
+    return "; ".join(described) or f"none: {why_not()}"
 
 
 def threads() -> str:

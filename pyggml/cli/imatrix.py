@@ -73,7 +73,7 @@ def collect(args: argparse.Namespace, known: Any) -> int:
 
     found = calibrate.collect(model, _text.read(args.file), dataset=args.file, n_ctx=args.ctx_size, n_chunks=args.chunks, skip_chunks=args.chunk,
                               parse_special=args.parse_special, process_output=args.process_output, perplexity=not args.no_ppl, save=save,
-                              progress=progress, **_text.options(args))
+                              progress=progress, **_text.options(args), **_options.device(args))
     print()
     if total is not None:
         print(f"Final estimate: PPL = {total.value:.4f} +/- {total.error:.5f}")

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--full", action="store_true", help="show long arrays and texts in full")
     parser.add_argument("--json", action="store_true", help="print one JSON document with metadata and tensors")
+    parser.add_argument("--plot", metavar="PAGE", help="also write a page with size by type and layer, histograms and outliers (extra [plot])")
     parser.add_argument("--chat-template", action="store_true", help="print the chat template alone")
 
 
@@ -29,6 +30,10 @@ def run(args: argparse.Namespace) -> int:
     file = formats.open(args.file, use_mmap=False)
     if args.chat_template:
         return print_template(file)
+    if args.plot:
+        from pyggml import page
+        from pyggml.formats import picture
+        page.save(args.plot, picture.html(file))
     print(show.json_text(as_json(file, args.full)) if args.json else as_text(file, args.tensors, args.full))
     return 0
 
@@ -46,7 +51,8 @@ def as_json(file: TensorFile, full: bool = False) -> dict[str, Any]:
     metadata = {}
     for key in file.kv:
         value, kind = file.kv[key], file.kv.type(key)
-        metadata[key] = {"type": kind, **({"length": len(value)} if kind.endswith("[]") else {}),
+        cut = kind.endswith("[]") or (kind == "str" and len(value) > show.SHOWN_JSON)
+        metadata[key] = {"type": kind, **({"length": len(value)} if cut else {}),
                          "value": show.json_value(value, None if full else show.SHOWN_ITEMS)}
     return {"path": file.path, "format": file.format, "byte_order": "little" if file.order == "<" else "big", "bytes": file.nbytes,
             "alignment": file.alignment, "data_offset": file.data_offset, "warnings": file.warnings, "metadata": metadata,
@@ -59,7 +65,7 @@ def as_text(file: TensorFile, tensors: bool = False, full: bool = False) -> str:
         rows = [("tensor", "type", "shape", "bytes", "offset")]
         rows += [(printable(t.name), t.type.name, show.shape(t), str(t.nbytes), f"0x{t.offset:x}") for t in file.tensors.values()]
         parts.append(show.columns(rows, frozenset((3, 4))))
-    parts += [f"warning: {w}" for w in file.warnings]
+    parts += show.some([f"warning: {w}" for w in file.warnings], "warnings", "--json lists all")
     return "\n\n".join(part for part in parts if part)
 
 

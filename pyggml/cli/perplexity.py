@@ -43,7 +43,7 @@ def perplexity(args: argparse.Namespace, model: Any) -> int:
     from pyggml.measure.perplexity import running
 
     total, results = running(model, _text.read(args.file), n_ctx=args.ctx_size, n_chunks=args.chunks, stride=args.ppl_stride, base=args.base,
-                             **_text.options(args))
+                             **_text.options(args), **_options.device(args))
     _text.say(f"perplexity: calculating perplexity over {total} chunks, n_ctx={args.ctx_size}, batch_size={args.batch_size}")
     start, found = time.perf_counter(), None
     for found in results:
@@ -69,7 +69,7 @@ def divergence(args: argparse.Namespace, model: Any) -> int:
     from pyggml.measure.perplexity import against
     from pyggml.measure.scores import Tokens, summary
 
-    total, results = against(model, args.base, **_text.options(args))
+    total, results = against(model, args.base, **_text.options(args), **_options.device(args))
     start, tokens = time.perf_counter(), Tokens()
     for done, tokens in enumerate(results, 1):
         if done == 1:

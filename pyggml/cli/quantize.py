@@ -10,6 +10,10 @@ from typing import Any
 
 from pyggml.errors import PyggmlError
 
+# options that say what --target-size and --target-bpw find out
+DECIDED_BY_MIX = ("tensor_types", "output_tensor_type", "token_embedding_type", "leave_output_tensor", "pure", "prune_layers",
+                  "include_weights", "exclude_weights")
+
 HELP = "make a model smaller: quantize its tensors"
 
 
@@ -40,9 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_argument_group("a mix made for this model (RECIPE is then left out)")
     target.add_argument("--target-size", type=_size, metavar="SIZE", help="largest file, such as 4.2G")
     target.add_argument("--target-bpw", type=float, metavar="N", help="bits per weight")
-    target.add_argument("-f", "--file", metavar="TEXT", help="text that the loss of each tensor is measured on")
-    target.add_argument("-c", "--ctx-size", type=int, default=512, metavar="N", help="tokens in a chunk of it (default: %(default)s)")
-    target.add_argument("--chunks", type=int, default=8, metavar="N", help="chunks of it (default: %(default)s)")
+    target.add_argument("-f", "--file", metavar="TEXT", help="text that the loss of each tensor is measured on; "
+                        "best one that the model was not trained on")
+    target.add_argument("-c", "--ctx-size", type=int, default=128, metavar="N", help="tokens in a chunk of it (default: %(default)s)")
+    target.add_argument("--chunks", type=int, default=0, metavar="N", help="chunks of it (default: a number that takes minutes)")
+    target.add_argument("--target-types", metavar="T,T...", help="types to choose from (default: the K types, IQ4_XS and Q8_0; with an imatrix "
+                        "also those below 3.5 bits)")
     target.add_argument("--save-recipe", metavar="FILE", help="where the mix is saved (default: OUT with .json)")
     parser.set_defaults(usage_error=parser.error)
 
@@ -60,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
         "keep_split": args.keep_split, "prune_layers": args.prune_layers, "override_kv": tuple(override(text) for text in args.override_kv),
         "compat": args.compat, "n_threads": n_threads,
     }
-    if args.dry_run and not wants_mix:
-        return show(source, recipe, options)
     with cancellable() as stop:
         if wants_mix:
-            recipe = mix(args, source, target, options, stop)
-            options["tensor_types"] = ()
+            found, text = mix(args, source, target, options, stop)
+            recipe = found.recipe
+        if args.dry_run:
+            return show(source, recipe, options)
         with bar(f"quantizing to {recipe if isinstance(recipe, str) else recipe.name}", "B", stop) as progress:
             result = quantize_file(source, target, recipe, progress=progress, **options)
     for note in result.notes:
@@ -74,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"model size  = {before / 2**20:10.2f} MiB ({8 * before / result.n_weights:.2f} BPW)")
     print(f"quant size  = {after / 2**20:10.2f} MiB ({result.bits_per_weight:.2f} BPW)")
     print(*result.paths, sep="\n")
+    if wants_mix:
+        tell_loss(found, result.paths[0], text, n_threads)
     return 0
 
 
@@ -83,7 +92,7 @@ def positional(args: argparse.Namespace, wants_mix: bool) -> tuple[str, str, Any
 
     source, *rest = args.files
     if wants_mix:
-        if not rest or len(rest) > 2:
+        if not rest or len(rest) > 2 or rest[1:] and not rest[1].isdigit():
             args.usage_error("with --target-size or --target-bpw name IN.gguf OUT.gguf [THREADS] and no recipe")
         return source, rest[0], None, threads(rest[1:], args)
     if not rest:
@@ -161,22 +170,43 @@ def show(source: str, recipe: Any, options: dict[str, Any]) -> int:
     return 0
 
 
-def mix(args: argparse.Namespace, source: str, target: str, options: dict[str, Any], stop: Any) -> Any:
-    """The recipe for --target-size or --target-bpw: measured, printed and saved."""
+def mix(args: argparse.Namespace, source: str, target: str, options: dict[str, Any], stop: Any) -> tuple[Any, str]:
+    """(mix, text it was chosen by) for --target-size or --target-bpw: measured, printed and saved."""
+    from pyggml import formats
+    from pyggml.cli import _text
     from pyggml.cli._progress import bar
+    from pyggml.formats.atomic import check_room
     from pyggml.quantize import allocate
+    from pyggml.quantize.pipeline import refuse_input
 
     if args.file is None:
         args.usage_error("--target-size and --target-bpw measure the loss of each tensor on a text: give one with -f")
-    with bar("measuring tensors", "tensor types", stop) as progress:
-        found = allocate.allocate(source, Path(args.file).read_text(), size=args.target_size, bits_per_weight=args.target_bpw,
-                                  n_ctx=args.ctx_size, n_chunks=args.chunks, imatrix=options["imatrix"], n_threads=options["n_threads"],
-                                  progress=progress)
+    decided = [name for name in DECIDED_BY_MIX if options[name]]
+    if decided:
+        args.usage_error(f"--target-size and --target-bpw choose the type of every tensor: leave out --{decided[0].replace('_', '-')}")
+    file, text = formats.open(source), _text.read(args.file)
+    if not args.dry_run:
+        refuse_input(file, [target])
+        check_room(target, args.target_size or int(args.target_bpw * sum(t.size for t in file.tensors.values()) / 8))
+    with bar("measuring", "tensors", stop) as progress:
+        found = allocate.allocate(source, text, size=args.target_size, bits_per_weight=args.target_bpw, imatrix=options["imatrix"],
+                                  types=args.target_types.upper().split(",") if args.target_types else None,
+                                  allow_requantize=args.allow_requantize, n_ctx=args.ctx_size, n_chunks=args.chunks,
+                                  n_threads=options["n_threads"], progress=progress)
     print(found.table())
     path = args.save_recipe or f"{target.removesuffix('.gguf')}.json"
     found.save(path)
     print(f"recipe: {path}")
-    return found.recipe
+    return found, text
+
+
+def tell_loss(found: Any, path: str, text: str, n_threads: int) -> None:
+    """What the mix really costs, where the text has a part that it was not chosen by."""
+    from pyggml.quantize import allocate
+
+    loss = allocate.verify(found, path, text, n_threads=n_threads)
+    if loss is not None:
+        print(f"mean KLD    = {loss.value:10.6f} ± {loss.error:.6f} over the next {found.n_chunks} chunks of the text")
 
 
 def _layers(text: str) -> tuple[int, ...]:

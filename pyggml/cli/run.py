@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="show the prompt in another colour (default: on a terminal)")
     group.add_argument("-v", "--verbose", action="store_true", help="tell about the model, the prompt and the sampling")
     _options.add_context(parser)
+    _options.add_speculation(parser)
     _options.add_sampling(parser)
 
 
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     _options.sampling_params(args)                              # a bad value is told before a large model is opened
     timing.lap()
     model, context = _options.open_context(args)
+    ahead = _options.speculation(args, context)
     tokenizer = model.tokenizer
     tokens = tokenizer.encode(text, add_special=True, parse_special=True) or ([tokenizer.bos] if tokenizer.bos is not None else [])
     if not tokens:
@@ -81,9 +83,13 @@ def run(args: argparse.Namespace) -> int:
         color = args.color == "on" or (args.color == "auto" and sys.stdout.isatty())
         print(f"\033[33m{text}\033[0m" if color else text, end="", flush=True)        # llama-cli's yellow
 
+    if ahead is not None:
+        ahead.use(sampler.params)
+        context = ahead
+    choose = Sampler.sample if ahead is None else ahead.choose
     with on_interrupt(context.cancel) as interrupted:
         try:
-            for piece in stream(args, context, tokenizer, sampler, tokens, timing):
+            for piece in stream(args, context, tokenizer, sampler, choose, tokens, timing):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
                 if interrupted.is_set():
@@ -93,20 +99,22 @@ def run(args: argparse.Namespace) -> int:
     print(flush=True)
     if args.predict < 0 and context.n_past == context.n_ctx and not interrupted.is_set():
         print(f"pyggml run: the context of {context.n_ctx} tokens is full; a larger one (-c) goes on", file=sys.stderr)
-    print(timing.line(), file=sys.stderr)
+    print(timing.line() + (f" | {ahead.accepted} of {ahead.drafted} guesses right" if ahead is not None else ""), file=sys.stderr)
     return INTERRUPTED if interrupted.is_set() else 0
 
 
-def stream(args: argparse.Namespace, context: Any, tokenizer: Any, sampler: Any, tokens: list[int], timing: Timing) -> Iterator[str]:
-    """Pieces of the continuation, each made of whole characters (and possibly empty)."""
+def stream(args: argparse.Namespace, context: Any, tokenizer: Any, sampler: Any, choose: Callable[[Any, Any], int], tokens: list[int],
+           timing: Timing) -> Iterator[str]:
+    """Pieces of the continuation, each made of whole characters (and possibly empty). choose: a token from the sampler and logits."""
     from pyggml.tokenizers import StreamDecoder
 
     decoder = StreamDecoder(tokenizer, unparse_special=args.special)
     sampler.accept(*tokens)
+    context.greedy = sampler.params.plain
     logits = context.eval(tokens)
     timing.prompt_tokens, timing.prompt = len(tokens), timing.lap()
     while timing.tokens != args.predict:
-        token = sampler.sample(logits[-1])
+        token = choose(sampler, logits[-1])
         if token in tokenizer.eog:
             break
         timing.tokens += 1
@@ -125,6 +133,7 @@ def tell(args: argparse.Namespace, model: Any, context: Any, sampler: Any, token
 
     threads = context.pool.n_threads if context.pool is not None else 1
     print(f"model    {model.describe()}, {model.nbytes / 2**20:.1f} MiB\n"
-          f"compute  {native.isa}, {threads} threads, context {context.n_ctx}, batch {context.n_batch}, ubatch {context.n_ubatch}\n"
+          f"compute  {native.isa}, {threads} threads, {context.gpu_layers} layers on a GPU, "
+          f"context {context.n_ctx}, batch {context.n_batch}, ubatch {context.n_ubatch}\n"
           f"sampling seed {sampler.seed}, " + ", ".join(f"{name} {getattr(sampler.params, name):g}" for name in _options.SAMPLING.values()) +
           f"\nprompt   {len(tokens)} tokens: {' '.join(map(str, tokens))}", file=sys.stderr)

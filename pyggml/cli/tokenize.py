@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> int:
             args.usage_error("give --stdin, -p or -f, only one of them")
         args.file = "-"
     text = _options.prompt_text(args)
-    tokenizer = tokenizers.load(formats.open(path).kv, path)
+    file = formats.open(path)
+    tokenizer = tokenizers.load(file.kv, path)
+    file.verify()
     ids = tokenizer.encode(text, add_special=not args.no_bos, parse_special=not args.no_parse_special)
     if args.ids:
         print(ids)

@@ -164,11 +164,12 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
     state = "the old file is unchanged" if os.path.lexists(target) else "nothing was written"
     try:
         with orderly_end(), locked(target) as old:
-            _remove_stale(folder, name)
-            _check_room(folder, size, target)
-            _remove_parts(folder, name, resume)
+            remove_stale(folder, name)
             unique = f"{resume}.{_boot()}.part" if resume else f"{os.getpid()}.{secrets.token_hex(4)}.tmp"
             temporary = os.path.join(folder, f".{name}.{unique}")
+            there = os.stat(temporary).st_blocks * 512 if resume and os.path.exists(temporary) else 0
+            check_room(target, size - there)
+            _remove_parts(folder, name, resume)
             new = 0 if resume else os.O_EXCL
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | new | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666 if old is None else 0o600)
             out = Output(fd, target)
@@ -189,7 +190,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
                 os.replace(temporary, target)
                 state = "the new file is in place, but may not survive a power cut"
             except BaseException as error:
-                if resume and isinstance(error, Cancelled | KeyboardInterrupt):
+                if resume and isinstance(error, Cancelled | KeyboardInterrupt | SystemExit):
                     out.flush()
                 else:
                     with contextlib.suppress(OSError):
@@ -210,11 +211,13 @@ def _room(folder: str, size: int) -> str:
     return f" ({size} bytes needed, {free.f_bavail * free.f_frsize} free)" if size else f" ({free.f_bavail * free.f_frsize} bytes free)"
 
 
-def _check_room(folder: str, size: int, target: str) -> None:
+def check_room(path: str | os.PathLike[str], size: int) -> None:
+    """PyggmlError when the disk of `path` has no room for `size` bytes."""
+    folder = os.path.dirname(os.path.realpath(path))
     free = os.statvfs(folder)
     if size > free.f_bavail * free.f_frsize:
-        raise PyggmlError(f"{target}: cannot write: {size} bytes needed, {free.f_bavail * free.f_frsize} free in {folder}; "
-                          "write to another disk with --output")
+        raise PyggmlError(f"{os.fspath(path)}: cannot write: {size} bytes needed, {free.f_bavail * free.f_frsize} free in {folder}; "
+                          "write to another disk")
 
 
 _held = threading.local()      # files this thread has locked: a writer may lock around reading and replacing a file
@@ -298,8 +301,8 @@ def _remove_unlocked(path: str) -> None:
             os.close(fd)
 
 
-def _remove_stale(folder: str, name: str) -> None:
-    """Remove temporary files of this target whose writer is gone: nobody holds their lock."""
+def remove_stale(folder: str, name: str) -> None:
+    """Remove temporary files of the file `name` whose writer is gone: nobody holds their lock."""
     pattern = re.compile(re.escape("." + name) + r"\.(\d+)\.[0-9a-f]{8}\.tmp")
     for entry in os.listdir(folder):
         match = pattern.fullmatch(entry)

@@ -71,12 +71,20 @@ def space(file: TensorFile) -> Iterator[Finding]:
 def texts(file: TensorFile) -> Iterator[Finding]:
     """Text that is not UTF-8."""
     for key in file.kv:
+        if file.kv.type(key) not in ("str", "str[]"):
+            continue
         value = file.kv[key]
-        whole = value if isinstance(value, str) else "".join(value.tolist()) if isinstance(value, StringArray) else ""
-        try:
-            whole.encode()
-        except UnicodeEncodeError:
+        runs = [value] if isinstance(value, str) else ("".join(run) for run in value.runs()) if isinstance(value, StringArray) else map(str, value)
+        if not all(map(_is_text, runs)):
             yield Finding(NOTE, f'key "{printable(key)}": text that is not UTF-8; other programs may show it wrongly')
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def metadata(file: TensorFile) -> Iterator[Finding]:
@@ -111,6 +119,7 @@ def _number(file: TensorFile, key: str) -> int | None:
 
 
 TOKENS = "tokenizer.ggml.tokens"
+MOST_TOKENS = 1 << 20
 BYTE_TYPE = 6
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -127,6 +136,9 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
     tokens = kv.get(TOKENS)
     if not isinstance(tokens, StringArray) or not len(tokens):
         yield Finding("load", f'key "{TOKENS}" is missing or empty; the tokenizer "{printable(model)}" needs it')
+        return
+    if len(tokens) > MOST_TOKENS:
+        yield Finding("load", f'key "{TOKENS}" has {len(tokens)} elements; no vocabulary has more than {MOST_TOKENS}')
         return
     for name in ("scores", "token_type"):
         values = kv.get(f"tokenizer.ggml.{name}")
@@ -153,11 +165,11 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
 
 
 def template(file: TensorFile) -> Iterator[Finding]:
-    for key in file.kv:
-        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
-            problem = render.problem(file.kv[key]) if isinstance(file.kv[key], str) else ""
-            if problem:
-                yield Finding("load", f'key "{printable(key)}": the template does not render: {printable(problem)}')
+    named = [key for key in file.kv if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")]
+    templates = {key: file.kv[key] for key in named if file.kv.type(key) == "str"}
+    for key, problem in zip(templates, render.problems(list(templates.values())) if templates else [], strict=True):
+        if problem:
+            yield Finding("load", f'key "{printable(key)}": the template does not render: {printable(problem)}')
 
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")

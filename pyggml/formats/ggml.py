@@ -7,9 +7,10 @@
                multiple of 32;) data
 
 Always little-endian. What such a file does not say (context length, norm epsilon) gets the value that all its kind had.
-ggjt 1 kept weights 2i and 2i+1 of a block in one byte, later files i and i+16; up to ggjt 2 the scales of Q4_0, Q4_1 and Q8_0 were
-f32. Both are brought into today's blocks here; the scales are rounded to f16. Quantized files older than ggjt are refused:
-their blocks were laid out in several ways that cannot be told apart.
+Files up to ggjt 1 kept weights 2i and 2i+1 of a block in one byte, later ones i and i+16; up to ggjt 2 the scales of Q4_0, Q4_1 and
+Q8_0 were f32. Both are brought into today's blocks here; the scales are rounded to f16, which a warning says. The ggml files of the
+format's first day kept the scales of a row apart from its weights and look no different: they come out as noise.
+Models of more than 7 billion weights were several files before ggjt, each with a part of every tensor: such a part is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MAGICS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 VERSIONS = {"ggml": (0,), "ggmf": (1,), "ggjt": (1, 2, 3)}
 DATA_ALIGNMENT = 32                     # in ggjt files
 CONTEXT, EPSILON = 2048, 5e-6           # not in the file: LLaMA's context; its epsilons were 1e-6 and (second version) 1e-5
-MOST = {"n_vocab": 1 << 20, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
+MOST = {"n_vocab": 1 << 19, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
 _TOKEN, _NAME, _WINDOW = 4096, 256, 1 << 18
 
 NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "output.weight": "output.weight"}
@@ -40,12 +41,12 @@ LAYER_NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv
 _LAYER = re.compile(r"layers\.(\d{1,4})\.(.+)\.weight")
 
 
-def gguf_name(name: str) -> str:
-    """Today's name of a tensor, or "" for one that is not stored any more (rope.freqs)."""
+def gguf_name(name: str) -> str | None:
+    """Today's name of a tensor, "" for one that is not stored any more, None for one that no llama model has."""
     match = _LAYER.fullmatch(name)
     if match and match[2] in LAYER_NAMES:
         return f"blk.{int(match[1])}.{LAYER_NAMES[match[2]]}.weight"
-    return NAMES.get(name, "")
+    return "" if name.endswith("rope.freqs") else NAMES.get(name)
 
 
 # ---- old blocks -----------------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def _halves(start: int):
     return convert
 
 
-# (ggjt version, type) -> bytes of an old block, and the steps that make it a block of today
+# (ggjt version, 1 for files before it; type) -> bytes of an old block, and the steps that make it a block of today
 OLD_BLOCKS = {
     (1, "Q4_0"): (20, (_halves(4), _f16_scales(1))), (2, "Q4_0"): (20, (_f16_scales(1),)),
     (1, "Q4_1"): (24, (_halves(8), _f16_scales(2))), (2, "Q4_1"): (24, (_f16_scales(2),)),
@@ -89,6 +90,11 @@ class OldTensor(Tensor):
     @property
     def mapped(self) -> bool:
         return False
+
+    @property
+    def rounded(self) -> bool:
+        """Its scales are f32 in the file, which makes its blocks longer than today's."""
+        return self.old_bytes > self.type_bytes
 
     @property
     def stored(self) -> np.ndarray:
@@ -162,7 +168,9 @@ def read(source: Source) -> TensorFile:
             tensors[tensor.name] = tensor
     w.where = "model"
     kv = _metadata(w, sizes, file_type, tokens, tensors, f"{kind} {version}" if version else kind)
-    return TensorFile([source], metadata(kv), tensors, format=f"{kind} v{version}" if version else kind, alignment=DATA_ALIGNMENT)
+    rounded = sum(isinstance(t, OldTensor) and t.rounded for t in tensors.values())
+    warnings = [f"{rounded} tensors have scales in f32; today's blocks hold them as f16, rounded to 11 bits"] if rounded else []
+    return TensorFile([source], metadata(kv), tensors, format=f"{kind} v{version}" if version else kind, alignment=DATA_ALIGNMENT, warnings=warnings)
 
 
 def _read_tokens(w: _Walk, n: int, scores: bool) -> list[tuple[bytes, float]]:
@@ -183,25 +191,27 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
     dims = [w.u32(f"dimension {i}", 1) for i in range(n_dims)]
     name = w.take(length, "name").decode("utf-8", "replace")
     w.where = f'tensor "{printable(name)}"'
+    new_name = gguf_name(name)
+    if new_name is None:
+        raise w.fail("no llama model has such a tensor, and only llama models can be read from files older than GGUF")
     row = BY_ID.get(number)
     if row is None or not row.ctype:
         raise w.fail(f"type is {number}, which was removed from the format; convert the model again from its source", type_at)
-    if kind != "ggjt" and row.quantized:
-        raise w.fail(f"the type is {row.name}; a quantized {kind} file cannot be converted, quantize the model again from its source", type_at)
     if dims[0] % row.block:
         raise w.fail(f"rows of {dims[0]} weights do not divide into {row.name} blocks of {row.block}", type_at + 4)
     if kind == "ggjt":
         w.take(-w.pos % DATA_ALIGNMENT, "padding")
     shape, start = tuple(dims[::-1]), w.pos
     tensor: Tensor
-    if (version, row.name) in OLD_BLOCKS and kind == "ggjt":
-        old = OldTensor(w.source, gguf_name(name), row, shape, start, version)
+    layout = version if kind == "ggjt" else 1
+    if (layout, row.name) in OLD_BLOCKS:
+        old = OldTensor(w.source, new_name, row, shape, start, layout)
         tensor, size = old, old.nbytes // row.bytes * old.old_bytes
     else:
         size = row.row_bytes(dims[0])
         for n in dims[1:]:
             size *= n
-        tensor = Tensor(w.source, gguf_name(name), row, shape, start, size)
+        tensor = Tensor(w.source, new_name, row, shape, start, size)
     if size > w.source.size - start:
         raise w.fail(f"data of {size} bytes ends {start + size - w.source.size} bytes past the end of the file; the file is incomplete or damaged")
     w.pos = start + size
@@ -213,6 +223,9 @@ def _metadata(w: _Walk, s: _Sizes, file_type: int, tokens: list[tuple[bytes, flo
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight", "blk.0.attn_k.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
             raise w.fail(f'tensor "{name}" is missing or not a matrix; only llama models can be read from {origin} files')
+    if tensors["token_embd.weight"].shape[-1] != s.n_embd:
+        raise w.fail(f"its embeddings have {tensors['token_embd.weight'].shape[-1]} of {s.n_embd} values: the file is one of several that make up "
+                     "the model; join them with the program that wrote them, or convert the model again from its source")
     texts, kinds = zip(*(_token(i, text) for i, (text, _) in enumerate(tokens)), strict=True)
     head = s.n_embd // s.n_head
     u32 = {"context_length": CONTEXT, "embedding_length": s.n_embd, "block_count": s.n_layer,

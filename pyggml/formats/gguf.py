@@ -35,17 +35,18 @@ MAX_WEIGHTS = 2 ** 60          # zero dimensions counted as one: numpy and C add
 class Limits:
     """What no sound file exceeds. They hold beside the size of the file: in a sparse file three gigabytes of text would fit."""
 
-    keys: int = 1 << 20
-    tensors: int = 1 << 20
+    keys: int = 1 << 17
+    tensors: int = 1 << 17
     elements: int = 64 << 20        # of one metadata array
-    string: int = 64 << 20          # bytes of one metadata string
+    string: int = 32 << 20          # bytes of one metadata string
     key: int = 65535                # bytes of a key
     name: int = 64                  # bytes of a tensor name
     dims: int = 4
-    nesting: int = 64               # arrays within arrays
+    nesting: int = 64               # depth of arrays within arrays
+    nested: int = 1 << 16           # arrays within arrays, in all
     alignment: int = 64 << 10
     type_id: int = 65535            # of an unknown tensor type: above is damage, below it may be another program's
-    header: int = 128 << 20         # bytes of everything before the tensor data
+    header: int = 64 << 20          # bytes of everything before the tensor data
 
 
 class Entry(NamedTuple):
@@ -57,6 +58,11 @@ class Entry(NamedTuple):
     start: int
     end: int
     key_start: int                  # of the whole pair: key length, key, type id, value
+
+    @property
+    def kind(self) -> str:
+        """The type as Typed names it."""
+        return self.type.name if self.element is None else self.element.name + "[]"
 
 
 class _NeedMore(Exception):
@@ -70,6 +76,7 @@ class _Cursor:
         self.name, self.size, self.buffer, self.limits = printable(source.name), source.size, buffer, limits
         self.have = len(buffer)
         self.pos, self.where = 0, "header"
+        self.nested = 0                     # arrays within arrays so far
         self.set_format("<", 3)
 
     def set_format(self, order: str, version: int) -> None:
@@ -165,6 +172,9 @@ class _Cursor:
         if element is STRING:
             self.skip_strings(count)
         elif element is ARRAY:
+            self.nested += count
+            if self.nested > self.limits.nested:
+                self.fail(f"arrays hold {self.nested} arrays (limit {self.limits.nested})", start - self.prefix)
             for _ in range(count):
                 self.skip_array(key_start, depth + 1)
         else:

@@ -4,8 +4,10 @@ so editing it changes no hash."""
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +50,7 @@ class Uuid:
         return str(uuid.UUID(bytes=self._sha1.digest()[:16], version=5))
 
 
+PIECE = 4 << 20             # bytes that go through the hashes together
 ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh64": Xxh64, "sha1": hashlib.sha1, "sha256": hashlib.sha256, "uuid": Uuid}
 WHOLE_ONLY = {"uuid"}
 
@@ -59,15 +62,25 @@ class Digest(NamedTuple):
 
 
 def hashes(file: TensorFile, algorithms: list[str], per_tensor: bool = True) -> Iterator[Digest]:
-    """Hashes of each tensor (where asked for) and then of the whole; the data is read once."""
+    """Hashes of each tensor (where asked for) and then of the whole; the data is read once.
+
+    While one piece goes through the hashes, each on a thread of its own, the next one is read.
+    """
     whole = {name: ALGORITHMS[name]() for name in algorithms}
-    for tensor in file.tensors.values():
-        single = {name: ALGORITHMS[name]() for name in algorithms if per_tensor and name not in WHOLE_ONLY}
-        for piece in tensor.pieces():
-            data = np.ascontiguousarray(piece)
-            for digest in (*single.values(), *whole.values()):
-                digest.update(data)
-        for name, digest in single.items():
-            yield Digest(name, digest.hexdigest(), tensor.name)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 2 * len(algorithms) + 1)) as pool:
+        for tensor in file.tensors.values():
+            single = {name: ALGORITHMS[name]() for name in algorithms if per_tensor and name not in WHOLE_ONLY}
+            digests = [*single.values(), *whole.values()]
+            pieces = tensor.pieces(PIECE)
+            ahead = pool.submit(next, pieces, None)
+            while (piece := ahead.result()) is not None:
+                ahead = pool.submit(next, pieces, None)
+                data = np.ascontiguousarray(piece)
+                waiting = [pool.submit(digest.update, data) for digest in digests[1:]]
+                digests[0].update(data)
+                for done in waiting:
+                    done.result()
+            for name, digest in single.items():
+                yield Digest(name, digest.hexdigest(), tensor.name)
     for name, digest in whole.items():
         yield Digest(name, digest.hexdigest(), "")

@@ -73,6 +73,9 @@ class HttpFile:
             return self._head[offset:offset + n]
         return self._fetch(offset, n)
 
+    def verify(self) -> None:
+        """Every reply was checked when it came."""
+
     def _fetch(self, offset: int, n: int) -> np.ndarray:
         if not n:
             return np.empty(0, np.uint8)

@@ -17,20 +17,30 @@ CONVERSATION = [{"role": "user", "content": "Hello"}, {"role": "assistant", "con
 
 def problem(template: str) -> str:
     """Why `template` does not render a short conversation, or "". Never runs longer than a few seconds."""
-    if len(template.encode("utf-8", "surrogateescape")) > TEMPLATE:
-        return f"it has {len(template)} characters (limit {TEMPLATE} bytes)"
-    task = json.dumps({"template": template, "messages": CONVERSATION, "path": sys.path})
+    return problems([template])[0]
+
+
+def problems(templates: list[str]) -> list[str]:
+    """The problem of each template, or "". Together they never run longer than a few seconds: what comes too late is not tried."""
+    long = [len(t.encode("utf-8", "surrogatepass")) > TEMPLATE for t in templates]
+    found = iter(_render([t for t, too_long in zip(templates, long, strict=True) if not too_long]))
+    return [f"it has {len(t)} characters (limit {TEMPLATE} bytes)" if too_long else next(found) for t, too_long in zip(templates, long, strict=True)]
+
+
+def _render(templates: list[str]) -> list[str]:
+    task = json.dumps({"templates": templates, "messages": CONVERSATION, "path": sys.path})
     try:
         # isolated: modules that lie in the current folder, beside a downloaded model perhaps, are not imported
         done = subprocess.run([sys.executable, "-I", "-c", Path(__file__).read_text()], input=task, capture_output=True, text=True,
                               encoding="ascii", errors="replace", timeout=10 * CPU_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"it does not finish within {CPU_SECONDS} seconds"
-    if done.returncode < 0:
-        return f"it does not finish within {CPU_SECONDS} seconds"
-    if done.returncode:
-        return "it needs more than the memory or output allowed for a template"
-    return json.loads(done.stdout)["problem"]
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as late:
+        status, output = -1, (late.stdout or b"").decode("ascii", "replace")
+    found = [json.loads(line) for line in output.splitlines(keepends=True) if line.endswith("\n")]
+    if len(found) < len(templates):
+        why = f"it does not finish within {CPU_SECONDS} seconds" if status < 0 else "it needs more than the memory allowed for a template"
+        found += [why, *["it was not tried, because an earlier one took too long"] * (len(templates) - len(found) - 1)]
+    return found
 
 
 def _worker() -> None:
@@ -38,7 +48,6 @@ def _worker() -> None:
     import resource
     task = json.load(sys.stdin)
     sys.path[:] = [folder for folder in task["path"] if folder]
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     state = Path("/proc/self/statm")                # address space in pages; other systems limit the whole process instead
@@ -51,25 +60,28 @@ def _worker() -> None:
     def raise_exception(message: str) -> None:
         raise Refused(message)
 
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     names: dict[str, Any] = {"messages": task["messages"], "add_generation_prompt": True, "bos_token": "<s>", "eos_token": "</s>",
                              "raise_exception": raise_exception, "strftime_now": lambda format: "2024-01-01"}
-    text = ""
-    try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+    def render(template: str) -> str:
         size = 0
-        for part in environment.from_string(task["template"]).generate(**names):
-            size += len(part)
-            if size > OUTPUT:
-                text = f"it prints more than {OUTPUT} characters"
-                break
-    except Refused:
-        pass
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        text = f"{type(error).__name__}{f' in line {line}' if line else ''}: {str(error).splitlines()[0] if str(error) else ''}"
-    except MemoryError:
-        text = "it needs more than the memory allowed for a template"
-    print(json.dumps({"problem": text}))
+        try:
+            for part in environment.from_string(template).generate(**names):
+                size += len(part)
+                if size > OUTPUT:
+                    return f"it prints more than {OUTPUT} characters"
+        except Refused:
+            pass
+        except MemoryError:
+            return "it needs more than the memory allowed for a template"
+        except Exception as error:          # whatever a template can make jinja2 raise
+            line = getattr(error, "lineno", None)
+            return f"{type(error).__name__}{f' in line {line}' if line else ''}: {str(error).splitlines()[0] if str(error) else ''}"
+        return ""
+
+    for template in task["templates"]:
+        print(json.dumps(render(template)), flush=True)
 
 
 if __name__ == "__main__":

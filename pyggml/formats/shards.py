@@ -41,7 +41,8 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
                         f'name them {part_path("NAME", 1, count)} and so on')
     missing = [p for p in paths if not is_address(p) and not os.path.exists(p)]      # a server says so itself
     if missing:
-        raise GGUFError(f"{printable(path)}: the model has {len(paths)} parts, missing: {', '.join(printable(p) for p in missing)}")
+        names = ", ".join(printable(p) for p in missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise GGUFError(f"{printable(path)}: the model has {len(paths)} parts, missing: {names}")
     files = [opened if p == path else open_one(p) for p in paths]
     tensors: dict[str, Tensor] = {}
     for i, file in enumerate(files):

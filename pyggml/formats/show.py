@@ -13,6 +13,9 @@ from pyggml.formats.tensorfile import Tensor
 from pyggml.formats.values import Typed, printable
 
 SHOWN_ITEMS, SHOWN_TEXT = 8, 160
+SHOWN_JSON = 1 << 20            # characters of a text in JSON
+WIDEST = 64                     # columns are aligned up to this width
+SHOWN_LINES = 20                # of a list of warnings
 
 
 def amount(n: float, unit: str = "B") -> str:
@@ -49,11 +52,14 @@ def _shorten(value: str, length: int) -> str:
 
 
 def json_value(value: Any, items: int | None = None) -> Any:
-    """A metadata value for JSON: at most `items` elements of an array; numbers that JSON lacks (NaN, infinities) become text."""
+    """A metadata value for JSON: at most `items` elements of an array, and then texts not longer than SHOWN_JSON; numbers that JSON
+    lacks (NaN, infinities) become text."""
     if isinstance(value, Typed):
         value = value.value
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, str) and items is not None:
+        return value[:SHOWN_JSON]
     if isinstance(value, str | bool | int | float):
         return value
     part = value[:items] if items is not None else value
@@ -77,9 +83,15 @@ def json_tensor(t: Tensor) -> dict[str, Any]:
 
 def columns(rows: Sequence[tuple[str, ...]], right: frozenset[int] = frozenset()) -> str:
     """Rows as aligned columns, two blanks apart; the columns in `right` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [min(WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = (cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def some(lines: Sequence[str], what: str, where: str) -> list[str]:
+    """The first SHOWN_LINES lines, and how many more there are: `what` they are, `where` to see them."""
+    left = len(lines) - SHOWN_LINES
+    return [*lines[:SHOWN_LINES], f"{left} more {what}; {where}"] if left > 0 else list(lines)

@@ -1,7 +1,8 @@
 """Where the bytes of a model come from: a memory map, plain reads of a file, or (remote.py) byte ranges over HTTP.
 
 A source has a `name`, a `size` in bytes, `head(n)`: a buffer with at least the first n bytes, and `array(offset, n)`:
-those bytes as uint8. A map hands out views; reads hand out copies and survive a file that shrinks meanwhile.
+those bytes as uint8. A map hands out views; what a file that is cut meanwhile lacks reads as zeros there, and `verify` says so.
+Reads hand out copies, and fail at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+import weakref
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ import numpy as np
 from pyggml.errors import GGUFError, PyggmlError
 from pyggml.formats.atomic import open_file
 from pyggml.formats.values import printable
+from pyggml.native import ffi, lib
 
 FIRST_READ = 1 << 20
 
@@ -28,6 +31,7 @@ class Source(Protocol):
 
     def head(self, n: int) -> Any: ...
     def array(self, offset: int, n: int) -> np.ndarray: ...
+    def verify(self) -> None: ...
 
 
 def _open_regular(path: str) -> tuple[int, os.stat_result]:
@@ -64,14 +68,37 @@ class _LocalFile:
         now = os.fstat(self.fd)
         return (now.st_size, now.st_mtime_ns) != (self.state.st_size, self.state.st_mtime_ns)
 
+    def verify(self) -> None:
+        """GGUFError when bytes that were handed out were not the file's."""
+
+
+mapped: weakref.WeakSet[MappedFile] = weakref.WeakSet()         # every file that is mapped now
+
 
 class MappedFile(_LocalFile):
-    """A read-only shared map: arrays are views of it, pages come in when they are touched."""
+    """A read-only shared map: arrays are views of it, pages come in when they are touched.
+
+    `guarded`: a part that is gone from the file reads as zeros (native/guard.c); without, touching it would end the process.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
         self.map = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ) if self.size else None
         self._bytes = np.frombuffer(self.map, np.uint8) if self.map is not None else np.empty(0, np.uint8)
+        self._watch = -1
+        if self.map is not None and lib is not None:
+            self._watch = lib.pyg_guard_watch(ffi.cast("void *", self._bytes.ctypes.data), self.size)
+        self.guarded = self._watch >= 0 or self.map is None
+        if self._watch >= 0:
+            weakref.finalize(self.map, lib.pyg_guard_forget, self._watch).atexit = False
+            mapped.add(self)
+
+    def verify(self) -> None:
+        if self._watch >= 0 and lib.pyg_guard_lost(self._watch):
+            now = os.fstat(self.fd).st_size
+            why = f"the file was changed while it was in use (it had {self.size} bytes, now {now})" if self.changed() else \
+                "a part of the file cannot be read; its disk is damaged"
+            raise GGUFError(f"{printable(self.name)}: {why}; what was made of it is worthless, open it again")
 
     def head(self, n: int) -> Any:
         return self.map if self.map is not None else b""
@@ -128,6 +155,9 @@ class Memory:
     def array(self, offset: int, n: int) -> np.ndarray:
         return self._bytes[offset:offset + n]
 
+    def verify(self) -> None:
+        """Memory stays."""
+
 
 def is_address(path: str) -> bool:
     """Whether `path` names a file on a server (remote.py) rather than a local one."""
@@ -144,4 +174,8 @@ def source_of(path: str | os.PathLike[str], use_mmap: bool = True) -> Source:
 
 
 def local(path: str | os.PathLike[str], use_mmap: bool = True) -> MappedFile | PlainFile:
-    return MappedFile(Path(path)) if use_mmap else PlainFile(Path(path))
+    if use_mmap:
+        file = MappedFile(Path(path))
+        if file.guarded:
+            return file
+    return PlainFile(Path(path))

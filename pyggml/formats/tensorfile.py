@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from pyggml.errors import PyggmlError
 from pyggml.formats.source import Source
 from pyggml.formats.values import Typed, printable
-from pyggml.types import REMOVED, TensorType
+from pyggml.types import BY_NAME, REMOVED, TensorType
 
 PIECE = 1 << 20         # bytes of a tensor that are looked at together: stays in the processor's cache
 
@@ -70,7 +71,8 @@ class Metadata(Mapping[str, Any]):
         return self.decode(self._entries[key])
 
     def type(self, key: str) -> str:
-        return self.typed_value(key).type
+        entry = self._entries[key]
+        return entry.type if isinstance(entry, Typed) else entry.kind
 
     def typed(self) -> dict[str, Typed]:
         return {key: self.typed_value(key) for key in self}
@@ -163,11 +165,38 @@ class Tensor:
         if isinstance(self.type, OpaqueType):
             raise PyggmlError(f"{self.label}: {self.type.why()}")
         from pyggml.quants import dequantize
-        return dequantize(self.raw, self.type).reshape(self.shape)
+        weights = dequantize(self.raw, self.type).reshape(self.shape)
+        self.source.verify()
+        return weights
+
+    @cached_property
+    def computable(self) -> Tensor:
+        """The tensor as the engine computes with it: one of a type that is defined in Python is decoded to F32, the C code knows the others."""
+        return DecodedTensor(self) if isinstance(self.type, TensorType) and self.type.user_defined else self
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape)) or "scalar"
         return f"<{printable(self.name)} {self.type} {shape}, {self.nbytes} bytes at 0x{self.offset:x}>"
+
+
+class DecodedTensor(Tensor):
+    """The weights of another tensor as F32, decoded when they are asked for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.source, tensor.name, BY_NAME["F32"], tensor.shape, tensor.offset, 4 * tensor.size)
+        self._coded = tensor
+
+    @property
+    def mapped(self) -> bool:
+        return False
+
+    def part(self, start: int, n: int) -> np.ndarray:
+        kind = self._coded.type
+        assert isinstance(kind, TensorType)         # Tensor.computable has looked
+        first, end = start // (4 * kind.block), -(-(start + n) // (4 * kind.block))
+        from pyggml.quants import dequantize
+        floats = dequantize(self._coded.part(first * kind.bytes, (end - first) * kind.bytes), kind).view(np.uint8)
+        return floats[start - 4 * first * kind.block:][:n]
 
 
 class TensorFile:
@@ -193,6 +222,11 @@ class TensorFile:
     @property
     def nbytes(self) -> int:
         return sum(s.size for s in self.sources)
+
+    def verify(self) -> None:
+        """To be called after looking at views of a mapped file: GGUFError when a part was gone from the file by then (it read as zeros)."""
+        for source in self.sources:
+            source.verify()
 
     def advise(self, tensor: Tensor, advice: int) -> None:
         """madvise the pages of a mapped tensor: mmap.MADV_WILLNEED before use, MADV_DONTNEED to give them back. No-op without a map.

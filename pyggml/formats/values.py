@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -94,9 +94,17 @@ class StringArray(Sequence[str]):
         return bytes(self.buffer[int(self.starts[i]) + self.prefix:int(self.starts[i + 1])])
 
     def tolist(self) -> list[str]:
-        data, prefix = self.encoded(), self.prefix
-        edges = (self.starts - self.start).tolist()
-        return [data[a + prefix:b].decode("utf-8", "surrogateescape") for a, b in zip(edges, edges[1:], strict=False)]
+        return self._list(0, self._count)
+
+    def runs(self, n: int = 1 << 16) -> Iterator[list[str]]:
+        """All strings, `n` at a time."""
+        return (self._list(i, min(self._count, i + n)) for i in range(0, self._count, n))
+
+    def _list(self, first: int, last: int) -> list[str]:
+        edges, prefix = self.starts[first:last + 1].tolist(), self.prefix
+        start = edges[0]
+        data = bytes(self.buffer[start:edges[-1]])
+        return [data[a - start + prefix:b - start].decode("utf-8", "surrogateescape") for a, b in zip(edges, edges[1:], strict=False)]
 
     def __len__(self) -> int:
         return self._count

@@ -39,6 +39,14 @@ def first_scored(n_ctx: int) -> int:
     return n_ctx // 2
 
 
+def with_bos(model: Model, chunks: np.ndarray) -> np.ndarray:
+    """The chunks, the token that the vocabulary puts before every text in the place of their first, where it has one."""
+    tokens = chunks.copy()
+    if model.tokenizer.options["add_bos"] and model.tokenizer.bos is not None:
+        tokens[:, 0] = model.tokenizer.bos
+    return tokens
+
+
 class Evaluator:
     """Logits of chunks by one model; several chunks go through the model together where they fit into `n_ubatch` tokens."""
 
@@ -47,8 +55,6 @@ class Evaluator:
         self.at_once = max(1, n_ubatch // n_ctx)
         self.context = Context(model, n_ctx=self.at_once * n_ctx, n_ubatch=n_ubatch, n_batch=max(n_ubatch, n_ctx), n_threads=n_threads, watch=watch,
                                **options)
-        options_of = model.tokenizer.options
-        self.bos = model.tokenizer.bos if options_of["add_bos"] else None
 
     def groups(self, chunks: np.ndarray) -> Iterator[np.ndarray]:
         """The chunks in the groups that are evaluated together."""
@@ -62,9 +68,7 @@ class Evaluator:
         The array is overwritten by the next call.
         """
         count, n = group.shape
-        tokens = group.copy()
-        if bos and self.bos is not None:
-            tokens[:, 0] = self.bos
+        tokens = with_bos(self.model, group) if bos else group
         room = self.n_ubatch // count
         parts = []
         for start in range(0, n, room):

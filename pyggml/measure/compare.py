@@ -14,8 +14,9 @@ import numpy as np
 from pyggml.context import Model
 from pyggml.errors import Cancelled
 from pyggml.measure.chunks import split, tokenize
-from pyggml.measure.lockstep import Yardstick, lockstep
+from pyggml.measure.lockstep import lockstep
 from pyggml.measure.scores import Mean, Tokens, mean, summary
+from pyggml.measure.yardstick import Yardstick
 
 SIGNIFICANT = 2.0        # standard errors that a difference must exceed
 

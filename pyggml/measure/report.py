@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
-from pyggml.errors import PyggmlError
+from pyggml import page
 from pyggml.measure.compare import Comparison
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-  body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-  table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-  th:first-child, td:first-child, td.words { text-align: left } figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }
-</style></head><body>
-<h1>{{ title }}</h1>
-<p>{{ tokens }} scored tokens in {{ chunks }} chunks of {{ n_ctx }}; reference {{ reference }}. ± is one standard error.</p>
+_BODY = """<p>{{ tokens }} scored tokens in {{ chunks }} chunks of {{ n_ctx }}; reference {{ reference }}. ± is one standard error.</p>
 {% for picture in pictures %}<figure>{{ picture | safe }}</figure>{% endfor %}
 <table><tr><th>file</th><th>MiB</th><th>bits per weight</th><th>mean KLD</th><th>99% KLD</th><th>ln PPL ratio</th><th>RMS Δp %</th>
 <th>same top %</th></tr>
@@ -29,54 +20,33 @@ _PAGE = """<!doctype html>
 {% if pairs %}<table><tr><th>pair</th><th>KLD difference</th><th>verdict</th></tr>
 {% for p in pairs %}<tr><td>{{ p.first }} − {{ p.second }}</td><td>{{ "%+.6f ± %.6f" | format(p.difference.value, p.difference.error) }}</td>
 <td class="words">{{ p.verdict }}</td></tr>{% endfor %}</table>{% endif %}
-</body></html>
 """
 
 
 def html(found: Comparison) -> str:
     """The page; PyggmlError when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise PyggmlError("--plot needs matplotlib: pip install 'pyggml[plot]'") from None
-    from jinja2 import Environment
-
-    matplotlib.use("svg")
     rows = []
     for f in found.files:
         s = f.statistics
         rows.append({"name": f.name, "mib": f.nbytes / 2**20, "bpw": f.bits_per_weight, "kld": tuple(s["Mean KLD"]), "kld99": s["99.0% KLD"],
                      "ratio": tuple(s["Mean ln(PPL(Q)/PPL(base))"]), "rms": s["RMS Δp"].value, "top": s["Same top p"].value})
-    page = Environment(autoescape=True).from_string(_PAGE)
-    return page.render(title=f"Quantizations of {found.reference.rsplit('/', 1)[-1]}", reference=found.reference, chunks=found.n_chunks,
-                       n_ctx=found.n_ctx, tokens=len(found.files[0].tokens) if found.files else 0, files=rows, pairs=found.pairs,
-                       pictures=[_size_against_loss(rows), _spread(found)])
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg"):]
+    return page.html(f"Quantizations of {found.reference.rsplit('/', 1)[-1]}", _BODY, reference=found.reference, chunks=found.n_chunks,
+                     n_ctx=found.n_ctx, tokens=len(found.files[0].tokens) if found.files else 0, files=rows, pairs=found.pairs,
+                     pictures=[_size_against_loss(rows), _spread(found)])
 
 
 def _size_against_loss(rows: list[dict[str, Any]]) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.add_subplot()
+    axes = page.axes()
     axes.errorbar([r["bpw"] for r in rows], [r["kld"][0] for r in rows], yerr=[2 * r["kld"][1] for r in rows], fmt="o", capsize=3)
     for r in rows:
         axes.annotate(r["name"], (r["bpw"], r["kld"][0]), textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(xlabel="bits per weight", ylabel="mean KL divergence (nats, bars: two standard errors)", yscale="log", title="Size against loss")
     axes.grid(alpha=0.3, which="both")
-    return _svg(figure)
+    return page.svg(axes)
 
 
 def _spread(found: Comparison) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5))
-    axes = figure.add_subplot()
+    axes = page.axes()
     for f in found.files:
         kld = np.sort(np.maximum(f.tokens.kld, 1e-9))
         keep = np.unique(np.linspace(0, len(kld) - 1, 400).astype(int))
@@ -84,4 +54,4 @@ def _spread(found: Comparison) -> str:
     axes.set(xlabel="KL divergence of a token (nats)", ylabel="tokens at or below, %", xscale="log", title="Spread over tokens")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")
-    return _svg(figure)
+    return page.svg(axes)

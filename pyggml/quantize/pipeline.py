@@ -12,7 +12,7 @@ import logging
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ def _refuse(job: Job, dry_run: bool) -> None:
             continue
         if isinstance(c.before, OpaqueType):
             raise PyggmlError(f'{path}: tensor "{c.name}": {c.before.why()}; it can only be copied (recipe COPY)')
-        if not c.after.activation:
+        if not c.after.for_weights:
             raise PyggmlError(f'tensor "{c.name}": {c.after.name} is not a type for weights; choose another with --tensor-type')
         if c.before.quantized and not options.allow_requantize:
             raise PyggmlError(f'{path}: tensor "{c.name}" is already {c.before.name}; quantize from the F16, BF16 or F32 file, '
@@ -260,10 +260,7 @@ def quantize_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     file = formats.open(source)
     job = plan(file, Options(recipe=recipe, **options))
     parts = _parts(job, target)
-    for s in file.sources:
-        for path in parts:
-            if os.path.exists(path) and os.path.samefile(s.name, path):
-                raise PyggmlError(f"{path}: the output is the input; write to another path")
+    refuse_input(file, parts)
     hashing = provenance.Hashing([s.name for s in file.sources]) if not job.options.compat else None
     try:
         for path, (kv, names) in parts.items():
@@ -272,6 +269,13 @@ def quantize_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
         if hashing is not None:
             hashing.stop()
     return Result(tuple(parts), job.size_before, job.size_after, job.n_weights, tuple(job.notes))
+
+
+def refuse_input(file: Any, targets: Iterable[str]) -> None:
+    """PyggmlError when one of `targets` is a file that `file` is read from."""
+    for path in targets:
+        if os.path.exists(path) and any(os.path.samefile(s.name, path) for s in file.sources):
+            raise PyggmlError(f"{path}: the output is the input; write to another path")
 
 
 def _parts(job: Job, target: str) -> dict[str, tuple[dict[str, Typed], list[str]]]:
@@ -312,6 +316,7 @@ def _write(job: Job, path: str, kv: dict[str, Typed], names: Sequence[str], hash
             out.pad(alignment)
             if out.tell() != end:
                 raise PyggmlError(f'tensor "{name}": it ends at {out.tell()} instead of {end}; this is a fault of pyggml, please report it')
+        job.file.verify()
         if hashing is not None and provenance.SHA256 in kv:
             known = replace(kv[provenance.SHA256], value=hashing.hexdigest())
             final[0] = header(kv | {provenance.SHA256: known}, tensors)[0]

@@ -142,6 +142,8 @@ def reproduce(path: str | os.PathLike[str], source: str | None = None, imatrix: 
         there = made.tensors.get(name)
         if not _equal(there, types[name], blocks):
             difference = difference or name
+    for opened in (made, file):
+        opened.verify()
     return Reproduction(record["recipe"], source, len(job.choices), difference)
 
 

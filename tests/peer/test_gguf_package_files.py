@@ -32,7 +32,7 @@ def make(spec):
             for name, (kind, rows, blocks) in spec.items()]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(METADATA, TENSORS, st.sampled_from("<>"))
 def test_the_package_reads_what_is_written(tmp_path_factory, kv, spec, order):
     path, tensors = tmp_path_factory.mktemp("peer") / "a.gguf", make(spec)
@@ -54,7 +54,7 @@ def test_the_package_reads_what_is_written(tmp_path_factory, kv, spec, order):
         assert raw.tobytes() == np.ascontiguousarray(ours.data).tobytes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(METADATA, TENSORS, st.sampled_from("<>"))
 def test_what_the_package_writes_is_read(tmp_path_factory, kv, spec, order):
     path = tmp_path_factory.mktemp("peer") / "a.gguf"

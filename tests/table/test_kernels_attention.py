@@ -1,5 +1,7 @@
 """attention and attention_step against attention in double, over instruction sets, cache types, batches and head shapes."""
 
+from copy import copy
+
 import numpy as np
 import pytest
 from attention_reference import Batch, attention, random_cache, sequences
@@ -42,10 +44,10 @@ class Case:
         H, Hk, D = heads
         T, rng = len(batch.cell), np.random.default_rng(seed)
         self.batch, self.scale, self.window, self.softcap = batch, 1.3 / np.sqrt(D), window, softcap
-        mask = batch.mask(window)
+        mask, written = batch.mask(window), batch.mask().any(0)
         shape = (Hk, batch.cells, D)
-        self.k, k = random_cache(rng, cache_type, shape, mask.any(0))
-        self.v, v = random_cache(rng, cache_type, shape, mask.any(0))
+        self.k, k = random_cache(rng, cache_type, shape, written)
+        self.v, v = random_cache(rng, cache_type, shape, written)
         # sources are columns of one wider matrix, as a joint q/k/v product leaves them
         joint = rng.standard_normal((T, H + 2 * Hk, D)).astype(np.float32)
         joint[:, H + Hk:] *= 0.7
@@ -64,8 +66,8 @@ class Case:
         return [(self.q, {"strides": self.q.strides[:-1]}), (self.k, self.cache_view), (self.v, self.cache_view),
                 self.batch.own_cells, self.batch.first_cells]
 
-    def attention(self, isa, threads=2, coarse=0) -> np.ndarray:
-        run("attention", isa, self.dst, self.common(), i=[self.window, coarse], f=[self.scale, self.softcap], threads=threads)
+    def attention(self, isa, threads=2, coarse=0, fixed=0) -> np.ndarray:
+        run("attention", isa, self.dst, self.common(), i=[self.window, coarse, fixed], f=[self.scale, self.softcap], threads=threads)
         return self.dst
 
     def step(self, isa, roped, threads=2, coarse=0) -> np.ndarray:
@@ -106,6 +108,40 @@ def test_attention_is_the_same_with_any_threads(isa, cache_type):
     first = case.attention(isa, threads=1).copy()
     for threads in THREADS[1:]:
         assert np.array_equal(case.attention(isa, threads), first)
+
+
+def cut(case, at: int, end: int):
+    """The tokens `at` .. `end` of a case as a case of their own, on the same cache."""
+    part = copy(case)
+    part.batch = Batch("part", case.batch.first[at:end], case.batch.cell[at:end])
+    part.q, part.new_k, part.new_v, part.dst = case.q[at:end], case.new_k[at:end], case.new_v[at:end], case.dst[at:end].copy()
+    part.table = None
+    return part
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache_type, coarse", CACHES_AND_COARSE)
+@pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 32), (34, 2, 96)], ids=str)
+@pytest.mark.parametrize("window", [0, 21])
+def test_fixed_attention_is_the_same_in_any_batch(isa, cache_type, heads, window, coarse):
+    case = Case(sequences("two", (0, 20, 33), (100, 115, 50)), heads, cache_type, window)
+    whole = case.attention(isa, coarse=coarse, fixed=1)
+    assert nmse(whole, case.want) < bound(isa, cache_type, coarse)
+    for at, end in ((0, 1), (0, 5), (4, 33), (30, 60), (70, 83), (82, 83)):
+        assert np.array_equal(cut(case, at, end).attention(isa, coarse=coarse, fixed=1), whole[at:end])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache_type", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("window", [0, 75, 300])
+@pytest.mark.parametrize("start", [60, 253, 765])
+def test_a_step_is_the_same_in_any_batch_of_its_sequence(isa, cache_type, heads, window, start):
+    case = Case(sequences("draft", (5, start, 8)), heads, cache_type, window)
+    case.table = None
+    whole = case.step(isa, (ROPE_NORM, 0)).copy()
+    for at, end in ((0, 1), (0, 3), (2, 8), (7, 8)):
+        assert np.array_equal(cut(case, at, end).step(isa, (ROPE_NORM, 0)), whole[at:end])
 
 
 @pytest.mark.parametrize("isa", ISAS)

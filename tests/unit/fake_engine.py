@@ -51,7 +51,7 @@ class FakeModel:
                                                           "tokenizer.ggml.tokens": PIECES})
 
     @staticmethod
-    def load(path, *, use_mmap=True):
+    def load(path, *, use_mmap=True, use_mlock=False):
         if not str(path).startswith("fake"):
             raise PyggmlError(f"{path}: cannot open: No such file or directory")
         return FakeModel()
@@ -67,8 +67,10 @@ class FakeModel:
 
 
 class FakeContext:
-    def __init__(self, model, *, n_ctx=512, n_batch=2048, n_ubatch=512, n_threads=None, type_k="F16", type_v="F16", repack=True, exact=False,
-                 timing=False):
+    gpu_layers = 0
+
+    def __init__(self, model, *, n_ctx=512, n_batch=2048, n_ubatch=512, n_threads=None, n_threads_batch=None, place=None, type_k="F16", type_v="F16",
+                 repack=True, exact=False, deterministic=False, timing=False, n_gpu_layers=0, device=None, main_gpu=0):
         self.model, self.n_ctx, self.n_batch, self.n_ubatch = model, n_ctx or model.config.n_ctx_train, n_batch, n_ubatch
         self.n_past, self.pool = 0, SimpleNamespace(n_threads=n_threads or 2)
         self.evaluated = []         # (n_past before, tokens, logits) of each call
@@ -106,8 +108,19 @@ class FakeContext:
     def cancel(self):
         self.cancelled = True
 
+    def copy_bandwidth(self):
+        return 0.0
+
     def op_times(self):
-        return [("mul_mat", "blk.0.ffn_up.weight", 1000 * len(self.evaluated)), ("mul_mat", "blk.1.ffn_up.weight", 500 * len(self.evaluated))]
+        from pyggml.roofline import OpTime
+
+        n = len(self.evaluated)
+        return [OpTime("mul_mat", "blk.0.ffn_up.weight", 1000 * n, 4000 * n, 9000 * n, "int8"),
+                OpTime("mul_mat", "blk.1.ffn_up.weight", 500 * n, 2000 * n, 3000 * n, "int8"), OpTime("add", "x", 300 * n, 40 * n, 0, "")]
+
+    def sequences(self, tokens, start, wanted):
+        self.evaluated.append((start, tokens.tolist(), list(wanted)))
+        return np.zeros((len(tokens) * len(wanted), self.model.n_vocab), np.float32)
 
 
 def install(monkeypatch):

@@ -219,6 +219,11 @@ def test_hostile_templates_are_refused_in_time(name):
     assert render.problem(HOSTILE[name])
 
 
+def test_templates_are_tried_together():
+    found = render.problems(["fine", "{{ x.y.z }}", "x" * (1 << 21), HOSTILE["loop"], "fine too"])
+    assert found[0] == "" and "UndefinedError" in found[1] and "limit" in found[2] and "does not finish" in found[3] and "not tried" in found[4]
+
+
 def test_a_template_that_refuses_a_conversation_is_fine():
     assert render.problem("{{ raise_exception('system first') }}") == ""
     assert render.problem("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}") == ""

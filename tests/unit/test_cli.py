@@ -212,10 +212,49 @@ def test_run_passes_its_options_on(monkeypatch, capsys):
         original(self, model, **options)
 
     monkeypatch.setattr(fake_engine.FakeContext, "__init__", record)
-    cli.main(["run", "fake", "-p", "a", "-n", "1", "-c", "32", "-t", "3", "-b", "16", "-ub", "8", "-ctk", "q8_0", "--no-repack"])
-    assert made == dict(n_ctx=32, n_threads=3, n_batch=16, n_ubatch=8, type_k="Q8_0", type_v="F16", repack=False)
+    cli.main(["run", "fake", "-p", "a", "-n", "1", "-c", "32", "-t", "3", "-b", "16", "-ub", "8", "-ctk", "q8_0", "--no-repack",
+              "-tb", "2", "--deterministic", "-ngl", "7", "-dev", "cuda1"])
+    assert made == dict(n_ctx=32, n_threads=3, n_batch=16, n_ubatch=8, type_k="Q8_0", type_v="F16", repack=False,
+                        n_threads_batch=2, deterministic=True, place=None, n_gpu_layers="7", device="cuda1", main_gpu=0)
     cli.main(["run", "fake", "-p", "a", "-n", "1"])
-    assert made["n_ctx"] == 64
+    assert made["n_ctx"] == 64 and made["n_gpu_layers"] == "auto"
+
+
+def test_run_with_guesses(capsys):
+    """The fake counts letters: after a b c it never repeats itself, after what it has seen it does."""
+    cli.main(["run", "fake", "-p", "xyzxyzx", "-n", "2", "--temp", "0"])
+    plain = capsys.readouterr().out
+    assert cli.main(["run", "fake", "-p", "xyzxyzx", "-n", "2", "--temp", "0", "--spec-type", "ngram-simple", "--draft-max", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain and "guesses right" in err
+    assert cli.main(["run", "fake", "-p", "abc", "-n", "9", "--temp", "0", "-md", "fake-small"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "defghijkl\n" and "guesses right" in err
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--spec-type", "draft-simple"], "-md FILE"), (["-md", "fake", "--spec-type", "ngram-mod"], "exclude each other"),
+    (["--spec-type", "ngram-mod", "--draft-max", "2", "--draft-min", "3"], "at least 3 and at most 2"),
+])
+def test_run_refuses_guesses_that_cannot_be(flags, message, capsys):
+    assert cli.main(["run", "fake", "-p", "a", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numa_on_one_node(monkeypatch, capsys):
+    from pyggml.backends import placement
+    monkeypatch.setattr(placement, "nodes", lambda: [placement.usable()])
+    assert cli.main(["run", "fake", "-p", "a", "-n", "1", "--numa", "isolate"]) == 0
+    assert "--numa isolate changes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "mapped", "locked"), [([], True, False), (["--no-mmap"], False, False), (["--mlock"], True, True),
+                                                         (["-lm", "mlock"], False, True), (["-lm", "mmap+mlock"], True, True)])
+def test_how_the_file_is_loaded(monkeypatch, flags, mapped, locked):
+    asked = {}
+    monkeypatch.setattr(fake_engine.FakeModel, "load", lambda path, **how: asked.update(how) or fake_engine.FakeModel())
+    cli.main(["run", "fake", "-p", "a", "-n", "1", *flags])
+    assert asked == {"use_mmap": mapped, "use_mlock": locked}
 
 
 def test_interrupted_run(monkeypatch, capsys):
@@ -271,7 +310,7 @@ def test_timing_line():
 def test_tokenize(monkeypatch, capsys):
     from pyggml import formats, tokenizers
 
-    monkeypatch.setattr(formats, "open", lambda path: SimpleNamespace(kv={}, path=path))
+    monkeypatch.setattr(formats, "open", lambda path: SimpleNamespace(kv={}, path=path, verify=lambda: None))
     monkeypatch.setattr(tokenizers, "load", lambda kv, path="": fake_engine.FakeTokenizer())
     for argv, expected in ((["-p", r"a\nb"], "     0 -> '<s>'\n     3 -> 'a'\n     2 -> '\\n'\n     4 -> 'b'\n"),
                            (["-p", "ab", "--ids"], "[0, 3, 4]\n"), (["-p", "ab", "--ids", "--no-bos"], "[3, 4]\n"),
@@ -357,10 +396,28 @@ def test_bench_measures_evaluation_alone(monkeypatch, capsys):
     assert contexts[0].n_ctx == 7 and contexts[0].evaluated[0][1][0] == 0
 
 
-def test_bench_ops(capsys):
+@pytest.fixture
+def peaks(monkeypatch):
+    from pyggml import roofline
+    monkeypatch.setattr(roofline, "measure_peaks", lambda n_threads: roofline.Peaks(10e9, 20e9, 5e9))
+
+
+def test_bench_ops(capsys, peaks):
     cli.main(["bench", "fake", "-r", "1", "-p", "0", "-n", "2", "--ops"])
     out = capsys.readouterr().out
-    assert "tg2: 0.00 ms in operations" in out and "100.0 %  mul_mat          blk.*.ffn_up.weight" in out
+    assert "tg2: 0.00 ms in operations" in out and "reads 10.0 GB/s, multiplies 20 G int8 and 5 G float a second" in out
+    # two tokens, 1500 ns each with 6000 bytes and 12000 multiplications: 4 GB/s and 8 GMAC/s, of 10 and 20
+    assert "0.003 ms  83.3 %    4.00     8.0   40 % memory   mul_mat          blk.*.ffn_up.weight" in " ".join(out.split("\n"))
+    row = bench_json(capsys, "-p", "0", "-n", "2", "--ops")[0]
+    assert row["ops"][0]["what"] == "blk.*.ffn_up.weight" and row["ops"][0]["macs"] == 24000 and row["ops"][1]["share_of_peak"] > 0
+
+
+def test_bench_of_parallel_sequences(capsys):
+    rows = bench_json(capsys, "-p", "4", "-n", "2", "-npl", "1,3", "-d", "5")
+    assert [(r["n_prompt"], r["n_gen"], r["n_parallel"]) for r in rows] == [(4, 0, 1), (0, 2, 1), (0, 2, 3)]
+    assert rows[2]["avg_ts"] == pytest.approx(6e9 / rows[2]["avg_ns"], rel=0.5)
+    cli.main(["bench", "fake", "-p", "0", "-n", "2", "-npl", "3", "-r", "1"])
+    assert "tg2 x3" in capsys.readouterr().out
 
 
 def test_bench_interrupted(monkeypatch, capsys):
@@ -381,7 +438,7 @@ def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names == ["pyggml", "python", "extension", "isa", "cpu", "threads", "compiler", "huge pages", "extras"]
+    assert names == ["pyggml", "python", "extension", "isa", "cpu", "gpu", "threads", "compiler", "huge pages", "extras"]
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     assert "no-such-compiler is not found" in doctor.compiler()
 

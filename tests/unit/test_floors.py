@@ -9,12 +9,13 @@ PACKAGE = Path(__file__).parents[2] / "pyggml"
 # from the ground up; a module may import its own floor and those below
 FLOORS = [
     {"errors", "native", "types"},
-    {"formats", "quants"},
+    {"formats", "quants", "page"},
     {"backends"},
     {"ops"},
     {"graph", "fuse", "lower", "plan", "backward"},
     {"arch"},
-    {"context", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama"},
+    {"context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
+     "speculate", "roofline"},
     {"quantize", "train", "convert", "serve", "measure"},
     {"cli", "__init__", "__main__"},
 ]

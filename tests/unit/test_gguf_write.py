@@ -54,7 +54,7 @@ def plain(value):
     return value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(METADATA, tensors(), st.sampled_from("<>"), st.sampled_from([None, 8, 16, 64, 4096]))
 def test_round_trip(tmp_path_factory, kv, written, order, alignment):
     path = tmp_path_factory.mktemp("gguf") / "a.gguf"

@@ -35,7 +35,7 @@ def old_blocks(blocks, name, version):
     b = blocks.reshape(-1, BY_NAME[name].bytes)
     scales = {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1}[name]
     head, body = b[:, :2 * scales], b[:, 2 * scales:]
-    if version == 1 and name != "Q8_0":
+    if version < 2 and name != "Q8_0":
         nibbles = body[:, -16:]
         values = np.concatenate([nibbles & 15, nibbles >> 4], 1)        # weights 0 .. 31
         body = np.concatenate([body[:, :-16], values[:, 0::2] | values[:, 1::2] << 4], 1)
@@ -44,7 +44,7 @@ def old_blocks(blocks, name, version):
     return np.concatenate([head, body], 1).tobytes()
 
 
-def old_file(kind, version, type_name="F32", magic=None, extra=b""):
+def old_file(kind, version, type_name="F32", magic=None, extra=b"", skip=""):
     row = BY_NAME[type_name]
     out = bytearray(magic or {"ggml": b"lmgg", "ggmf": b"fmgg", "ggjt": b"tjgg"}[kind])
     if kind != "ggml":
@@ -53,6 +53,8 @@ def old_file(kind, version, type_name="F32", magic=None, extra=b""):
     for i, text in enumerate(VOCAB):
         out += struct.pack("<I", len(text)) + text + (b"" if kind == "ggml" else struct.pack("<f", -float(i)))
     for name, w in {**WEIGHTS, "rope.freqs": np.ones(8, np.float32)}.items():
+        if name == skip:
+            continue
         quantized = row.quantized and w.ndim == 2
         data = w.tobytes()
         if type_name == "F16" and w.ndim == 2:
@@ -99,11 +101,12 @@ def test_plain_weights(tmp_path, capsys, kind, version, type_name):
         np.testing.assert_array_equal(new[name].raw, t.raw)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("kind, version", KINDS)
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_old_blocks_become_todays(tmp_path, version, type_name):
-    data = old_file("ggjt", version, type_name)
+def test_old_blocks_become_todays(tmp_path, capsys, kind, version, type_name):
+    data = old_file(kind, version, type_name)
     file = formats.open_source(Memory(data))
+    assert bool(file.warnings) == (version < 3 and type_name in ("Q4_0", "Q4_1", "Q8_0"))      # f32 scales are rounded
     (tmp_path / "old.bin").write_bytes(data)
     mapped = formats.open(tmp_path / "old.bin")
     for name, w in WEIGHTS.items():
@@ -114,6 +117,11 @@ def test_old_blocks_become_todays(tmp_path, version, type_name):
                 np.testing.assert_array_equal(t.raw, expected)
                 np.testing.assert_array_equal(np.concatenate(list(t.pieces(1000))), expected.reshape(-1))
                 np.testing.assert_array_equal(t.dequantize(), dequantize(expected, type_name))
+    assert cli.main(["convert", str(tmp_path / "old.bin"), str(tmp_path / "new.gguf")]) == 0
+    assert ("scales in f32" in capsys.readouterr().out) == bool(file.warnings)
+    new = formats.open(tmp_path / "new.gguf")
+    for name, t in file.tensors.items():
+        np.testing.assert_array_equal(new[name].raw, t.raw)
 
 
 def test_first_layout_pairs_neighbours():
@@ -127,10 +135,23 @@ def test_first_layout_pairs_neighbours():
     np.testing.assert_array_equal(dequantize(block, "Q4_0")[0, :3], np.array([0.5, 1.0, 0.0], np.float32))
 
 
-@pytest.mark.parametrize("kind, version", [("ggml", 0), ("ggmf", 1)])
-def test_older_quantized_files_are_refused(kind, version):
-    with pytest.raises(GGUFError, match=f"a quantized {kind} file cannot be converted"):
-        formats.open_source(Memory(old_file(kind, version, "Q4_0")))
+def test_scales_are_rounded_and_nothing_else():
+    """A scale that f16 cannot hold: the block is the same but for the last bits of the scale."""
+    block = np.zeros((1, 20), np.uint8)
+    block[0, :4] = np.array([0.1], "<f4").view(np.uint8)
+    block[0, 4:] = np.arange(16) * 17
+    for step in ggml.OLD_BLOCKS[2, "Q4_0"][1]:
+        block = step(block)
+    np.testing.assert_array_equal(dequantize(block, "Q4_0"), np.float32(np.float16(0.1)) * (np.tile(np.arange(16), 2) - 8)[None])
+
+
+@pytest.mark.parametrize("kind, version", KINDS[:2])
+def test_a_part_of_a_large_model_is_named(kind, version):
+    data = bytearray(old_file(kind, version))
+    at = 8 if kind == "ggml" else 12                    # n_embd
+    data[at:at + 4] = struct.pack("<I", 2 * E)
+    with pytest.raises(GGUFError, match=f"have {E} of {2 * E} values: the file is one of several"):
+        formats.open_source(Memory(bytes(data)))
 
 
 @pytest.mark.parametrize("kind, version", KINDS)
@@ -172,8 +193,10 @@ def test_refused(data, says):
 
 def test_other_models_are_named():
     data = old_file("ggjt", 3).replace(b"tok_embeddings", b"tok_embeddingz")
-    with pytest.raises(GGUFError, match='tensor "token_embd.weight" is missing .* only llama models'):
+    with pytest.raises(GGUFError, match='tensor "tok_embeddingz.weight": no llama model has such a tensor, and only llama models'):
         formats.open_source(Memory(data))
+    with pytest.raises(GGUFError, match='tensor "token_embd.weight" is missing .* only llama models'):
+        formats.open_source(Memory(old_file("ggjt", 3, skip="tok_embeddings.weight")))
 
 
 @pytest.mark.parametrize("order", ["little", "big"])

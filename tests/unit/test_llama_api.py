@@ -252,8 +252,7 @@ def test_empty_prompt_starts_from_bos(llm):
 # ---- refusals ----
 
 @pytest.mark.parametrize("given", [
-    {"n_gpu_layers": -1}, {"lora_path": "x.gguf"}, {"embedding": True}, {"rope_freq_base": 1e6}, {"chat_format": "chatml"}, {"use_mlock": True},
-    {"n_threads_batch": 4}, {"draft_model": object()},
+    {"split_mode": 2}, {"lora_path": "x.gguf"}, {"embedding": True}, {"rope_freq_base": 1e6}, {"chat_format": "chatml"}, {"draft_model": object()},
 ], ids=lambda given: next(iter(given)))
 def test_unsupported_arguments_are_named(given):
     with pytest.raises(ParameterError, match=next(iter(given))):

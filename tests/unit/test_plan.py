@@ -108,7 +108,7 @@ class RandomGraph:
         return self.g.add(self.g.matmul(self.matrix(), a), self.pick())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(1, 20), st.integers(0, 1 << 30), st.sampled_from([1, 2, 3]), st.booleans())
 def test_random_graphs_agree_with_the_reference(data, n_tokens, seed, n_threads, exact):
     from pyggml.backends.cpu import Pool, WeightStore

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import models
-from pyggml import cli, formats
+from pyggml import cli, formats, quants
 from pyggml.errors import PyggmlError
-from pyggml.quantize import allocate
-from pyggml.quantize.allocate import Option, choose, expected
+from pyggml.quantize import allocate, sensitivity
+from pyggml.quantize.allocate import choose
+from pyggml.quantize.sensitivity import Option, effort, expected, sampled_errors
+from pyggml.types import tensor_type
 
 
 def random_options(seed, tensors=5, types=4):
@@ -51,6 +53,35 @@ def test_estimates_go_through_the_probes():
     assert expected({"a": 1.0, "b": 0.0}, {"a": 0.1}, "b") == 0.0
 
 
+@pytest.mark.parametrize(("n_weights", "n_tensors"), [(6e6, 43), (30e6, 57), (1.1e9, 155), (8e9, 225)])
+def test_effort_stays_within_the_budget(n_weights, n_tensors):
+    found = effort(int(n_weights), n_tensors, 128, 4.6)
+    cost = found.n_chunks * len(found.probes) * n_tensors * 128 * n_weights
+    assert 1 <= found.n_chunks <= sensitivity.MOST_CHUNKS
+    assert cost <= sensitivity.BUDGET or (found.n_chunks, found.probes) == (1, ("Q2_K", "Q4_K"))
+    assert effort(int(n_weights), n_tensors, 128, 6.0, n_chunks=3).n_chunks == 3
+
+
+def test_large_models_are_tried_in_the_types_around_the_size():
+    assert [effort(8 * 10**9, 225, 128, bits).probes[0] for bits in (2.6, 4.6, 5.6)] == ["Q2_K", "Q2_K", "Q4_K"]
+
+
+def test_errors_of_a_sample_stand_for_the_whole(source, monkeypatch):
+    file = formats.open(source)
+    rows = {t: tensor_type(t) for t in ("Q2_K", "Q4_K", "Q8_0")}
+    for name in ("blk.0.ffn_down.weight", "token_embd.weight"):
+        weights, importance = file[name].dequantize(), np.linspace(0.1, 3, file[name].shape[-1], dtype=np.float32)[None]
+        whole = sampled_errors(file[name], rows, importance, 1)
+        for kind, error in whole.items():
+            lost = quants.dequantize(quants.quantize(weights, kind, importance[0]), kind) - weights
+            assert error == pytest.approx(float((lost.astype(np.float64)**2 @ importance[0]).sum()), rel=1e-4)
+        with monkeypatch.context() as patch:
+            patch.setattr(sensitivity, "SAMPLE", weights.size // 4)
+            part = sampled_errors(file[name], rows, importance, 1)
+        for kind in ("Q2_K", "Q4_K"):
+            assert part[kind] / part["Q8_0"] == pytest.approx(whole[kind] / whole["Q8_0"], rel=0.2)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return models.as_f16(tmp_path_factory.mktemp("source") / "f16.gguf")
@@ -59,8 +90,8 @@ def source(tmp_path_factory):
 def test_command(source, tmp_path, capsys):
     (tmp_path / "t.txt").write_text(models.TEXT)
     target, recipe = str(tmp_path / "o.gguf"), str(tmp_path / "mix.json")
-    flags = ["-f", str(tmp_path / "t.txt"), "-c", "32", "--chunks", "3"]
-    assert cli.main(["quantize", "--target-bpw", "4.6", "--save-recipe", recipe, *flags, str(source), target]) == 0
+    flags = ["-f", str(tmp_path / "t.txt"), "-c", "32", "--chunks", "2"]
+    assert cli.main(["quantize", "--target-bpw", "4.6", "--save-recipe", recipe, *flags, str(source), target, "1"]) == 0
     made = formats.open(target)
     n_weights = sum(t.size for t in made.tensors.values())
     bits = 8 * sum(t.nbytes for t in made.tensors.values()) / n_weights
@@ -70,12 +101,13 @@ def test_command(source, tmp_path, capsys):
     assert {n: t.raw.tobytes() for n, t in made.tensors.items()} == {n: t.raw.tobytes() for n, t in formats.open(again).tensors.items()}
     assert cli.main(["check", "--reproduce", "--source", str(source), target]) == 0
     assert cli.main(["quantize", "--target-bpw", "4.6", str(source), target]) == 2
+    assert cli.main(["quantize", "--target-bpw", "4.6", *flags, "--pure", str(source), target]) == 2
     (tmp_path / "bad.json").write_text('{"recipe": 3}')
     assert cli.main(["quantize", str(source), again, str(tmp_path / "bad.json")]) == 1
 
 
 def test_a_size_holds_for_the_whole_file(source, tmp_path):
-    found = allocate.allocate(source, models.TEXT, size=400_000, n_ctx=32, n_chunks=2, types=("Q2_K", "Q4_K", "Q6_K"))
+    found = allocate.allocate(source, models.TEXT, size=400_000, n_ctx=32, n_chunks=1, types=("Q2_K", "Q4_K", "Q6_K"), n_threads=1)
     from pyggml.quantize import quantize_file
 
     quantize_file(source, tmp_path / "o.gguf", found.recipe)
@@ -83,3 +115,41 @@ def test_a_size_holds_for_the_whole_file(source, tmp_path):
     found.save(tmp_path / "mix.txt")
     lines = (tmp_path / "mix.txt").read_text().splitlines()
     assert len(lines) == len(found.chosen) and lines[0].startswith("^") and "\\." in lines[0]
+
+
+def test_the_loss_is_measured_where_nothing_was_chosen(source, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text(models.TEXT)
+    run = ["quantize", "--target-bpw", "4.6", "-f", str(tmp_path / "t.txt"), "-c", "32", "--chunks", "2", "--target-types", "q2_k,q6_k"]
+    target = tmp_path / "o.gguf"
+    assert cli.main([*run, str(source), str(target), "1"]) == 0
+    assert "over the next 2 chunks" in capsys.readouterr().out
+    assert {t.type.name for t in formats.open(target).tensors.values()} <= {"F32", "Q2_K", "Q6_K"}
+    target.unlink()
+    assert cli.main([*run, "--dry-run", str(source), str(target), "1"]) == 0
+    assert "quant size" in capsys.readouterr().out and not target.exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--target-bpw", "0.5"], "take at least"),
+    (["--target-size", "1K"], "take at least"),
+    (["--target-bpw", "4", "--target-types", "Q4_K,Q9"], "Q9"),
+    (["--target-size", "999T"], "bytes needed"),
+])
+def test_a_target_is_refused_before_anything_is_measured(source, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(allocate, "measure", None)
+    (tmp_path / "t.txt").write_text(models.TEXT)
+    assert cli.main(["quantize", *flags, "-f", str(tmp_path / "t.txt"), "-c", "32", str(source), str(tmp_path / "o.gguf")]) == 1
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+
+
+def test_the_source_is_not_overwritten_by_a_mix(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(allocate, "measure", None)
+    (tmp_path / "t.txt").write_text(models.TEXT)
+    run = ["quantize", "--target-bpw", "4", "-f", str(tmp_path / "t.txt"), "-c", "32"]
+    assert cli.main([*run, str(source), str(source)]) == 1
+    assert "the output is the input" in capsys.readouterr().err
+    small = tmp_path / "small.gguf"
+    assert cli.main(["quantize", str(source), str(small), "Q4_K"]) == 0
+    assert cli.main([*run, str(small), str(tmp_path / "o.gguf")]) == 1
+    assert "--allow-requantize" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_penalties_see_the_last_tokens_only():
 
 
 def test_greedy_is_the_first_largest():
-    assert sampling.greedy(np.array([1, 5, 5, 2], np.float32)) == 1
+    assert Sampler(SamplingParams(temp=0)).sample(np.array([1, 5, 5, 2], np.float32)) == 1
     assert Sampler(SamplingParams(temp=0.0, top_p=0.1)).sample(np.array([1, 5, 5, 2], np.float32)) == 1
 
 
@@ -221,15 +221,16 @@ def test_mirostat_holds_the_surprise_it_aims_at():
     limit = sampler.mu
     assert np.mean([surprise[i] for i in drawn[200:]]) < 8                # bounded by mu, which is near it
     mu, tau, eta = 8.0, 4.0, 0.1
-    token, after = sampling.mirostat_v2(candidates(values), mu, tau, eta, 0.3)
-    kept = [i for i in range(2000) if surprise[i] <= mu]
-    p = exact(values)[token] / exact(values)[kept].sum()
-    assert after == pytest.approx(mu - eta * (-math.log2(p) - tau), rel=1e-3)
+    kept = sampling.mirostat_v2(candidates(values), mu)
+    assert kept.ids.tolist() == [i for i in range(2000) if surprise[i] <= mu]
+    token, p = sampling.draw(kept, 0.3)
+    assert p == pytest.approx(exact(values)[token] / exact(values)[kept.ids].sum(), rel=1e-3)
+    assert sampling.mirostat_next(mu, p, tau, eta) == pytest.approx(mu - eta * (-math.log2(p) - tau), rel=1e-3)
     assert 0 < limit < 12
 
 
 def test_mirostat_always_keeps_one():
-    assert sampling.mirostat_v2(candidates([1.0, 3.0, 2.0]), -5.0, 5.0, 0.1, 0.5)[0] == 1
+    assert sampling.mirostat_v2(candidates([1.0, 3.0, 2.0]), -5.0).ids.tolist() == [1]
 
 
 @given(logit_lists, seeds, st.integers(0, 50), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 3))

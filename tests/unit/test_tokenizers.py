@@ -173,7 +173,7 @@ def random_spm(draw):
 
 
 @pytest.mark.skipif(not lib, reason="without the native extension there is one engine")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(kv=random_bpe() | random_spm(), texts=st.lists(st.text(ALPHABET, max_size=40) | st.binary(max_size=30), min_size=1, max_size=5))
 def test_native_equals_python(kv, texts):
     native, python = load(kv), load(kv, "python")

@@ -1,13 +1,16 @@
-"""Speed of the file tools: opening a large vocabulary, editing, hashing and checking, beside the gguf package where it is installed.
+"""Speed of the file tools and codecs, beside the gguf package, ggml's own C and coreutils.
 
-    python tools/bench/files.py [--size GB] [--folder DIR]
+    python tools/bench/files.py [--size GB] [--folder DIR] [--ggml FOLDER] [--only SECTION]
 
-Times are the smallest of several runs with the file in the page cache; `cp` of the same file is the yardstick for a rewrite.
+Times are the smallest of several runs with the file in the page cache; `cp` of the same file is the yardstick for a rewrite. Codecs run on
+one thread, and so do the hashes of one piece of data. --ggml names the folder of libggml-base.so and libggml-cpu.so (the llama_cpp
+package has them in lib/). What is not installed is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,19 +26,34 @@ from pyggml import formats
 from pyggml.formats import numbers, values
 from pyggml.formats.edit import Edits, edit
 from pyggml.formats.hashing import ALGORITHMS, hashes
-from pyggml.quants import quantize
+from pyggml.quants import dequantize, quantize
+from pyggml.types import TYPES, TensorType
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
 
 TOKENS, TEMPLATE = 150_000, "tokenizer.chat_template"
+ROWS, COLUMNS = 512, 4096           # of the matrix that codecs take: 8 MB of floats
+SLOW = 0.5                          # seconds after which a codec is timed once only
 
 
 def smallest(runs: int, work: Callable[[int], object]) -> float:
-    """Seconds of the fastest of `runs` calls; work gets the number of the run."""
-    times = []
+    """Seconds of the fastest of `runs` calls; work gets the number of the run. One call is enough for what takes long."""
+    times: list[float] = []
     for i in range(runs):
         start = time.perf_counter()
         work(i)
         times.append(time.perf_counter() - start)
+        if times[0] > SLOW:
+            break
     return min(times)
+
+
+def show(what: str, seconds: float, nbytes: int = 0, than: float = 0) -> None:
+    rate = f"{nbytes / seconds / 1e9:>8.2f} GB/s" if nbytes else ""
+    print(f"{what:<58}{seconds * 1e3:>10.1f} ms{rate}{f'{than / seconds:>9.1f} x' if than else ''}", flush=True)
 
 
 def write_model(path: Path, gigabytes: float) -> None:
@@ -47,47 +66,135 @@ def write_model(path: Path, gigabytes: float) -> None:
     formats.write(path, kv, [formats.new_tensor(f"blk.{i}.w", rows, "Q4_0") for i in range(count)])
 
 
+# ---- files ------------------------------------------------------------------------------------------------------------------------
+
+def measure_files(path: Path, gigabytes: float) -> None:
+    write_model(path, gigabytes)
+    print(f"{path.stat().st_size / 1e9:.2f} GB, {TOKENS} tokens")
+    theirs = smallest(1, lambda i: gguf.GGUFReader(path)) if gguf is not None else 0
+    show("open", smallest(9, lambda i: formats.open(path)), than=theirs)
+    native, values.lib = values.lib, None
+    show("open, without the compiled extension", smallest(3, lambda i: formats.open(path)), than=theirs)
+    values.lib = native
+    if theirs:
+        show("open, gguf package", theirs)
+    show("all tokens as text", smallest(5, lambda i: formats.open(path).kv["tokenizer.ggml.tokens"].tolist()))
+    show("pyggml info, start to finish", smallest(5, lambda i: subprocess.run([sys.executable, "-m", "pyggml", "info", path], stdout=-3)))
+    if gguf is not None:
+        dump = [sys.executable, "-m", "gguf.scripts.gguf_dump", path]
+        show("gguf-dump, start to finish", smallest(1, lambda i: subprocess.run(dump, stdout=-3)))
+    edit(path, Edits({TEMPLATE: "x" * 8000}))
+    show("edit the chat template, room is there", smallest(9, lambda i: edit(path, Edits({TEMPLATE: f"{i:08}" * 1000}))))
+    copy = path.with_name("copy.gguf")
+    for i in (1, 2):
+        show("cp", smallest(1, lambda i: subprocess.run(["cp", path, copy], check=True)))
+        with open(path, "rb"):                      # somebody else has it open: no edit in place
+            show("edit by rewriting, synced", smallest(1, lambda _, i=i: edit(path, Edits({TEMPLATE: "yz"[i - 1] * 80_000 * i}))))
+        show("cp, synced", smallest(1, lambda i: subprocess.run(f"cp '{path}' '{copy}' && sync '{copy}'", shell=True, check=True)))
+    if gguf is not None:
+        new = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template", "z" * 80_000, path, copy]
+        show("gguf-new-metadata", smallest(1, lambda i: subprocess.run(new, stdout=-3, stderr=-3, check=True)))
+    copy.unlink()
+
+
+def measure_data(path: Path, gigabytes: float) -> None:
+    """Reading all of the tensors."""
+    if not path.exists():
+        write_model(path, gigabytes)
+    file = formats.open(path, use_mmap=False)
+    total = sum(t.nbytes for t in file.tensors.values())
+    for name in ALGORITHMS:
+        show(f"hash --{name} --no-layer", smallest(2, lambda i, name=name: list(hashes(file, [name], per_tensor=False))), total)
+        show(f"hash --{name}", smallest(2, lambda i, name=name: list(hashes(file, [name]))), total)
+    show("sha256sum", smallest(2, lambda i: subprocess.run(["sha256sum", path], stdout=-3)), total)
+    show("check: every scale, one thread", smallest(3, lambda i: [numbers.first_bad(t) for t in file.tensors.values()]), total)
+    check = [sys.executable, "-m", "pyggml", "check", path]
+    show("pyggml check, start to finish", smallest(2, lambda i: subprocess.run(check, stdout=-3)), total)
+
+
+# ---- codecs -----------------------------------------------------------------------------------------------------------------------
+
+class Traits(ctypes.Structure):
+    """The start of ggml_type_traits."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("block", ctypes.c_int64), ("interleave", ctypes.c_int64), ("size", ctypes.c_size_t),
+                ("quantized", ctypes.c_bool), ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+                ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64))]
+
+
+class Ggml:
+    """ggml's codecs: decoding by its base library, encoding by the faster of that and what its CPU backend uses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = ctypes.CDLL(str(folder / "libggml-base.so"), ctypes.RTLD_GLOBAL)
+        self.cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
+        self.cpu.ggml_cpu_init()
+        self.base.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
+        self.cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64))
+
+    def decode(self, row: TensorType, blocks: np.ndarray) -> float:
+        convert, out = self.base.ggml_get_type_traits(row.id).contents.to_float, np.zeros((ROWS, COLUMNS), np.float32)
+        return smallest(5, lambda i: convert(blocks.ctypes.data, out.ctypes.data, out.size)) if convert else 0
+
+    def encode(self, row: TensorType, x: np.ndarray, out: np.ndarray) -> float:
+        self.base.ggml_quantize_init(row.id)
+        found = [self.base.ggml_get_type_traits(row.id).contents.from_float, self.cpu.ggml_get_type_traits_cpu(row.id)[0]]
+        times = [smallest(5, lambda i, c=convert: c(x.ctypes.data, out.ctypes.data, x.size)) for convert in found if convert]
+        return min(times, default=0)
+
+
+def package(row: TensorType, x: np.ndarray, blocks: np.ndarray) -> tuple[float, float]:
+    """Seconds that the gguf package takes to encode and to decode; 0 where it cannot."""
+    def seconds(work: Callable[[], Any]) -> float:
+        try:
+            work()
+        except (NotImplementedError, KeyError, AttributeError):
+            return 0
+        return smallest(2, lambda i: work())
+    kind = gguf.GGMLQuantizationType._value2member_map_.get(row.id) if gguf is not None else None
+    if kind is None:
+        return 0, 0
+    return seconds(lambda: gguf.quants.quantize(x, kind)), seconds(lambda: gguf.quants.dequantize(blocks, kind))
+
+
+def measure_codecs(folder: Path | None) -> None:
+    """Millions of weights a second, on one thread; in brackets how many times ggml's C and the gguf package."""
+    x = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)
+    ggml = Ggml(folder) if folder else None
+
+    def cell(ours: float, ggml_time: float, package_time: float) -> str:
+        ratios = [f"{t / ours:.2f}" if t else "-" for t in (ggml_time, package_time)]
+        return f"{x.size / ours / 1e6:>10.0f} ({ratios[0]:>6}, {ratios[1]:>7})"
+
+    print(f"{'millions of weights a second (x ggml, x gguf)':<46}\n{'type':<10}{'decode':>27}{'encode':>27}")
+    for row in TYPES:
+        if not row.activation or row.name == "F32":
+            continue
+        blocks = quantize(x, row)
+        out = np.zeros_like(blocks)
+        encode, decode = smallest(5, lambda i, r=row: quantize(x, r, threads=1)), smallest(5, lambda i, r=row, b=blocks: dequantize(b, r, threads=1))
+        theirs = package(row, x, blocks)
+        print(f"{row.name:<10}{cell(decode, ggml.decode(row, blocks) if ggml else 0, theirs[1])}"
+              f"{cell(encode, ggml.encode(row, x, out) if ggml else 0, theirs[0])}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", type=float, default=2.0, metavar="GB")
     parser.add_argument("--folder", help="where to write the model (default: the folder for temporary files)")
+    parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="where ggml's shared libraries are")
+    parser.add_argument("--only", choices=("files", "data", "codecs"))
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
-        measure(folder / "model.gguf", args.size)
+        if args.only in (None, "files"):
+            measure_files(folder / "model.gguf", args.size)
+        if args.only in (None, "data"):
+            measure_data(folder / "model.gguf", args.size)
+        if args.only in (None, "codecs"):
+            measure_codecs(args.ggml)
     finally:
         shutil.rmtree(folder)
-
-
-def measure(path: Path, gigabytes: float) -> None:
-    def show(what: str, seconds: float, nbytes: int = 0) -> None:
-        print(f"{what:<58}{seconds * 1e3:>10.1f} ms" + (f"{nbytes / seconds / 1e9:>8.2f} GB/s" if nbytes else ""), flush=True)
-
-    write_model(path, gigabytes)
-    print(f"{path.stat().st_size / 1e9:.2f} GB, {TOKENS} tokens")
-    show("open", smallest(9, lambda i: formats.open(path)))
-    native, values.lib = values.lib, None
-    show("open, without the compiled extension", smallest(3, lambda i: formats.open(path)))
-    values.lib = native
-    show("all tokens as text", smallest(5, lambda i: formats.open(path).kv["tokenizer.ggml.tokens"].tolist()))
-    try:
-        import gguf
-        show("open, gguf package", smallest(1, lambda i: gguf.GGUFReader(path)))
-    except ImportError:
-        print("the gguf package is not installed: no comparison")
-    show("pyggml info, start to finish", smallest(5, lambda i: subprocess.run([sys.executable, "-m", "pyggml", "info", path], stdout=-3)))
-    edit(path, Edits({TEMPLATE: "x" * 8000}))
-    show("edit the chat template, room is there", smallest(9, lambda i: edit(path, Edits({TEMPLATE: f"{i:08}" * 1000}))))
-    copy = path.with_name("copy.gguf")
-    show("cp", smallest(1, lambda i: subprocess.run(["cp", path, copy], check=True)))
-    with open(path, "rb"):                      # somebody else has it open: no edit in place
-        show("edit by rewriting", smallest(1, lambda i: edit(path, Edits({TEMPLATE: "y" * 80_000}))))
-    copy.unlink()
-    file = formats.open(path, use_mmap=False)
-    total = sum(t.nbytes for t in file.tensors.values())
-    for name in ALGORITHMS:
-        show(f"hash --{name} --no-layer", smallest(1, lambda i, name=name: list(hashes(file, [name], per_tensor=False))), total)
-    show("check: every scale, one thread", smallest(2, lambda i: [numbers.first_bad(t) for t in file.tensors.values()]), total)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""What the planner hands to the kernels: views of device memory, steps over them, and the scratch that steps share.
+
+Steps are those of native/engine.h ("what the steps mean"), with the same sources and numbers, except that activations are not
+prepared by a step of their own: `i[1]` (format) and `i[2]` (prepared) are 0, and `i[0]` (act_id) names the prepared form of x.
+Steps of one plan with the same act_id read the same activations, normed and quantized alike, and such steps stand side by
+side: a launch that finds its act_id in `scratch.prepared` may use what `scratch.act` holds instead of preparing it again.
+
+Three steps are the device's own, for decoding without the host (B rows of logits, B tokens a step):
+    argmax      dst ids i32 (B)            src logits (B, V)                           the lowest id among equals
+    top_k       dst ids i32 (B, k)         src logits (B, V), values f32 (B, k) written   largest first, lower id among equals
+    advance     dst tokens i32 (B)         src ids i32 (B), pos, cell i32 (B), history i32 (N, B), count i32 (1)
+                history[count] = ids; tokens = ids; pos, cell, count each one more
+
+A family module exports `LAUNCHES`, keyed by step, and `NEEDS`, for the steps that use scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyggml.backends.cuda.layout import RelaidWeight
+
+
+@dataclass(frozen=True)
+class DeviceView:
+    """A value in device memory: floats or integers one after another, contiguous in `shape` (numpy order).
+
+    array     1-D device array: float32, int32, float16, or uint8 for block types (caches of Q8_0 are rows of ggml blocks)
+    shape     sizes; where the value's first axis is symbolic, its largest size
+    slot      index into the run's `slots` of the size that replaces axis 0, or -1
+    weight    the re-laid form of a weight that a matrix product or get_rows reads (array is then its memory), else None
+    """
+
+    array: Any
+    type: str
+    shape: tuple[int, ...]
+    slot: int = -1
+    weight: RelaidWeight | None = None
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """One step: `op` writes `dst` (and what engine.h says) from `src`, whose absent members are None."""
+
+    op: str
+    dst: DeviceView
+    src: tuple[DeviceView | None, ...]
+    i: tuple[int, ...] = ()
+    f: tuple[float, ...] = ()
+
+
+@dataclass
+class Scratch:
+    """Device memory that the steps of a plan share, each only while it runs, except for `act`.
+
+    act        prepared activations (uint8), which stay until the next step with another act_id
+    temp       anything else (uint8); garbage between steps
+    prepared   act_id of what `act` holds, -1 at the start of every run; the launch that fills `act` sets it
+    cells      no token of this run sees a cell from this number on: the bucket that sizes the grid of attention
+    """
+
+    act: Any
+    temp: Any
+    cells: int
+    prepared: int = -1
+
+
+# enqueues the step's kernels on a stream; reads run-time sizes from `slots` (device int32, SYMBOLS of graph.py) only on the device
+Launch = Callable[[Any, Any, DeviceStep, Scratch], None]
+# bytes of (act, temp) that a step wants, for views of the largest sizes and this number of cells
+Needs = Callable[[DeviceStep, int], tuple[int, int]]

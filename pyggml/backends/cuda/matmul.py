@@ -1,0 +1,74 @@
+"""Products with weight matrices: which kernel a step takes, and what it needs.
+
+Up to eight columns go through matvec.py, which reads the weights once at the memory's speed; more columns through the tensor cores
+(gemm.py). Matrices of F32 (a router, a small head) keep their precision: always matvec, eight columns at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pyggml.backends.cuda.act import FLOAT, HALF, INT8, act_bytes
+from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch, Needs, Scratch
+from pyggml.backends.cuda.layout import FLOATS
+from pyggml.backends.cuda.matvec import COLUMNS, matvec
+
+
+def by_columns(type_name: str, columns: int) -> bool:
+    """Does a product of this many columns go through matvec.py?"""
+    return columns <= COLUMNS or type_name == "F32"
+
+
+def _columns(step: DeviceStep) -> int:
+    x = step.src[1]
+    assert x is not None
+    return math.prod(x.shape[:-1])
+
+
+def _weights(step: DeviceStep, at: int) -> Any:
+    view = step.src[at]
+    assert view is not None and view.weight is not None
+    return view.weight
+
+
+def _x(step: DeviceStep) -> DeviceView:
+    assert step.src[1] is not None
+    return step.src[1]
+
+
+def mul_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
+    _, _, norm, bias, residual = step.src
+    w, x = _weights(step, 0), _x(step)
+    rest = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], bias=bias, residual=residual)
+    if by_columns(w.type, _columns(step)):
+        matvec(w, None, x, norm, step.dst, slots, stream, scratch, **rest)
+    else:
+        from pyggml.backends.cuda.gemm import gemm
+
+        gemm(w, x, norm, step.dst, slots, stream, scratch, **rest)
+
+
+def glu_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
+    _, _, norm, _, bias, bias_up = step.src
+    w, up, x = _weights(step, 0), _weights(step, 3), _x(step)
+    if by_columns(w.type, _columns(step)) and (w.type in FLOATS) == (up.type in FLOATS):
+        matvec(w, up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias, bias_up=bias_up, glu=step.i[3])
+    else:
+        from pyggml.backends.cuda.gemm import gemm
+
+        gemm(w, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias)
+        gemm(up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias_up, gate=step.dst, glu=step.i[3])
+
+
+def _needs(step: DeviceStep, cells: int) -> tuple[int, int]:
+    """Room for x in the form that the step will ask for."""
+    w, x = step.src[0], step.src[1]
+    assert w is not None and x is not None
+    columns = _columns(step)
+    kind = HALF if not by_columns(w.type, columns) else FLOAT if w.type in FLOATS else INT8
+    return act_bytes(kind, x.shape[-1], columns), 0
+
+
+LAUNCHES: dict[str, Launch] = {"mul_mat": mul_mat, "glu_mat": glu_mat}
+NEEDS: dict[str, Needs] = {"mul_mat": _needs, "glu_mat": _needs}

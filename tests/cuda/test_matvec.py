@@ -1,0 +1,98 @@
+"""Products with few columns against numpy, for every type, with every epilogue."""
+
+import numpy as np
+import pytest
+from device_case import nmse, run, scratch, tables, view, weight
+
+from pyggml.backends.cuda.base import DeviceStep
+from pyggml.backends.cuda.matmul import by_columns
+from pyggml.ops import OPS
+from pyggml.ops.basic import GLU
+from pyggml.types import TYPES
+
+MULTIPLIED = [t.name for t in TYPES if t.activation]
+ROUNDING = 1e-10                                     # NMSE against the same products in float64
+EPS = 1e-5
+rng = np.random.default_rng(5)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def eight_bits(x: np.ndarray) -> np.ndarray:
+    """What activations are rounded to: 8 bits, a scale for every 32."""
+    groups = x.reshape(-1, 32)
+    top = np.abs(groups).max(axis=1, keepdims=True)
+    return (np.rint(groups * (np.float32(127) / top)) * (top / np.float32(127))).reshape(x.shape)
+
+
+def seen_by(name: str, x: np.ndarray) -> np.ndarray:
+    return (x if name in ("F32", "F16", "BF16") else eight_bits(x.astype(np.float32))).astype(np.float64)
+
+
+@pytest.mark.parametrize("name", MULTIPLIED)
+def test_a_column_of_every_type(name):
+    w, numeric = weight(numbers(3, 256), name)
+    x, out = numbers(1, 256), np.zeros((1, 3), np.float32)
+    run("mul_mat", view(out), [w, view(x), None, None, None], i=[0, 0, 0], f=[0, 1])
+    assert nmse(out, seen_by(name, x) @ numeric.T) < ROUNDING
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F16"])
+def test_columns_norm_bias_residual_and_scale(name):
+    w, numeric = weight(numbers(5, 256), name)
+    x, norm, bias, residual = numbers(4, 256) * 3, numbers(256), numbers(5), numbers(4, 5)
+    out = np.full((4, 5), 7, np.float32)
+    run("mul_mat", view(out, 0), [w, view(x, 0), view(norm), view(bias), view(residual, 0)], i=[0, 0, 0], f=[EPS, 0.5], tokens=3)
+    want = seen_by(name, OPS["rms_norm"].reference(x, norm, EPS)) @ numeric.T * 0.5 + bias + residual
+    assert nmse(out[:3], want[:3]) < 1e-7                # a code may round the other way
+    assert (out[3] == 7).all()
+
+
+@pytest.mark.parametrize("gate,up", [("Q4_0", "Q6_K"), ("F32", "F16")])
+@pytest.mark.parametrize("kind", GLU)
+def test_gated_units(gate, up, kind):
+    wg, g = weight(numbers(3, 256), gate)
+    wu, u = weight(numbers(3, 256), up)
+    x, a, b, out = numbers(2, 256), numbers(3), numbers(3), np.zeros((2, 3), np.float32)
+    run("glu_mat", view(out), [wg, view(x), None, wu, view(a), view(b)], i=[0, 0, 0, GLU.index(kind)], f=[EPS])
+    seen = seen_by(gate, x)
+    assert nmse(out, OPS["glu"].reference(seen @ g.T + a, seen @ u.T + b, kind)) < ROUNDING
+
+
+def test_rows_of_floats_of_any_length():
+    for name in ("F32", "F16", "BF16"):
+        w, numeric = weight(numbers(2, 44), name)
+        x, out = numbers(2, 44), np.zeros((2, 2), np.float32)
+        run("mul_mat", view(out), [w, view(x), None, None, None], i=[0, 0, 0], f=[0, 1])
+        assert nmse(out, x @ numeric.T) < ROUNDING
+
+
+def test_a_block_shares_rows_where_there_are_few():
+    w, numeric = weight(numbers(2, 2080), "Q8_0")     # 65 groups: the warps of a block split them, with a ragged end
+    x, out = numbers(1, 2080), np.zeros((1, 2), np.float32)
+    run("mul_mat", view(out), [w, view(x), None, None, None], i=[0, 0, 0], f=[0, 1])
+    assert nmse(out, eight_bits(x) @ numeric.T) < ROUNDING
+
+
+def test_neighbouring_products_share_activations():
+    w, numeric = weight(numbers(2, 64), "Q8_0")
+    floats, exact = weight(numbers(2, 64), "F32")
+    x, norm = numbers(1, 64), numbers(64)
+    room = max(tables()[1]["mul_mat"](DeviceStep("mul_mat", view(x), (m, view(x))), 0)[0] for m in (w, floats))
+    memory = scratch(room)
+    outs = [np.zeros((1, 2), np.float32) for _ in range(3)]
+    wanted = OPS["rms_norm"].reference(x, norm, EPS)
+    for out, matrix in zip(outs, (w, w, floats), strict=True):
+        run("mul_mat", view(out), [matrix, view(x), view(norm), None, None], i=[4, 0, 0], f=[EPS, 1], shared=memory)
+        x[:] = 0 if out is outs[0] else x               # the second must not read x again
+        if out is outs[1]:
+            assert (outs[0] == outs[1]).all()
+            x[:] = 1                                    # another form of the same activations is made anew
+    assert nmse(outs[0], eight_bits(wanted) @ numeric.T) < 1e-7
+    assert nmse(outs[2], OPS["rms_norm"].reference(np.ones((1, 64), np.float32), norm, EPS) @ exact.T) < ROUNDING
+
+
+def test_which_products_take_which_way():
+    assert by_columns("Q4_K", 8) and not by_columns("Q4_K", 9) and by_columns("F32", 512)
