@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import ctypes.util
+import gc
 import json
 import os
 import shutil
@@ -351,6 +352,7 @@ def leak(run: Run) -> None:
 
     for _ in range(3):
         one()
+    gc.collect()
     before, counted = run.device.free, run.device.allocated
     done = 0
     while done < run.args.runs and not run.late:
