@@ -60,6 +60,11 @@ class TensorType:
     def quantized(self) -> bool:
         return self.block > 1
 
+    @property
+    def for_weights(self) -> bool:
+        """Weights of this type can be multiplied with something."""
+        return bool(self.activation) or self.user_defined
+
     def row_bytes(self, n: int) -> int:
         """Bytes of a row of `n` weights; PyggmlError when `n` is not a multiple of the block."""
         if n % self.block:

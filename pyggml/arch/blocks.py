@@ -49,7 +49,7 @@ class Builder(Graph):
         """The weight `name`, which must have this numpy shape."""
         if name not in self.file.tensors:
             raise ModelError(f'{self.file.path}: the tensor "{name}" is missing; the file is incomplete or not a {self.config.arch} model')
-        tensor = self.file.tensors[name]
+        tensor = self.file.tensors[name].computable
         if tuple(tensor.shape) != shape:
             raise ModelError(f'{self.file.path}: the tensor "{name}" has shape {list(tensor.shape)}; the keys of this model ask for {list(shape)}')
         if isinstance(tensor.type, OpaqueType):

@@ -164,7 +164,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
     state = "the old file is unchanged" if os.path.lexists(target) else "nothing was written"
     try:
         with orderly_end(), locked(target) as old:
-            _remove_stale(folder, name)
+            remove_stale(folder, name)
             unique = f"{resume}.{_boot()}.part" if resume else f"{os.getpid()}.{secrets.token_hex(4)}.tmp"
             temporary = os.path.join(folder, f".{name}.{unique}")
             there = os.stat(temporary).st_blocks * 512 if resume and os.path.exists(temporary) else 0
@@ -301,8 +301,8 @@ def _remove_unlocked(path: str) -> None:
             os.close(fd)
 
 
-def _remove_stale(folder: str, name: str) -> None:
-    """Remove temporary files of this target whose writer is gone: nobody holds their lock."""
+def remove_stale(folder: str, name: str) -> None:
+    """Remove temporary files of the file `name` whose writer is gone: nobody holds their lock."""
     pattern = re.compile(re.escape("." + name) + r"\.(\d+)\.[0-9a-f]{8}\.tmp")
     for entry in os.listdir(folder):
         match = pattern.fullmatch(entry)

@@ -83,6 +83,7 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
         raise PyggmlError(f"{printable(path)}: cannot write: the file is read-only; make it writable or use --output")
     with inplace.alone(path) as fd:
         if fd is not None:
+            atomic.remove_stale(*os.path.split(os.path.realpath(path)))
             file = gguf.read(PlainFile(path, fd))
             changes = changes_of(file, edits)
             if not changes:

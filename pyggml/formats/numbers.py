@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ _EXPONENT = {"f16": ("<u2", 0x7C00), "bf16": ("<u2", 0x7F80), "float": ("<u4", 0
 _MANTISSA = {"f16": 0x03FF, "bf16": 0x007F, "float": 0x7FFFFF, "double": (1 << 52) - 1, "e8m0": 0xFF}
 
 
+_KINDS = {"<f2": "f16", "<f4": "float", "<f8": "double"}         # what numpy calls them, for types that are defined in Python
+
+
 class Scale(NamedTuple):
     """A floating point field of a block (or the number itself, with name "")."""
 
@@ -30,6 +34,10 @@ class Scale(NamedTuple):
 @cache
 def scales(row: TensorType) -> tuple[Scale, ...]:
     """The floating point fields of a type's block."""
+    if row.user_defined:
+        fields = row.layout.fields or {"": (row.layout, 0)}
+        return tuple(Scale(name, _KINDS[base.str], offset, math.prod(shape)) for name, (dtype, offset, *_) in fields.items()
+                     for base, shape in [dtype.subdtype or (dtype, ())] if base.str in _KINDS)
     ctype = ffi.typeof(row.ctype)
     if ctype.cname in _EXPONENT:
         return (Scale("", ctype.cname, 0, 1),)

@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from pyggml.errors import PyggmlError
 from pyggml.formats.source import Source
 from pyggml.formats.values import Typed, printable
-from pyggml.types import REMOVED, TensorType
+from pyggml.types import BY_NAME, REMOVED, TensorType
 
 PIECE = 1 << 20         # bytes of a tensor that are looked at together: stays in the processor's cache
 
@@ -168,9 +169,34 @@ class Tensor:
         self.source.verify()
         return weights
 
+    @cached_property
+    def computable(self) -> Tensor:
+        """The tensor as the engine computes with it: one of a type that is defined in Python is decoded to F32, the C code knows the others."""
+        return DecodedTensor(self) if isinstance(self.type, TensorType) and self.type.user_defined else self
+
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape)) or "scalar"
         return f"<{printable(self.name)} {self.type} {shape}, {self.nbytes} bytes at 0x{self.offset:x}>"
+
+
+class DecodedTensor(Tensor):
+    """The weights of another tensor as F32, decoded when they are asked for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.source, tensor.name, BY_NAME["F32"], tensor.shape, tensor.offset, 4 * tensor.size)
+        self._coded = tensor
+
+    @property
+    def mapped(self) -> bool:
+        return False
+
+    def part(self, start: int, n: int) -> np.ndarray:
+        kind = self._coded.type
+        assert isinstance(kind, TensorType)         # Tensor.computable has looked
+        first, end = start // (4 * kind.block), -(-(start + n) // (4 * kind.block))
+        from pyggml.quants import dequantize
+        floats = dequantize(self._coded.part(first * kind.bytes, (end - first) * kind.bytes), kind).view(np.uint8)
+        return floats[start - 4 * first * kind.block:][:n]
 
 
 class TensorFile:

@@ -132,7 +132,7 @@ def _refuse(job: Job, dry_run: bool) -> None:
             continue
         if isinstance(c.before, OpaqueType):
             raise PyggmlError(f'{path}: tensor "{c.name}": {c.before.why()}; it can only be copied (recipe COPY)')
-        if not c.after.activation:
+        if not c.after.for_weights:
             raise PyggmlError(f'tensor "{c.name}": {c.after.name} is not a type for weights; choose another with --tensor-type')
         if c.before.quantized and not options.allow_requantize:
             raise PyggmlError(f'{path}: tensor "{c.name}" is already {c.before.name}; quantize from the F16, BF16 or F32 file, '

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pyggml.errors import PyggmlError
+from pyggml.types import BY_NAME as TYPE_BY_NAME
 
 # ---- roles: broad kinds of tensors, the first whose fragment is in the name -----------------------------------------------------
 
@@ -185,6 +186,9 @@ def find(which: str | int) -> Recipe:
     text = str(which).strip().upper()
     name = ALIASES.get(text, text)
     found = BY_NAME.get(name) or next((r for r in RECIPES if r.base and text == str(r.id)), None)
+    own = TYPE_BY_NAME.get(text)
+    if found is None and own is not None and own.user_defined:
+        return Recipe(own.name, own.id, own.name, "a type defined in Python", output=own.name)
     if found is None:
         raise PyggmlError(f"the recipe {which!r} is unknown; known are {', '.join(BY_NAME)}")
     return found

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -220,6 +221,31 @@ def test_termination_leaves_nothing_behind(tmp_path):
     process.terminate()
     assert process.wait(10) == 143
     assert path.read_bytes() == b"old!" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("clones", [True, False], ids=["shares", "copies"])
+@pytest.mark.parametrize("head, offset", [(4096, 4096), (8192, 100), (4096 + 100, 100), (5000, 4096), (12288, 4096 * 3)])
+def test_the_rest_of_a_file_is_shared_or_copied(tmp_path, monkeypatch, clones, head, offset):
+    """A file system that shares blocks is played: it takes whole blocks only, as the kernel does."""
+    old, path = tmp_path / "old", tmp_path / "new"
+    data = os.urandom(5 * 4096 + 77)
+    old.write_bytes(data)
+    shared = []
+
+    def ioctl(fd, request, argument):
+        source, start, length, target = struct.unpack("=qQQQ", argument)
+        if request != 0x4020940D or not clones:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        assert start % 4096 == 0 and target % 4096 == 0 and length == 0
+        shared.append(os.pwrite(fd, os.pread(source, len(data), start), target))
+    monkeypatch.setattr(atomic.fcntl, "ioctl", ioctl)
+    with open(old, "rb") as f, atomic.replacing(path) as out:
+        out.write(b"h" * head)
+        out.copy(f.fileno(), offset)
+        assert out.tell() == head + len(data) - offset
+        out.write(b"end")
+    assert path.read_bytes() == b"h" * head + data[offset:] + b"end"
+    assert bool(shared) == (clones and (head - offset) % 4096 == 0)
 
 
 def test_disk_full_in_a_limited_process(tmp_path):
