@@ -116,7 +116,7 @@ def shared_array(self, shape, dtype, alignment=None):
 
 def install(prims) -> None:
     """Let the simulator, and the warps of prims, use lanes."""
-    kernelapi.threading = prims.threading = SimpleNamespace(Lock=threading.Lock, current_thread=greenlet.getcurrent)
+    kernelapi.threading = SimpleNamespace(Lock=threading.Lock, current_thread=greenlet.getcurrent)
     kernel.BlockManager.run = lambda self, grid_point, *args: Block(self).run(grid_point, args)
     kernelapi.FakeCUDAShared.array = shared_array
-    prims._warp = exchange
+    prims._warp, prims._thread = exchange, greenlet.getcurrent
