@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pyggml.backends.base import Input, Weights
 from pyggml.fuse import Calls, fuse, through
-from pyggml.graph import SYMBOLS, TOKENS, Shape, Symbol, Tensor
+from pyggml.graph import SYMBOLS, Shape, Symbol, Tensor
 from pyggml.lower import SMALL, Lowering, Step
 from pyggml.types import tensor_type
 
@@ -118,6 +118,7 @@ class Plan:
     def __init__(self, output: Tensor, store: Weights, limits: dict[Symbol, int], timing: bool = False,
                  capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
+        self.batches: list[Any] = []        # of a plan that is timed: what its runs computed (roofline.Batch)
         wanted = [output, *capture]
         draft = Draft(wanted, store, limits, fixed)
         self.steps = draft.steps
@@ -160,16 +161,17 @@ class Plan:
             level = s.level
         self.output, *self.captured = (program.result(array(root(t)), t.type, draft.sizes(t), slot_of(t.shape)) for t in wanted)
         program.finish(timing)
-        self._bytes = np.zeros(len(self.steps), np.int64)
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plans that it runs."""
+        return (self,)
 
     def run(self, pool: Any, values: dict[Symbol, int], alone: bool = False) -> bool:
         """Compute for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
         for symbol, value in values.items():
             self.program.slots[symbol.slot] = value
-        done = self.program.run(pool, alone)
-        if self.program.step_ns is not None:
-            self._count_bytes(values)
-        return done
+        return self.program.run(pool, alone)
 
     def fill(self, given: dict[str, Any], counts: dict[str, int]) -> None:
         """Write the first counts[name] values of each input that this graph has."""
@@ -189,49 +191,3 @@ class Plan:
         """Forget what was computed ahead."""
         if self.program.ahead is not None:
             self.program.ahead.stop()
-
-    # ---- measuring ----
-
-    def op_times(self) -> list[StepTime]:
-        """What every step took so far, for a plan made with timing."""
-        if self.program.step_ns is None:
-            return []
-        return [StepTime(s.op, label(s), int(ns), int(n)) for s, ns, n in zip(self.steps, self.program.step_ns, self._bytes, strict=True)]
-
-    def _count_bytes(self, values: dict[Symbol, int]) -> None:
-        """Add what each step of this run had to read and write."""
-        n = values[TOKENS]
-        cells = int(self.inputs["cell"][:n].max() - self.inputs["first"][:n].min()) + 1 if "cell" in self.inputs else 0
-        self._bytes += [step_bytes(s, values, cells) for s in self.steps]
-
-
-class StepTime(NamedTuple):
-    """A step of a plan: its kind, what it writes (or the weight it reads), and nanoseconds and bytes of memory traffic so far."""
-
-    op: str
-    what: str
-    ns: int
-    bytes: int
-
-
-def label(step: Step) -> str:
-    return next((t.name for t in step.src if t is not None and t.op == "weight"), step.out.name or step.out.op)
-
-
-def step_bytes(step: Step, values: dict[Symbol, int], cells: int) -> int:
-    """Bytes that a step must read and write at least: weights and values once, of a cache `cells` cells."""
-    def sizes(t: Tensor) -> list[int]:
-        return [values[d] if isinstance(d, Symbol) else d for d in t.shape]
-
-    def nbytes(t: Tensor) -> int:
-        source, shape = root(t), sizes(t)
-        if source.op == "cache":
-            shape[1] = min(cells, shape[1])
-        elif source.op == "weight" and step.op == "get_rows":
-            shape[0] = values[TOKENS]
-        elif source.op == "weight" and step.op.endswith("_id") and (ids := step.src[3]) is not None:
-            shape[0] = min(shape[0], math.prod(sizes(ids)))
-        return math.prod(shape[:-1]) * tensor_type(source.type).row_bytes(shape[-1])
-
-    reads = sum(nbytes(t) for t in step.src if t is not None)
-    return reads + (reads if step.op == "store" else nbytes(step.out))      # a store writes what it reads

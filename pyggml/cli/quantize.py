@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_argument_group("a mix made for this model (RECIPE is then left out)")
     target.add_argument("--target-size", type=_size, metavar="SIZE", help="largest file, such as 4.2G")
     target.add_argument("--target-bpw", type=float, metavar="N", help="bits per weight")
-    target.add_argument("-f", "--file", metavar="TEXT", help="text that the loss of each tensor is measured on")
-    target.add_argument("-c", "--ctx-size", type=int, default=256, metavar="N", help="tokens in a chunk of it (default: %(default)s)")
+    target.add_argument("-f", "--file", metavar="TEXT", help="text that the loss of each tensor is measured on; "
+                        "best one that the model was not trained on")
+    target.add_argument("-c", "--ctx-size", type=int, default=128, metavar="N", help="tokens in a chunk of it (default: %(default)s)")
     target.add_argument("--chunks", type=int, default=0, metavar="N", help="chunks of it (default: a number that takes minutes)")
     target.add_argument("--target-types", metavar="T,T...", help="types to choose from (default: the K types, IQ4_XS and Q8_0; with an imatrix "
                         "also those below 3.5 bits)")
@@ -91,7 +92,7 @@ def positional(args: argparse.Namespace, wants_mix: bool) -> tuple[str, str, Any
 
     source, *rest = args.files
     if wants_mix:
-        if not rest or len(rest) > 2:
+        if not rest or len(rest) > 2 or rest[1:] and not rest[1].isdigit():
             args.usage_error("with --target-size or --target-bpw name IN.gguf OUT.gguf [THREADS] and no recipe")
         return source, rest[0], None, threads(rest[1:], args)
     if not rest:

@@ -68,13 +68,15 @@ def cut(output: Tensor, at: Tensor) -> Tensor:
 class Yardstick:
     """A reference over chunks of tokens (chunks, n_ctx), against which variants of it are measured.
 
+    first: the first token of a chunk whose logits are scored; by default as the perplexity tools do.
     Memory: the log-probabilities of all scored tokens, and the values at each waist.
     """
 
-    def __init__(self, reference: Model, chunks: np.ndarray, *, n_ubatch: int = 512, n_threads: int | None = None) -> None:
+    def __init__(self, reference: Model, chunks: np.ndarray, *, first: int | None = None, n_ubatch: int = 512,
+                 n_threads: int | None = None) -> None:
         self.reference = reference
         n_ctx = chunks.shape[1]
-        self.first, self.at_once = first_scored(n_ctx), max(1, n_ubatch // n_ctx)
+        self.first, self.at_once = first_scored(n_ctx) if first is None else first, max(1, n_ubatch // n_ctx)
         size = self.at_once * n_ctx
         self.context = Context(reference, n_ctx=size, n_batch=size, n_ubatch=size, n_threads=n_threads, exact=True)
         self.groups = [chunks[i:i + self.at_once] for i in range(0, len(chunks), self.at_once)]

@@ -32,7 +32,7 @@ from pyggml.quantize.options import Options, Progress
 from pyggml.quantize.pipeline import Job, plan
 from pyggml.quantize.recipes import Recipe
 from pyggml.quantize.select import Choice
-from pyggml.quantize.sensitivity import Option, effort, measure
+from pyggml.quantize.sensitivity import CONTEXT, Option, effort, measure
 from pyggml.types import tensor_type
 
 # Types to choose from; with an importance matrix also the second row.
@@ -92,7 +92,7 @@ def load(path: str | os.PathLike[str]) -> Recipe:
 
 
 def allocate(source: str | os.PathLike[str], text: str, *, size: int | None = None, bits_per_weight: float | None = None,
-             types: Sequence[str] | None = None, imatrix: Any = None, allow_requantize: bool = False, n_ctx: int = 256,
+             types: Sequence[str] | None = None, imatrix: Any = None, allow_requantize: bool = False, n_ctx: int = 128,
              n_chunks: int = 0, n_threads: int = 0, progress: Progress | None = None) -> Allocation:
     """The mix with the least expected divergence whose file has at most `size` bytes, or whose tensors have `bits_per_weight`.
 
@@ -113,8 +113,8 @@ def allocate(source: str | os.PathLike[str], text: str, *, size: int | None = No
     model = Model(job.file)
     plenty = effort(sum(c.size for c in tensors), len(tensors), n_ctx, wanted, n_chunks)
     chunks = split(tokenize(model, text, n_ctx), n_ctx, plenty.n_chunks)
-    options = measure(job, [c.name for c in tensors], Yardstick(model, chunks, n_threads=n_threads or None), types, plenty.probes,
-                      n_threads=n_threads, progress=progress)
+    yardstick = Yardstick(model, chunks, first=n_ctx // CONTEXT, n_threads=n_threads or None)
+    options = measure(job, [c.name for c in tensors], yardstick, types, plenty.probes, n_threads=n_threads, progress=progress)
     fixed = sum(job.nbytes(c) for c in job.choices if c.name not in options)
     if bits_per_weight is not None:
         budget = int(bits_per_weight * job.n_weights / 8)

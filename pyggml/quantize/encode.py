@@ -21,6 +21,9 @@ from pyggml.types import TensorType
 PIECE = 1 << 18          # weights in a piece: a megabyte of floats stays in a core's cache between decoding and encoding
 AHEAD = 4                # pieces under way for each thread, so that none waits for the disk
 F16_MAX = 65504.0
+# The mean squares of an imatrix are the diagonal of a matrix of inputs that are correlated, and seen in few texts: taken at their word they
+# give up too much of what they call unimportant. Of the powers 1/2 to 1, 3/4 gave the lowest divergence over all recipes.
+TRUST = 0.75
 
 
 def n_cpus() -> int:
@@ -66,6 +69,9 @@ class Encoder:
             check(rows, kind, tensor, start)
             return encode_rows(rows, kind, None if importance is None else importance[matrix], self.search)
 
+        if importance is not None and self.search:
+            importance = importance ** np.float32(TRUST)
+
         yield from self._in_order(piece, pieces(tensor.shape))
 
     def _in_order(self, work: Any, jobs: Iterable[tuple[int, int, int]]) -> Iterator[np.ndarray]:
@@ -91,8 +97,12 @@ def decode(raw: np.ndarray, kind: TensorType) -> np.ndarray:
 
 
 def encode_rows(rows: np.ndarray, kind: TensorType, importance: np.ndarray | None, search: bool) -> np.ndarray:
-    """float32 (rows, columns) as blocks, uint8 (rows, bytes of a row)."""
-    return quants.quantize(rows, kind, importance, search=search, threads=1)
+    """Finite float32 (rows, columns) as blocks, uint8 (rows, bytes of a row)."""
+    if not kind.quantized:
+        return quants.quantize(rows, kind)
+    out = np.empty((len(rows), kind.row_bytes(rows.shape[1])), np.uint8)
+    quants.quantize_rows(rows, kind, quants.usable(importance, search), out, search, threads=1)
+    return out
 
 
 def check(rows: np.ndarray, kind: TensorType, tensor: Any, start: int) -> None:

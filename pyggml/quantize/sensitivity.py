@@ -23,6 +23,7 @@ from pyggml.types import TensorType, tensor_type
 PROBES = ("Q2_K", "Q4_K", "Q6_K")
 BUDGET = 10e12           # multiplications to spend: a minute or two on two cores
 MOST_CHUNKS = 16
+CONTEXT = 8              # an eighth of a chunk is there for context alone, the rest is scored
 SAMPLE = 1 << 18         # weights of a tensor whose errors are taken for all of them
 
 
@@ -44,15 +45,16 @@ class Effort:
 
 
 def effort(n_weights: int, n_tensors: int, n_ctx: int, bits_per_weight: float, n_chunks: int = 0) -> Effort:
-    """All probes over as many chunks as the budget allows; for a large model the one probe that is nearest to the wanted size.
+    """All probes over as many chunks as the budget allows; for a large model the two probes that enclose the wanted size, over one.
 
-    n_chunks: 0, or as many whatever it costs.
+    Few tokens rank tensors as well as many do; one probe does not do, because what a type costs far below it is no longer in
+    proportion to its error. n_chunks: 0, or as many whatever it costs.
     """
-    probe = n_tensors * n_ctx * n_weights           # of one type over one chunk: two operations a weight, half of the model on average
-    affordable = int(BUDGET / (len(PROBES) * probe))
-    nearest = min(PROBES, key=lambda t: abs(tensor_type(t).bits_per_weight - bits_per_weight))
-    probes = PROBES if max(affordable, 1) >= n_chunks and affordable else (nearest,)
-    return Effort(n_chunks or min(MOST_CHUNKS, max(1, int(BUDGET / (len(probes) * probe)))), probes)
+    chunk = n_tensors * n_ctx * n_weights           # of one probe: two operations a weight, half of the model on average
+    probes: tuple[str, ...] = PROBES
+    if max(1, n_chunks) * len(PROBES) * chunk > BUDGET:
+        probes = PROBES[:2] if bits_per_weight < tensor_type(PROBES[1]).bits_per_weight + 0.75 else PROBES[1:]
+    return Effort(n_chunks or min(MOST_CHUNKS, max(1, int(BUDGET / (len(probes) * chunk)))), probes)
 
 
 def measure(job: Job, names: Sequence[str], yardstick: Yardstick, types: Sequence[str], probes: Sequence[str], *, n_threads: int = 0,

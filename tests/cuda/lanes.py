@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from types import SimpleNamespace
 
 import greenlet
@@ -53,6 +53,7 @@ class Block:
         self.manager, self.hub = manager, greenlet.getcurrent()
         self.ready: deque[Lane] = deque()
         self.waiting: list[Lane] = []
+        self.warps: defaultdict[int, Warp] = defaultdict(Warp)
 
     def run(self, grid_point, args) -> None:
         dims = self.manager._block_dim
@@ -75,21 +76,28 @@ class Block:
         self.hub.switch()
 
 
-class Barrier:
-    """threading.Barrier for lanes of one block."""
+class Warp:
+    """32 lanes that show each other a value."""
 
-    def __init__(self, parties: int) -> None:
-        self.parties, self.arrived = parties, []
+    def __init__(self) -> None:
+        self.values: list = [None] * 32
+        self.arrived: list[Lane] = []
 
-    def wait(self, timeout=None) -> None:
-        lane = greenlet.getcurrent()
-        self.arrived.append(lane)
-        if len(self.arrived) == self.parties:
-            self.arrived.pop()
-            lane.block.ready.extend(self.arrived)
-            self.arrived = []
-        else:
-            lane.block.hub.switch()
+
+def exchange(value):
+    """(the lane's number in its warp, the values of all 32), once all have come; as prims._warp."""
+    lane = greenlet.getcurrent()
+    number, warp = lane.thread_id % 32, lane.block.warps[lane.thread_id // 32]
+    values = warp.values
+    values[number] = value
+    warp.arrived.append(lane)
+    if len(warp.arrived) == 32:
+        warp.arrived.pop()
+        lane.block.ready.extend(warp.arrived)
+        warp.values, warp.arrived = [None] * 32, []
+    else:
+        lane.block.hub.switch()
+    return number, values
 
 
 def shared_array(self, shape, dtype, alignment=None):
@@ -106,10 +114,9 @@ def shared_array(self, shape, dtype, alignment=None):
     return self._allocations[key]
 
 
-def install(*modules) -> None:
-    """Let the simulator, and modules that synchronise lanes through `threading`, use lanes."""
-    shim = SimpleNamespace(**{n: getattr(threading, n) for n in ("Lock", "Thread", "Event")}, current_thread=greenlet.getcurrent, Barrier=Barrier)
-    for module in (kernelapi, *modules):
-        module.threading = shim
+def install(prims) -> None:
+    """Let the simulator, and the warps of prims, use lanes."""
+    kernelapi.threading = SimpleNamespace(Lock=threading.Lock, current_thread=greenlet.getcurrent)
     kernel.BlockManager.run = lambda self, grid_point, *args: Block(self).run(grid_point, args)
     kernelapi.FakeCUDAShared.array = shared_array
+    prims._warp = exchange

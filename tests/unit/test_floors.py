@@ -15,7 +15,7 @@ FLOORS = [
     {"graph", "fuse", "lower", "plan", "backward"},
     {"arch"},
     {"context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
-     "speculate"},
+     "speculate", "roofline"},
     {"quantize", "train", "convert", "serve", "measure"},
     {"cli", "__init__", "__main__"},
 ]

@@ -55,11 +55,15 @@ def test_estimates_go_through_the_probes():
 
 @pytest.mark.parametrize(("n_weights", "n_tensors"), [(6e6, 43), (30e6, 57), (1.1e9, 155), (8e9, 225)])
 def test_effort_stays_within_the_budget(n_weights, n_tensors):
-    found = effort(int(n_weights), n_tensors, 256, 4.6)
-    cost = found.n_chunks * len(found.probes) * n_tensors * 256 * n_weights
+    found = effort(int(n_weights), n_tensors, 128, 4.6)
+    cost = found.n_chunks * len(found.probes) * n_tensors * 128 * n_weights
     assert 1 <= found.n_chunks <= sensitivity.MOST_CHUNKS
-    assert cost <= sensitivity.BUDGET or found.n_chunks == 1 and found.probes == ("Q4_K",)
-    assert effort(int(n_weights), n_tensors, 256, 2.8, n_chunks=3).n_chunks == 3
+    assert cost <= sensitivity.BUDGET or (found.n_chunks, found.probes) == (1, ("Q2_K", "Q4_K"))
+    assert effort(int(n_weights), n_tensors, 128, 6.0, n_chunks=3).n_chunks == 3
+
+
+def test_large_models_are_tried_in_the_types_around_the_size():
+    assert [effort(8 * 10**9, 225, 128, bits).probes[0] for bits in (2.6, 4.6, 5.6)] == ["Q2_K", "Q2_K", "Q4_K"]
 
 
 def test_errors_of_a_sample_stand_for_the_whole(source, monkeypatch):

@@ -1,6 +1,6 @@
 """What each re-laid type contributes on the GPU: a group of 32 weights as four words of codes per half, and their scales.
 
-    load_X(w, o1, o2, o3, i)   the words of group i of a weight w whose planes high, scales, shared start at o1, o2, o3
+    load(w, o1, o2, o3, i)     the words of group i of a weight w whose planes high, scales, shared start at o1, o2, o3
     codes_X(x, grid)           those words -> 8 words of 4 signed bytes: words 0..3 are weights 0..15, words 4..7 weights 16..31
     scales_X(x, i)             -> (scale, scale, min, min) of the two halves
     weight = scale * (code - zero) + min, rounded in this order: the floats of pyggml.quants, bit for bit
@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.backends.cuda.layout import LAYOUTS
+from pyggml.backends.cuda.layout import LAYOUTS, Layout
 from pyggml.backends.cuda.prims import (
     device,
     float_of,
     half,
     halves,
+    load8,
     load16,
     load32,
     load64,
@@ -40,129 +41,36 @@ from pyggml.quants.codebooks import codebook
 u32, i32, f32 = np.uint32, np.int32, np.float32
 
 
-# ---- loads: one shape per set of planes; low words first, then high, scales, shared ---------------------------------------------------
+# ---- loads: the words of each plane, one plane after another ------------------------------------------------------------------------------
 
 @device
-def load_16_2(w, o1, o2, o3, i):
-    q = stream128(w, 16 * i)
-    return q[0], q[1], q[2], q[3], stream16(w, o2 + 2 * i)
+def nothing(w, at):
+    return ()
 
 
-@device
-def load_16_1(w, o1, o2, o3, i):
-    q = stream128(w, 16 * i)
-    return q[0], q[1], q[2], q[3], stream8(w, o2 + i)
+def _one(load: Any) -> Any:
+    @device
+    def one(w, at):
+        return (load(w, at),)
+    return one
 
 
-@device
-def load_16_4(w, o1, o2, o3, i):
-    q = stream128(w, 16 * i)
-    return q[0], q[1], q[2], q[3], stream32(w, o2 + 4 * i)
+# bytes of an entry -> how to load it, for weights that are read once (past L1) and for those that neighbours read again
+_ONCE = {0: nothing, 1: _one(stream8), 2: _one(stream16), 4: _one(stream32), 8: stream64, 16: stream128}
+_AGAIN = {0: nothing, 1: _one(load8), 2: _one(load16), 4: _one(load32), 8: load64, 16: load128}
 
 
-@device
-def load_16_h4_2(w, o1, o2, o3, i):
-    q = stream128(w, 16 * i)
-    return q[0], q[1], q[2], q[3], stream32(w, o1 + 4 * i), stream16(w, o2 + 2 * i)
+def loader(layout: Layout, once: bool) -> Any:
+    """(w, o1, o2, o3, i) -> the words of group i; what several groups share goes through L1 in any case."""
+    by_size = _ONCE if once else _AGAIN
+    low, high, scales, shared = (*(by_size[size] for size in layout.entries[:3]), _AGAIN[layout.entries[3]])
+    n_low, n_high, n_scales, n_shared = layout.entries
+    sharing = layout.shared.bit_length() - 1
 
-
-@device
-def load_16_h4_4(w, o1, o2, o3, i):
-    q = stream128(w, 16 * i)
-    return q[0], q[1], q[2], q[3], stream32(w, o1 + 4 * i), stream32(w, o2 + 4 * i)
-
-
-@device
-def load_32_2(w, o1, o2, o3, i):
-    q, r = stream128(w, 16 * i), stream128(w, o1 + 16 * i)
-    return q[0], q[1], q[2], q[3], r[0], r[1], r[2], r[3], stream16(w, o2 + 2 * i)
-
-
-@device
-def load_32_s4(w, o1, o2, o3, i):
-    q, r = stream128(w, 16 * i), stream128(w, o1 + 16 * i)
-    return q[0], q[1], q[2], q[3], r[0], r[1], r[2], r[3], load32(w, o3 + 4 * (i >> 3))
-
-
-@device
-def load_8_2_s4(w, o1, o2, o3, i):
-    q = stream64(w, 8 * i)
-    return q[0], q[1], stream16(w, o2 + 2 * i), load32(w, o3 + 4 * (i >> 3))
-
-
-@device
-def load_8_h4_2_s2(w, o1, o2, o3, i):
-    q = stream64(w, 8 * i)
-    return q[0], q[1], stream32(w, o1 + 4 * i), stream16(w, o2 + 2 * i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_16_s16(w, o1, o2, o3, i):
-    q, s = stream128(w, 16 * i), load128(w, o3 + 16 * (i >> 3))      # the eight lanes of a block read the same 16 bytes
-    return q[0], q[1], q[2], q[3], s[0], s[1], s[2], s[3]
-
-
-@device
-def load_16_h4_s16(w, o1, o2, o3, i):
-    q, s = stream128(w, 16 * i), load128(w, o3 + 16 * (i >> 3))
-    return q[0], q[1], q[2], q[3], s[0], s[1], s[2], s[3], stream32(w, o1 + 4 * i)
-
-
-@device
-def load_16_h8_2_s2(w, o1, o2, o3, i):
-    q, h = stream128(w, 16 * i), stream64(w, o1 + 8 * i)
-    return q[0], q[1], q[2], q[3], h[0], h[1], stream16(w, o2 + 2 * i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_16_1_s2(w, o1, o2, o3, i):
-    q = stream128(w, 16 * i)
-    return q[0], q[1], q[2], q[3], stream8(w, o2 + i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_4_s2(w, o1, o2, o3, i):                                     # Q1_0: four groups share a scale
-    return stream32(w, 4 * i), load16(w, o3 + 2 * (i >> 2))
-
-
-@device
-def load_8_s2_by2(w, o1, o2, o3, i):                                 # Q2_0: two groups share a scale
-    q = stream64(w, 8 * i)
-    return q[0], q[1], load16(w, o3 + 2 * (i >> 1))
-
-
-@device
-def load_8_s2(w, o1, o2, o3, i):
-    q = stream64(w, 8 * i)
-    return q[0], q[1], load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_8_1_s2(w, o1, o2, o3, i):
-    q = stream64(w, 8 * i)
-    return q[0], q[1], stream8(w, o2 + i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_8_2_s2(w, o1, o2, o3, i):
-    q = stream64(w, 8 * i)
-    return q[0], q[1], stream16(w, o2 + 2 * i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_8_h4_s2(w, o1, o2, o3, i):
-    q = stream64(w, 8 * i)
-    return q[0], q[1], stream32(w, o1 + 4 * i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_4_2_s2(w, o1, o2, o3, i):
-    return stream32(w, 4 * i), stream16(w, o2 + 2 * i), load16(w, o3 + 2 * (i >> 3))
-
-
-@device
-def load_4_h2_1_s2(w, o1, o2, o3, i):
-    return stream32(w, 4 * i), stream16(w, o1 + 2 * i), stream8(w, o2 + i), load16(w, o3 + 2 * (i >> 3))
+    @device
+    def load(w, o1, o2, o3, i):
+        return low(w, n_low * i) + high(w, o1 + n_high * i) + scales(w, o2 + n_scales * i) + shared(w, o3 + n_shared * (i >> sharing))
+    return load
 
 
 # ---- codes ------------------------------------------------------------------------------------------------------------------------------
@@ -177,21 +85,12 @@ def codes_4(x, grid):
 
 
 @device
-def codes_5_at(x, h):
+def codes_5(x, grid):
+    h = x[4]
     return (x[0] & NIBBLES | (h & ONES) << 4, x[1] & NIBBLES | (h >> 1 & ONES) << 4,
             x[2] & NIBBLES | (h >> 2 & ONES) << 4, x[3] & NIBBLES | (h >> 3 & ONES) << 4,
             x[0] >> 4 & NIBBLES | h & ONES << 4, x[1] >> 4 & NIBBLES | h >> 1 & ONES << 4,
             x[2] >> 4 & NIBBLES | h >> 2 & ONES << 4, x[3] >> 4 & NIBBLES | h >> 3 & ONES << 4)
-
-
-@device
-def codes_5(x, grid):
-    return codes_5_at(x, x[4])
-
-
-@device
-def codes_5_K(x, grid):
-    return codes_5_at(x, x[8])
 
 
 @device
@@ -386,18 +285,20 @@ def scales_q8_K(x, i):
     return d, d, ZERO, ZERO
 
 
-@device
-def scales_k4(x, i):
-    """Words 4..7: d and dmin, then twelve bytes of 6-bit scales and mins (drawn in pyggml/quants/kquants.py)."""
-    d, dmin = halves(x[4])
-    a, b, c = x[5], x[6], x[7]
-    j = u32(i & 3) << 3                                              # the byte of each word that this group has a part in
-    if i & 4:
-        s, m = c >> j & u32(15) | (a >> j & u32(0xC0)) >> 2, c >> j >> 4 & u32(15) | (b >> j & u32(0xC0)) >> 2
-    else:
-        s, m = a >> j & u32(63), b >> j & u32(63)
-    scale, low = d * f32(s), -dmin * f32(m)
-    return scale, scale, low, low
+def k4_at(n: int) -> Any:
+    @device
+    def scales(x, i):
+        """Words n ..: d and dmin, then twelve bytes of 6-bit scales and mins (drawn in pyggml/quants/kquants.py)."""
+        d, dmin = halves(x[n])
+        a, b, c = x[n + 1], x[n + 2], x[n + 3]
+        j = u32(i & 3) << 3                                          # the byte of each word that this group has a part in
+        if i & 4:
+            s, m = c >> j & u32(15) | (a >> j & u32(0xC0)) >> 2, c >> j >> 4 & u32(15) | (b >> j & u32(0xC0)) >> 2
+        else:
+            s, m = a >> j & u32(63), b >> j & u32(63)
+        scale, low = d * f32(s), -dmin * f32(m)
+        return scale, scale, low, low
+    return scales
 
 
 @device
@@ -491,34 +392,34 @@ def scales_iq1_m(x, i):
 
 _iq4, _fp4 = table_codes("iq4_values"), table_codes("fp4_values")
 
-_PARTS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "Q4_0": (load_16_2, codes_4, half_at(4)),
-    "Q4_1": (load_16_4, codes_4, half_and_min_at(4)),
-    "Q5_0": (load_16_h4_2, codes_5, half_at(5)),
-    "Q5_1": (load_16_h4_4, codes_5, half_and_min_at(5)),
-    "Q8_0": (load_32_2, codes_8, half_at(8)),
-    "Q8_1": (load_32_2, codes_8, half_at(8)),
-    "Q8_K": (load_32_s4, codes_8, scales_q8_K),
-    "Q2_K": (load_8_2_s4, codes_2, scales_q2_K),
-    "Q3_K": (load_8_h4_2_s2, codes_3, scales_q3_K),
-    "Q4_K": (load_16_s16, codes_4, scales_k4),
-    "Q5_K": (load_16_h4_s16, codes_5_K, scales_k4),
-    "Q6_K": (load_16_h8_2_s2, codes_6, scales_q6_K),
-    "IQ4_NL": (load_16_2, _iq4, half_at(4)),
-    "IQ4_XS": (load_16_1_s2, _iq4, scales_iq4_xs),
-    "MXFP4": (load_16_1, _fp4, scales_mxfp4),
-    "NVFP4": (load_16_2, _fp4, scales_nvfp4),
-    "Q1_0": (load_4_s2, codes_1, half_at(1)),
-    "Q2_0": (load_8_s2_by2, codes_2, half_at(2)),
-    "TQ1_0": (load_8_s2, codes_2, half_at(2)),
-    "TQ2_0": (load_8_s2, codes_2, half_at(2)),
-    "IQ2_XXS": (load_8_s2, codes_iq2_xxs, scales_iq2_xxs),
-    "IQ2_XS": (load_8_1_s2, codes_iq2_xs, scales_iq2_xs),
-    "IQ2_S": (load_8_2_s2, codes_iq2_s, scales_iq2_s),
-    "IQ3_XXS": (load_8_h4_s2, codes_iq3_xxs, scales_iq3_xxs),
-    "IQ3_S": (load_8_h4_2_s2, codes_iq3_s, scales_iq3_s),
-    "IQ1_S": (load_4_2_s2, codes_iq1_s, scales_iq1_s),
-    "IQ1_M": (load_4_h2_1_s2, codes_iq1_m, scales_iq1_m),
+_PARTS: dict[str, tuple[Callable, Callable]] = {
+    "Q4_0": (codes_4, half_at(4)),
+    "Q4_1": (codes_4, half_and_min_at(4)),
+    "Q5_0": (codes_5, half_at(5)),
+    "Q5_1": (codes_5, half_and_min_at(5)),
+    "Q8_0": (codes_8, half_at(8)),
+    "Q8_1": (codes_8, half_at(8)),
+    "Q8_K": (codes_8, scales_q8_K),
+    "Q2_K": (codes_2, scales_q2_K),
+    "Q3_K": (codes_3, scales_q3_K),
+    "Q4_K": (codes_4, k4_at(4)),
+    "Q5_K": (codes_5, k4_at(5)),
+    "Q6_K": (codes_6, scales_q6_K),
+    "IQ4_NL": (_iq4, half_at(4)),
+    "IQ4_XS": (_iq4, scales_iq4_xs),
+    "MXFP4": (_fp4, scales_mxfp4),
+    "NVFP4": (_fp4, scales_nvfp4),
+    "Q1_0": (codes_1, half_at(1)),
+    "Q2_0": (codes_2, half_at(2)),
+    "TQ1_0": (codes_2, half_at(2)),
+    "TQ2_0": (codes_2, half_at(2)),
+    "IQ2_XXS": (codes_iq2_xxs, scales_iq2_xxs),
+    "IQ2_XS": (codes_iq2_xs, scales_iq2_xs),
+    "IQ2_S": (codes_iq2_s, scales_iq2_s),
+    "IQ3_XXS": (codes_iq3_xxs, scales_iq3_xxs),
+    "IQ3_S": (codes_iq3_s, scales_iq3_s),
+    "IQ1_S": (codes_iq1_s, scales_iq1_s),
+    "IQ1_M": (codes_iq1_m, scales_iq1_m),
 }
 HAS_MIN = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
 
@@ -527,7 +428,8 @@ HAS_MIN = {"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"}
 class Decoder:
     """One type for kernels that are generic over types; the numbers are constants when a kernel is compiled."""
 
-    load: Any
+    load: Any               # for weights that are read once
+    load_again: Any         # for weights that a neighbour reads soon
     codes: Any
     scales: Any
     zero: int
@@ -538,7 +440,7 @@ class Decoder:
 @cache
 def decoder(type_name: str) -> Decoder:
     layout = LAYOUTS[type_name]
-    return Decoder(*_PARTS[type_name], zero=layout.zero, halves=layout.span == 16, has_min=type_name in HAS_MIN)
+    return Decoder(loader(layout, True), loader(layout, False), *_PARTS[type_name], zero=layout.zero, halves=layout.span == 16, has_min=type_name in HAS_MIN)
 
 
 @cache

@@ -1,0 +1,97 @@
+"""Products with many columns, dense and of experts, against numpy."""
+
+import numpy as np
+import pytest
+from device_case import nmse, run, view, weight
+
+from pyggml.backends.cuda import gemm as kernels
+from pyggml.backends.cuda import moe
+from pyggml.ops import OPS
+
+HALF = 1e-6                                     # activations and weights are half floats: NMSE
+rng = np.random.default_rng(8)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("tile", [(64, 32), (64, 64), (128, 128)])
+@pytest.mark.parametrize("name,k", [("Q4_0", 160), ("F16", 76)])
+def test_a_product_with_every_epilogue(monkeypatch, tile, name, k):
+    monkeypatch.setattr(kernels, "tile_of", lambda *_: tile)
+    tokens, m = 18, 37
+    w, numeric = weight(numbers(m, k), name)
+    x, norm, bias, residual = numbers(tokens, k), numbers(k), numbers(m), numbers(tokens, m)
+    out = np.full((tokens, m), 7, np.float32)
+    run("mul_mat", view(out, 0), [w, view(x, 0), view(norm), view(bias), view(residual, 0)], i=[0, 0, 0], f=[1e-5, 0.5], tokens=tokens - 1)
+    want = OPS["rms_norm"].reference(x, norm, 1e-5) @ numeric.T * 0.5 + bias + residual
+    assert nmse(out[:-1], want[:-1]) < HALF
+    assert (out[-1] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "IQ1_S", "BF16"])
+def test_types(name):
+    w, numeric = weight(numbers(9, 256), name)
+    x, out = numbers(9, 256), np.zeros((9, 9), np.float32)
+    run("mul_mat", view(out), [w, view(x), None, None, None], i=[0, 0, 0], f=[0, 1])
+    assert nmse(out, x @ numeric.T) < HALF
+
+
+def test_gated_units():
+    wg, g = weight(numbers(8, 64), "Q8_0")
+    wu, u = weight(numbers(8, 64), "F16")
+    x, out = numbers(9, 64), np.zeros((9, 8), np.float32)
+    run("glu_mat", view(out), [wg, view(x), None, wu, None, None], i=[0, 0, 0, 0], f=[0])
+    assert nmse(out, OPS["glu"].reference(x @ g.T, x @ u.T, "silu")) < HALF
+
+
+def test_large_tiles_where_they_fill_the_gpu():
+    assert kernels.tile_of(4096, 512) == (128, 128) and kernels.tile_of(4096, 9) == (64, 32) and kernels.tile_of(14336, 64) == (64, 64)
+
+
+# ---- experts ----------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_route(gating, normalize):
+    logits = numbers(3, 37)
+    logits[1, [5, 30]] = 9                      # equal logits go to the lower expert
+    ids, weights = np.full((3, 4), -1, np.int32), np.zeros((3, 4), np.float32)
+    run("moe_route", view(ids, 0), [view(logits, 0), view(weights, 0)], i=[gating == "sigmoid", normalize], f=[1.5], tokens=2)
+    wanted = OPS["moe_ids"].reference(logits, 4)
+    assert (ids[:2] == wanted[:2]).all() and (ids[2] == -1).all()
+    assert nmse(weights[:2], OPS["moe_weights"].reference(logits, wanted, gating, normalize, 1.5)[:2]) < 1e-12
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_sum(residual):
+    y, w, r, out = numbers(3, 2, 20), numbers(3, 2), numbers(3, 20), np.full((3, 20), 7, np.float32)
+    run("moe_sum", view(out, 0), [view(y, 0), view(w, 0), view(r, 0) if residual else None], tokens=2)
+    assert nmse(out[:2], (OPS["moe_sum"].reference(y, w) + (r if residual else 0))[:2]) < 1e-12
+    assert (out[2] == 7).all()
+
+
+@pytest.mark.parametrize("pairs_at_most", [32, 0], ids=["matvec", "tensor cores"])
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_products_of_experts(monkeypatch, pairs_at_most, own_rows):
+    monkeypatch.setattr(moe, "PAIRS", pairs_at_most)
+    tokens, used, experts, m, k = 4, 2, 3, 5, 64
+    w, numeric = weight(numbers(experts, m, k), "Q8_0")
+    ids = np.array([[2, 0], [0, 1], [2, 1], [1, 0]], np.int32)
+    x = numbers(tokens, used, k) if own_rows else numbers(tokens, k)
+    out = np.full((tokens, used, m), 7, np.float32)
+    run("mul_mat_id", view(out, 0), [w, view(x, 0), None, view(ids, 0)], i=[0, 0], f=[0], tokens=3)
+    assert nmse(out[:3], OPS["matmul_id"].reference(numeric, x, ids)[:3]) < 1e-4
+    assert (out[3] == 7).all()
+
+
+@pytest.mark.parametrize("pairs_at_most", [32, 0], ids=["matvec", "tensor cores"])
+def test_gated_experts(monkeypatch, pairs_at_most):
+    monkeypatch.setattr(moe, "PAIRS", pairs_at_most)
+    wg, g = weight(numbers(3, 4, 256), "Q4_K")
+    wu, u = weight(numbers(3, 4, 256), "Q6_K")
+    x, norm, ids, out = numbers(2, 256), numbers(256), np.array([[2, 0], [0, 1]], np.int32), np.zeros((2, 2, 4), np.float32)
+    run("glu_mat_id", view(out, 0), [wg, view(x, 0), view(norm), view(ids, 0), wu], i=[0, 0, 0, 1], f=[1e-5], tokens=2)
+    y, product = OPS["rms_norm"].reference(x, norm, 1e-5), OPS["matmul_id"].reference
+    assert nmse(out, OPS["glu"].reference(product(g, y, ids), product(u, y, ids), "gelu")) < 3e-4
