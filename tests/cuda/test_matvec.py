@@ -45,10 +45,11 @@ def test_columns_norm_bias_residual_and_scale(name):
 
 @pytest.mark.parametrize("gate,up", [("Q4_0", "Q6_K"), ("F32", "F16")])
 @pytest.mark.parametrize("kind", GLU)
-def test_gated_units(gate, up, kind):
+@pytest.mark.parametrize("columns", [1, 2])
+def test_gated_units(gate, up, kind, columns):
     wg, g = weight(numbers(3, 256), gate)
     wu, u = weight(numbers(3, 256), up)
-    x, a, b, out = numbers(2, 256), numbers(3), numbers(3), np.zeros((2, 3), np.float32)
+    x, a, b, out = numbers(columns, 256), numbers(3), numbers(3), np.zeros((columns, 3), np.float32)
     run("glu_mat", view(out), [wg, view(x), None, wu, view(a), view(b)], i=[0, 0, 0, GLU.index(kind)], f=[EPS])
     seen = seen_by(gate, x)
     assert nmse(out, OPS["glu"].reference(seen @ g.T + a, seen @ u.T + b, kind)) < ROUNDING

@@ -27,7 +27,6 @@ from pyggml.backends.cuda.upload import device_constant
 
 WARPS = 4                       # of a block
 COLUMNS = 8                     # most columns of one launch's tile
-GATED_COLUMNS = 4               # ... with two matrices, whose sums would not fit the registers otherwise
 FULL_WARPS = 132 * 16           # a grid with fewer warps than this leaves a large GPU idle: split K over a block's warps
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
@@ -135,6 +134,7 @@ class Form:
     glu: int = 0            # GLU_*
     bias: bool = False
     residual: bool = False
+    onto: bool = False      # dst holds the gate, whose activation the product is multiplied with
 
 
 @cache
@@ -142,13 +142,14 @@ def matvec_kernel(form: Form) -> Any:
     fetch_a, times_a = factor(form.gate).fetch, factor(form.gate).times
     fetch_b, times_b = factor(form.up or form.gate).fetch, factor(form.up or form.gate).times
     rows, columns, ahead, split, experts, glu = form.rows, form.columns, form.ahead, form.split, form.experts, form.glu
-    gated, with_bias, with_residual = bool(form.up), form.bias, form.residual
-    cells = rows * columns                      # sums of a warp, and as many again for the second matrix
-    parts = 2 * cells * WARPS if split > 1 else 1
+    gated, with_bias, with_residual, onto = bool(form.up), form.bias, form.residual, form.onto
+    cells = rows * columns
+    sums = 2 * cells if gated else cells        # of a warp: the first matrix's, then the second's
+    parts = sums * WARPS if split > 1 else 1
     tiles = WARPS // split
 
     @device
-    def add_unit(acc, acc_b, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first, last, units, unit):
+    def add_unit(acc, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first, last, units, unit):
         """What one unit of each row adds; written out `ahead` times, as the compiler would not unroll a loop of this size. `last`: the last row."""
         here = min(unit, units - 1)
         keep = f32(1) if unit < units else f32(0)
@@ -161,7 +162,7 @@ def matvec_kernel(form: Form) -> Any:
                 acc[r * columns + n] += times_a(q, act, min(column + n, total - 1), total, units, here, keep)
             if gated:
                 for n in range(columns):
-                    acc_b[r * columns + n] += times_b(q_b, act, min(column + n, total - 1), total, units, here, keep)
+                    acc[cells + r * columns + n] += times_b(q_b, act, min(column + n, total - 1), total, units, here, keep)
 
     @kernel
     def matvec(w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, m, units,
@@ -175,41 +176,36 @@ def matvec_kernel(form: Form) -> Any:
             first, column = i64(ids[t0]) * m, t0 // share
         if t0 >= count or (split == 1 and row0 >= m):
             return
-        acc, acc_b = cuda.local.array(cells, np.float32), cuda.local.array(cells, np.float32)
-        for i in range(cells):
-            acc[i], acc_b[i] = 0, 0
+        acc = cuda.local.array(sums, np.float32)
+        for i in range(sums):
+            acc[i] = 0
         for base in range(lane + 32 * ahead * (warp % split), units, 32 * ahead * split):
-            add_unit(acc, acc_b, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base)
+            add_unit(acc, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base)
             if ahead > 1:
-                add_unit(acc, acc_b, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 32)
+                add_unit(acc, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 32)
             if ahead > 2:
-                add_unit(acc, acc_b, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 64)
-                add_unit(acc, acc_b, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 96)
-        for i in range(cells):
+                add_unit(acc, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 64)
+                add_unit(acc, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 96)
+        for i in range(sums):
             acc[i] = warp_sum(acc[i])
-        if gated:
-            for i in range(cells):
-                acc_b[i] = warp_sum(acc_b[i])
         if split > 1:
             shared = cuda.shared.array(parts, np.float32)
             if lane == 0:
-                for i in range(cells):
-                    shared[2 * cells * warp + i] = acc[i]
-                    shared[2 * cells * warp + cells + i] = acc_b[i]
+                for i in range(sums):
+                    shared[sums * warp + i] = acc[i]
             cuda.syncthreads()
             if warp > 0:
                 return
-            for i in range(cells):
+            for i in range(sums):
                 for other in range(1, WARPS):
-                    acc[i] += shared[2 * cells * other + i]
-                    acc_b[i] += shared[2 * cells * other + cells + i]
+                    acc[i] += shared[sums * other + i]
         # lane i finishes sum i: picked in a loop so small that it is unrolled, as an index known late would put the sums into memory
         y, z = f32(0), f32(0)
         for i in range(cells):
             y = acc[i] if lane == i else y
         if gated:
             for i in range(cells):
-                z = acc_b[i] if lane == i else z
+                z = acc[cells + i] if lane == i else z
         row, n = row0 + lane // columns, t0 + lane % columns
         if lane < cells and row < m and n < count:
             at = i64(n) * m + row
@@ -223,6 +219,8 @@ def matvec_kernel(form: Form) -> Any:
                     y += bias[row]
                 if with_residual:
                     y += residual[at]
+                if onto:
+                    y *= activation(dst[at], glu)
             dst[at] = y
     return matvec
 
@@ -253,8 +251,12 @@ def shape_of(m: int, units: int, columns: int, gated: bool) -> dict[str, int]:
 
 def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: DeviceView | None, dst: DeviceView, slots: Any, stream: Any,
            scratch: Scratch, *, act_id: int = -1, eps: float = 0, scale: float = 1, bias: DeviceView | None = None, bias_up: DeviceView | None = None,
-           residual: DeviceView | None = None, ids: DeviceView | None = None, glu: int = 0) -> None:
+           residual: DeviceView | None = None, ids: DeviceView | None = None, glu: int = 0, onto: bool = False) -> None:
     """dst (T, M) = x Wᵀ with its epilogue, or with `ids` (T, U) dst (T, U, M), one expert's product for each of a token's pairs."""
+    if up is not None and ids is None and dst.shape[0] > 1:         # two matrices' sums of several columns would not fit the registers
+        matvec(weight, None, x, norm, dst, slots, stream, scratch, act_id=act_id, eps=eps, bias=bias)
+        matvec(up, None, x, norm, dst, slots, stream, scratch, act_id=act_id, eps=eps, bias=bias_up, glu=glu, onto=True)
+        return
     f = factor(weight.type)
     k, m, units = x.shape[-1], weight.rows, weight.k // f.unit
     act, total = x.array, math.prod(x.shape[:-1])
@@ -262,10 +264,10 @@ def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: D
         prepare(f.act, act_id, x, norm, eps, slots, stream, scratch)
         act = scratch.act
     limit, per_token = math.prod(dst.shape[:-1]), math.prod(dst.shape[1:-1])
-    columns = 1 if ids is not None else min(GATED_COLUMNS if up is not None else COLUMNS, 1 << (limit - 1).bit_length())
+    columns = 1 if ids is not None else min(COLUMNS, 1 << (limit - 1).bit_length())
     shape = shape_of(m, units, columns, up is not None)
     form = Form(weight.type, up.type if up is not None else "", columns=columns, experts=ids is not None, glu=glu, bias=bias is not None,
-                residual=residual is not None, **shape)
+                residual=residual is not None, onto=onto, **shape)
     tiles = shape["rows"] * (WARPS // shape["split"])
     second = planes_of(up if up is not None else weight)
     matvec_kernel(form)[(-(-m // tiles), -(-limit // columns)), 32 * WARPS, stream](
