@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-format", choices=("gguf", "dat"), default="gguf", help="dat: llama.cpp's old format (default: %(default)s)")
     parser.add_argument("--process-output", action="store_true", help="also collect for output.weight")
     parser.add_argument("--chunk", "--from-chunk", type=int, default=0, metavar="N", help="leave out the first N chunks of the text")
-    parser.add_argument("--in-file", action="append", default=[], metavar="FILE", help="add what this file knows; repeatable, or several with commas between")
+    parser.add_argument("--in-file", action="append", default=[], metavar="FILE",
+                        help="add what this file knows; repeatable, or several with commas between")
     parser.add_argument("-ofreq", "--output-frequency", type=int, default=10, metavar="N", help="save every N chunks (default: %(default)s)")
     parser.add_argument("--save-frequency", type=int, default=0, metavar="N", help="keep a copy FILE.at_N every N chunks (0: none)")
     parser.add_argument("--no-ppl", action="store_true", help="do not compute the text's perplexity on the way")

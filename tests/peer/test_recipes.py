@@ -38,7 +38,8 @@ def test_llama_cpp_runs_what_pyggml_quantizes(source, tmp_path, recipe):
     quantize_file(path, target, recipe, imatrix=imatrix)
     used = {t.type.name for t in formats.open(target).tensors.values()}
     assert len(used) > 1 or recipe == "F32"
-    options = llama_cpp_bench.arguments(["-m", target, "-t", "1", "-fa", "0", "--repack", "0", "--logits", "-", "--tokens", ",".join(map(str, tokens))])
+    options = llama_cpp_bench.arguments(["-m", target, "-t", "1", "-fa", "0", "--repack", "0", "--logits", "-",
+                                         "--tokens", ",".join(map(str, tokens))])
     expected = llama_cpp_bench.logits(llama_cpp_bench.open_model(options), options)
     llama = Llama(target, n_ctx=len(tokens), n_threads=1, logits_all=True, verbose=False)
     llama.eval(tokens.tolist())
