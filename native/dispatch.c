@@ -75,10 +75,13 @@ int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
 }
 
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search) {
-    void (*encode)(int64_t, const float *, void *, const float *) = search && kernels->search[type] ? kernels->search[type] : kernels->quantize[type];
-    if (!encode) return 1;
+    if (kernels->encode[type]) {
+        kernels->encode[type](n_rows, n_per_row, src, dst, importance, search);
+        return 0;
+    }
+    if (!kernels->quantize[type]) return 1;
     int64_t row_bytes = kernels->row_bytes(type, n_per_row);
-    for (int64_t r = 0; r < n_rows; r++) encode(n_per_row, src + r * n_per_row, (char *)dst + r * row_bytes, importance);
+    for (int64_t r = 0; r < n_rows; r++) kernels->quantize[type](n_per_row, src + r * n_per_row, (char *)dst + r * row_bytes, importance);
     return 0;
 }
 

@@ -72,9 +72,11 @@ void pool_barrier(worker *w);
 //  mul_mat_id      dst (T, U, M)         src W (E, M, K), x (T, K) or (T, U, K), norm|-1, ids          i act_id, format  f eps
 //  glu_mat_id      dst (T, U, M)         src Wgate (E, M, K), x (T, K), norm|-1, ids, Wup              i act_id, format, 0, GLU_*  f eps
 //  moe_sum         dst (T, M)            src y (T, U, M), weights (T, U), residual (T, M)|-1
+//  peak            dst (C)               src bytes (C, n)                                              i PEAK_*    (in no plan: measures the machine)
 enum { GLU_SILU, GLU_GELU, GLU_RELU };
 enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
 enum { MOE_SOFTMAX, MOE_SIGMOID };
+enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ };
 // Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
 // For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp.
 enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K };
@@ -83,7 +85,7 @@ enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K };
 #define PYG_OPS(OP) \
     OP(get_rows) OP(rms_norm) OP(mul_mat) OP(glu_mat) OP(prepare) OP(add) OP(mul) OP(scale) OP(glu) \
     OP(rope_table) OP(rope) OP(store) OP(attention) OP(attention_step) \
-    OP(moe_route) OP(mul_mat_id) OP(glu_mat_id) OP(moe_sum)
+    OP(moe_route) OP(mul_mat_id) OP(glu_mat_id) OP(moe_sum) OP(peak)
 enum {
 #define OP(name) OP_##name,
     PYG_OPS(OP)
@@ -99,7 +101,8 @@ typedef struct {
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
     void (*dequantize[N_TYPES])(int64_t n, const void *src, float *dst);
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
-    void (*search[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);     // quantize with a wider, slower search
+    // many rows at once; search: for the least error that is found, otherwise ggml's choice of scales, which is what `quantize` gives
+    void (*encode[N_TYPES])(int64_t rows, int64_t n, const float *src, void *dst, const float *importance, int search);
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact);

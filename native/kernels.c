@@ -16,6 +16,7 @@
 #include "kernels/rope.h"
 #include "kernels/attention.h"
 #include "kernels/moe.h"
+#include "kernels/peak.h"
 
 #define CAT_(a, b) a##_##b
 #define CAT(a, b) CAT_(a, b)
@@ -32,7 +33,7 @@ const kernel_table CAT(kernels, ISA) = {
                 [OP_attention] = scratch_attention, [OP_attention_step] = scratch_attention_step, [OP_moe_route] = scratch_moe_route},
     .dequantize = DEQUANTIZE_TABLE,
     .quantize = QUANTIZE_TABLE,
-    .search = SEARCH_TABLE,
+    .encode = ENCODE_TABLE,
     .dot = DOT_TABLE,
     .row_bytes = row_bytes,
     .act_format = act_format,

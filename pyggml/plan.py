@@ -22,6 +22,7 @@ from pyggml.backends.base import Input, Weights
 from pyggml.fuse import Calls, fuse, through
 from pyggml.graph import SYMBOLS, TOKENS, Shape, Symbol, Tensor
 from pyggml.lower import SMALL, Lowering, Step
+from pyggml.roofline import Batch, work
 from pyggml.types import tensor_type
 
 ALIGN = 64
@@ -160,7 +161,8 @@ class Plan:
             level = s.level
         self.output, *self.captured = (program.result(array(root(t)), t.type, draft.sizes(t), slot_of(t.shape)) for t in wanted)
         program.finish(timing)
-        self._bytes = np.zeros(len(self.steps), np.int64)
+        self._done = np.zeros((len(self.steps), 2), np.int64)       # bytes and multiplications of each step so far
+        self._kinds, self._exact = [""] * len(self.steps), bool(getattr(store, "exact", False))
 
     def run(self, pool: Any, values: dict[Symbol, int], alone: bool = False) -> bool:
         """Compute for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
@@ -168,7 +170,7 @@ class Plan:
             self.program.slots[symbol.slot] = value
         done = self.program.run(pool, alone)
         if self.program.step_ns is not None:
-            self._count_bytes(values)
+            self._count(values)
         return done
 
     def fill(self, given: dict[str, Any], counts: dict[str, int]) -> None:
@@ -196,42 +198,31 @@ class Plan:
         """What every step took so far, for a plan made with timing."""
         if self.program.step_ns is None:
             return []
-        return [StepTime(s.op, label(s), int(ns), int(n)) for s, ns, n in zip(self.steps, self.program.step_ns, self._bytes, strict=True)]
+        rows = zip(self.steps, self.program.step_ns, self._done.tolist(), self._kinds, strict=True)
+        return [StepTime(s.op, label(s), int(ns), n_bytes, macs, kind) for s, ns, (n_bytes, macs), kind in rows]
 
-    def _count_bytes(self, values: dict[Symbol, int]) -> None:
-        """Add what each step of this run had to read and write."""
+    def _count(self, values: dict[Symbol, int]) -> None:
+        """Add the work of each step of this run."""
         n = values[TOKENS]
-        cells = int(self.inputs["cell"][:n].max() - self.inputs["first"][:n].min()) + 1 if "cell" in self.inputs else 0
-        self._bytes += [step_bytes(s, values, cells) for s in self.steps]
+        cell, first = (self.inputs[name][:n] if name in self.inputs else np.zeros(n, np.int32) for name in ("cell", "first"))
+        sequences = {f: int(cell[first == f].max()) - f + 1 for f in set(first.tolist())}
+        batch = Batch(int((cell - first + 1).sum()), sum(sequences.values()))
+        for i, step in enumerate(self.steps):
+            w = work(step, lambda t: tuple(values[d] if isinstance(d, Symbol) else d for d in t.shape), batch, self._exact)
+            self._done[i] += w.bytes, w.macs
+            self._kinds[i] = w.kind
 
 
 class StepTime(NamedTuple):
-    """A step of a plan: its kind, what it writes (or the weight it reads), and nanoseconds and bytes of memory traffic so far."""
+    """A step of a plan with its share of the runs so far."""
 
     op: str
-    what: str
+    what: str           # the weight it reads, or what it writes
     ns: int
-    bytes: int
+    bytes: int          # read and written
+    macs: int           # multiplications ...
+    kind: str           # ... of "int8" or "float", "" where they are not the point
 
 
 def label(step: Step) -> str:
     return next((t.name for t in step.src if t is not None and t.op == "weight"), step.out.name or step.out.op)
-
-
-def step_bytes(step: Step, values: dict[Symbol, int], cells: int) -> int:
-    """Bytes that a step must read and write at least: weights and values once, of a cache `cells` cells."""
-    def sizes(t: Tensor) -> list[int]:
-        return [values[d] if isinstance(d, Symbol) else d for d in t.shape]
-
-    def nbytes(t: Tensor) -> int:
-        source, shape = root(t), sizes(t)
-        if source.op == "cache":
-            shape[1] = min(cells, shape[1])
-        elif source.op == "weight" and step.op == "get_rows":
-            shape[0] = values[TOKENS]
-        elif source.op == "weight" and step.op.endswith("_id") and (ids := step.src[3]) is not None:
-            shape[0] = min(shape[0], math.prod(sizes(ids)))
-        return math.prod(shape[:-1]) * tensor_type(source.type).row_bytes(shape[-1])
-
-    reads = sum(nbytes(t) for t in step.src if t is not None)
-    return reads + (reads if step.op == "store" else nbytes(step.out))      # a store writes what it reads

@@ -1,412 +1,418 @@
-// Encoders of the searched types: fit (search.h, grids.h), then put the codes where the block wants them.
-// `effort` 0 is the everyday search, 1 a wider and slower one.
+// Encoders of blocks with scales: fit VL blocks side by side (search.h; compat.h when ggml's choice is wanted), then put each block's codes
+// where the block wants them.
 #pragma once
 
-// The weights of one block: importance where it is given, else one each.
-INLINE const float *block_weights(const float *importance, int64_t k, const float *ones) { return importance ? importance + k : ones; }
-#define FOR_BLOCKS(name, QK)                                                                            \
-    float ones[QK];                                                                                     \
-    for (int i_ = 0; i_ < QK; i_++) ones[i_] = 1;                                                       \
-    block_##name *b = dst;                                                                              \
-    for (int64_t k = 0; k < n; k += QK, b++)
+typedef struct { vf x[MAX_BLOCK], w[MAX_BLOCK]; } slab;
 
-// codes = v + zero, as bytes
-INLINE void codes_of(int n, const float *v, int zero, int8_t *codes) {
-    for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_round(vf_load(v + i)) + zero);
-}
-// codes of values that are entries of a table of 16 (anything else, which only a NaN weight can bring about, gets the last code)
-INLINE void codes_of_table(int n, const float *v, const int8_t *table, int8_t *codes) {
-    for (int i = 0; i < n; i++) {
-        int c = 0;
-        while (c < 15 && table[c] != (int)v[i]) c++;
-        codes[i] = c;
+INLINE void transpose(vf t[VL]) {
+    for (int round = 1; round < VL; round *= 2) {
+        vf u[VL];
+        UNROLL(16) for (int i = 0; i < VL / 2; i++) {
+            u[2 * i] = vf_zip_low(t[i], t[i + VL / 2]);
+            u[2 * i + 1] = vf_zip_high(t[i], t[i + VL / 2]);
+        }
+        memcpy(t, u, sizeof u);
     }
+}
+// n weights from each of VL places, lane by lane.
+INLINE void load_lanes(int n, const float *const from[VL], vf *out) {
+    for (int i = 0; i < n; i += VL) {
+        vf t[VL];
+        UNROLL(16) for (int l = 0; l < VL; l++) t[l] = vf_load(from[l] + i);
+        transpose(t);
+        memcpy(out + i, t, sizeof t);
+    }
+}
+static float mean_square(int64_t n, const float *x) {      // summed in order, as ggml does
+    float sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum / n;
+}
+// Blocks k, k + 1, ... of rows of n weights (missing ones repeat the last) with what their errors weigh; returns how many there are.
+INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n, const float *x, const float *importance,
+                       plain_weights plain, importance_weights given) {
+    const float *from[VL], *weights[VL];
+    float row[VL];
+    int count = blocks - k < VL ? blocks - k : VL;
+    for (int l = 0; l < VL; l++) {
+        int64_t b = k + (l < count ? l : count - 1), per_row = n / block, r = b / per_row;
+        from[l] = x + b * block;
+        weights[l] = importance ? importance + b % per_row * block : x;
+        if (importance && given == WITH_ROW) row[l] = l && (b - 1) / per_row == r ? row[l - 1] : mean_square(n, x + r * n);
+    }
+    load_lanes(block, from, t->x);
+    if (importance) load_lanes(block, weights, t->w);
+    weigh(plain, given, importance != NULL, importance && given == WITH_ROW ? vf_load(row) : vf_set(0), block, t->x, t->w);
+    return count;
+}
+
+// The weighted squared error of n weights whose blocks are decoded to y.
+INLINE float squared_error(int n, const float *x, const float *y, const float *w) {
+    vf sum = {0};
+    for (int i = 0; i < n; i += VL) {
+        vf e = vf_load(x + i) - vf_load(y + i);
+        sum = vf_fma(vf_load(w + i) * e, e, sum);
+    }
+    return vf_sum(sum);
+}
+
+// FUNCTION from fit_FUNCTION(slab, search, weighted, out) and pack_FUNCTION(x, out, lane, block); plain, given: ggml's weights.
+// A search minimizes the plain squared error, or the weighted one that ggml minimizes: with importance alone, divergence was higher (the
+// factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). `ranked`: ggml searches too, and where its choice has the smaller error, it is taken.
+#define ENCODER_OF(function, name, QK, plain, given, ranked)                                            \
+    static void encode_##function(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
+        int64_t blocks = rows * (n / QK);                                                               \
+        block_##name *b = dst;                                                                          \
+        for (int64_t k = 0; k < blocks; k += VL) {                                                      \
+            slab t;                                                                                     \
+            fitted f;                                                                                   \
+            if (search) {                                                                               \
+                int count = load_blocks(&t, QK, k, blocks, n, x, importance, EQUAL, given);             \
+                fit_##function(&t, 1, importance != NULL, &f);                                          \
+                for (int l = 0; l < count; l++) pack_##function(x + (k + l) * QK, &f, l, b + k + l);    \
+                if (!(ranked)) continue;                                                                \
+            }                                                                                           \
+            int count = load_blocks(&t, QK, k, blocks, n, x, importance, plain, given);                 \
+            fit_##function(&t, 0, importance != NULL, &f);                                              \
+            for (int l = 0; l < count; l++) {                                                           \
+                const float *from = x + (k + l) * QK;                                                   \
+                block_##name other;                                                                     \
+                float y[2][QK], w[QK];                                                                  \
+                pack_##function(from, &f, l, search ? &other : b + k + l);                              \
+                if (!search) continue;                                                                  \
+                dequantize_##name(QK, b + k + l, y[0]);                                                 \
+                dequantize_##name(QK, &other, y[1]);                                                    \
+                for (int i = 0; i < QK; i++) w[i] = importance ? t.w[i][l] : 1;                         \
+                if (squared_error(QK, from, y[1], w) < squared_error(QK, from, y[0], w)) b[k + l] = other; \
+            }                                                                                           \
+        }                                                                                               \
+    }
+#define ENCODER(name, QK, plain, given) ENCODER_OF(name, name, QK, plain, given, 1)
+// The same for a type that a formula defines unless it is searched, or weighted and `by_importance`.
+#define ENCODER_OR_FORMULA(name, QK, by_importance, given)                                              \
+    ENCODER_OF(name##_fitted, name, QK, EQUAL, given, by_importance && importance)                      \
+    static void encode_##name(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
+        if (search || (by_importance && importance)) encode_##name##_fitted(rows, n, x, dst, importance, search); \
+        else quantize_##name(rows * n, x, dst, NULL);                                                   \
+    }
+
+// ---- codes, one block at a time -------------------------------------------------------------------------------------------------------------
+// codes = nearest value of x * factor, plus zero
+INLINE void codes_of(const levels *p, int n, const float *x, float factor, int zero, int8_t *codes) {
+    for (int i = 0; i < n; i += VL) {
+        vf t = vf_load(x + i) * factor;
+        vi_to_i8(codes + i, p->integers ? vi_round(vf_clamp(t, p->low, p->high)) + zero : nearest_place(p, t));
+    }
+}
+INLINE void affine_codes(int n, const float *x, float minimum, float factor, float top, int8_t *codes) {
+    for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_round(affine_code(vf_load(x + i), vf_set(minimum), vf_set(factor), top)));
+}
+INLINE void scaled_codes(const levels *p, int groups, int n, const float *x, const fitted *f, int l, int zero, int8_t *codes) {
+    for (int g = 0; g < groups; g++) codes_of(p, n, x + g * n, inverse(f->d[l] * f->s[g][l]), zero, codes + g * n);
+}
+INLINE void scaled_affine_codes(int groups, int n, const float *x, const fitted *f, int l, float top, int8_t *codes) {
+    for (int g = 0; g < groups; g++) affine_codes(n, x + g * n, -f->dmin[l] * f->m[g][l], inverse(f->d[l] * f->s[g][l]), top, codes + g * n);
 }
 // 256 codes -> planes of `bits` bits: plane p of each 32 bytes is 32 consecutive weights
 INLINE void pack_plane_bits(const int8_t *codes, int bits, int shift, int n_bytes, uint8_t *out) {
     int planes = 8 / bits;
     memset(out, 0, n_bytes);
-    for (int j = 0; j < n_bytes; j++)
-        for (int p = 0; p < planes; p++) out[j] |= (codes[(j / 32 * planes + p) * 32 + j % 32] >> shift & ((1 << bits) - 1)) << bits * p;
+    for (int i = 0; i < n_bytes; i += 32)
+        for (int p = 0; p < planes; p++)
+            for (int j = 0; j < 32; j++) out[i + j] |= (codes[(i / 32 * planes + p) * 32 + j] >> shift & ((1 << bits) - 1)) << bits * p;
 }
 
-#define INTEGERS(low, high, n_steps)                                                                             \
-    const float limits[2] = {low, high};                                                                \
-    const projection integers = {.project = project_integers, .relaxed = project_integers, .anchors = {low, high}, .n_anchors = 2, \
-                                 .below = 1, .above = 1, .steps = n_steps, .levels = limits}
-
-// ---- 32 weights with an importance; without one a formula defines the bytes -----------------------------------------------------------
-#define ENCODE_SYMMETRIC(name, ZERO, FIFTH)                                                             \
-    static void encode_##name(int64_t n, const float *x, void *dst, const float *importance, int effort) { \
-        INTEGERS(-(ZERO), (ZERO) - 1, 20);                                                                  \
-        FOR_BLOCKS(name, 32) {                                                                          \
-            float v[32];                                                                                \
-            int8_t codes[32];                                                                           \
-            b->d = f32_to_f16(fit_direct(&integers, 32, x + k, block_weights(importance, k, ones), effort, v)); \
-            codes_of(32, v, ZERO, codes);                                                               \
-            pack_nibbles(codes, b->qs);                                                                 \
-            FIFTH;                                                                                      \
-        }                                                                                               \
-    }
-#define ENCODE_AFFINE(name, TOP, FIFTH)                                                                 \
-    static void encode_##name(int64_t n, const float *x, void *dst, const float *importance, int effort) { \
-        FOR_BLOCKS(name, 32) {                                                                          \
-            float q[32], d, m;                                                                          \
-            int8_t codes[32];                                                                           \
-            fit_affine_direct(32, x + k, block_weights(importance, k, ones), TOP, effort, &d, &m, q);   \
-            b->d = f32_to_f16(d);                                                                       \
-            b->m = f32_to_f16(m);                                                                       \
-            codes_of(32, q, 0, codes);                                                                  \
-            pack_nibbles(codes, b->qs);                                                                 \
-            FIFTH;                                                                                      \
-        }                                                                                               \
-    }
-ENCODE_SYMMETRIC(q4_0, 8, )
-ENCODE_SYMMETRIC(q5_0, 16, pack_fifth_bits(codes, b->qh))
-ENCODE_AFFINE(q4_1, 15, )
-ENCODE_AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
-
-static void encode_q8_0(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-127, 127, 8);
-    FOR_BLOCKS(q8_0, 32) {
-        float v[32];
-        b->d = f32_to_f16(fit_direct(&integers, 32, x + k, block_weights(importance, k, ones), effort, v));
-        codes_of(32, v, 0, b->qs);
-    }
+// ---- a scale for the block ------------------------------------------------------------------------------------------------------------------
+// What the top may become: from `above` past either end of the codes down in steps. (From the smallest scale up: of equally good ones the
+// smallest leaves other groups of a block the finest steps.) Where the codes are symmetric one end is enough.
+static candidates from_ends(const levels *p, float above, float step, int n) {
+    candidates c = {0};
+    if (p->low != -p->high) add_candidates(&c, p->low - above, step, n);
+    add_candidates(&c, p->high + above, -step, n);
+    return c;
 }
-static void encode_q2_0(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-1, 2, 20);
-    FOR_BLOCKS(q2_0, 64) {
-        float v[64];
-        int8_t codes[64];
-        b->d = f32_to_f16(fit_direct(&integers, 64, x + k, block_weights(importance, k, ones), effort, v));
-        codes_of(64, v, 1, codes);
-        for (int j = 0; j < 16; j++) b->qs[j] = codes[4 * j] | codes[4 * j + 1] << 2 | codes[4 * j + 2] << 4 | codes[4 * j + 3] << 6;
+#define FIT_INTEGERS(name, QK, first, last, above, step, n)                                              \
+    static const levels levels_##name = INTEGERS(first, last);                                          \
+    static void fit_##name##_fitted(const slab *t, int search, int weighted, fitted *f) {               \
+        candidates c = search ? from_ends(&levels_##name, above, step, n) : tenths_around(-(first));    \
+        scale_fit s = !search ? fit_scale(&levels_##name, &c, 0, QK, t->x, t->w)                        \
+                    : weighted ? fit_direct(&levels_##name, &c, QK, t->x, t->w) : fit_direct(&levels_##name, &c, QK, t->x, NULL); \
+        f->d = s.scale;                                                                                 \
+        f->factor = s.factor;                                                                           \
     }
-}
-static void encode_q1_0(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    (void)effort;                              // with the signs given, the weighted mean magnitude is the best scale there is
-    FOR_BLOCKS(q1_0, 128) {
-        const float *w = block_weights(importance, k, ones);
+FIT_INTEGERS(q4_0, 32, -8, 7, 0.8f, 0.32f, 6)
+FIT_INTEGERS(q5_0, 32, -16, 15, 0.8f, 0.32f, 6)
+FIT_INTEGERS(q8_0, 32, -127, 127, 0.4f, 0.75f, 12)
+FIT_INTEGERS(q2_0, 64, -1, 2, 1, 0.1f, 21)
+FIT_INTEGERS(tq1_0, 256, -1, 1, 0.95f, 0.1f, 20)
+FIT_INTEGERS(tq2_0, 256, -1, 1, 0.95f, 0.1f, 20)
+
+#define PACK_INTEGERS(name, QK, ZERO, PUT)                                                              \
+    static void pack_##name##_fitted(const float *x, const fitted *f, int l, block_##name *b) {         \
+        int8_t codes[QK];                                                                               \
+        b->d = f32_to_f16(f->d[l]);                                                                     \
+        codes_of(&levels_##name, QK, x, f->factor[l], ZERO, codes);                                     \
+        PUT;                                                                                            \
+    }
+PACK_INTEGERS(q4_0, 32, 8, pack_nibbles(codes, b->qs))
+PACK_INTEGERS(q5_0, 32, 16, pack_nibbles(codes, b->qs); pack_fifth_bits(codes, b->qh))
+PACK_INTEGERS(q8_0, 32, 0, memcpy(b->qs, codes, 32))
+PACK_INTEGERS(q2_0, 64, 1, pack_quarters(codes, b->qs))
+PACK_INTEGERS(tq1_0, 256, 0, codes_to_tq1_0(codes, b))
+PACK_INTEGERS(tq2_0, 256, 0, codes_to_tq2_0(codes, b))
+ENCODER_OR_FORMULA(q4_0, 32, 1, WITH_ROW)
+ENCODER_OR_FORMULA(q5_0, 32, 1, WITH_ROW)
+ENCODER_OR_FORMULA(q8_0, 32, 0, AS_GIVEN)
+ENCODER_OR_FORMULA(q2_0, 64, 0, AS_GIVEN)
+ENCODER_OR_FORMULA(tq1_0, 256, 0, AS_GIVEN)
+ENCODER_OR_FORMULA(tq2_0, 256, 0, AS_GIVEN)
+
+// ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
+#define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
+#define SEARCHED_RANGES(top) {(top) - 3, 0.3f, 14, 1}
+#define AFFINE(name, TOP, FIFTH)                                                                        \
+    static void fit_##name##_fitted(const slab *t, int search, int weighted, fitted *f) {               \
+        (void)weighted;                                                                                 \
+        affine_fit a = search ? fit_affine_direct(TOP, (affine_candidates)SEARCHED_RANGES(TOP), 32, t->x, t->w) \
+                              : fit_affine(TOP, 1, BY_SQUARES, (affine_candidates)WEIGHTED_RANGES(TOP), 32, t->x, t->w); \
+        f->d = a.scale;                                                                                 \
+        f->dmin = a.minimum;                                                                            \
+        f->factor = a.factor;                                                                           \
+        f->m[0] = a.base;                                                                               \
+    }                                                                                                   \
+    static void pack_##name##_fitted(const float *x, const fitted *f, int l, block_##name *b) {         \
+        int8_t codes[32];                                                                               \
+        b->d = f32_to_f16(f->d[l]);                                                                     \
+        b->m = f32_to_f16(f->dmin[l]);                                                                  \
+        affine_codes(32, x, f->m[0][l], f->factor[l], TOP, codes);                                      \
+        pack_nibbles(codes, b->qs);                                                                     \
+        FIFTH;                                                                                          \
+    }                                                                                                   \
+    ENCODER_OR_FORMULA(name, 32, 1, WITH_ROW)
+AFFINE(q4_1, 15, )
+AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
+
+// With the signs given, the weighted mean magnitude is the best scale there is.
+static void encode_q1_0(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) {
+    block_q1_0 *b = dst;
+    for (int64_t k = 0; k < rows * n; k += 128, b++) {
+        const float *w = search && importance ? importance + k % n : NULL;
         float sum = 0, total = 0;
         memset(b->qs, 0, sizeof b->qs);
         for (int i = 0; i < 128; i++) {
-            sum += w[i] * fabsf(x[k + i]);
-            total += w[i];
+            sum += (w ? w[i] : 1) * fabsf(x[k + i]);
+            total += w ? w[i] : 1;
             b->qs[i / 8] |= (x[k + i] >= 0) << i % 8;
         }
         b->d = f32_to_f16(total > 0 ? sum / total : 0);
     }
 }
-#define ENCODE_TERNARY(name, PACK)                                                                      \
-    static void encode_##name(int64_t n, const float *x, void *dst, const float *importance, int effort) { \
-        INTEGERS(-1, 1, 20);                                                                                \
-        FOR_BLOCKS(name, 256) {                                                                         \
-            float v[256];                                                                               \
-            int8_t codes[256];                                                                          \
-            b->d = f32_to_f16(fit_direct(&integers, 256, x + k, block_weights(importance, k, ones), effort, v)); \
-            codes_of(256, v, 0, codes);                                                                 \
-            PACK(codes, b);                                                                             \
-        }                                                                                               \
-    }
-ENCODE_TERNARY(tq1_0, codes_to_tq1_0)
-ENCODE_TERNARY(tq2_0, codes_to_tq2_0)
 
 // ---- nonlinear 4-bit codes ---------------------------------------------------------------------------------------------------------------
-#define TABLE16(values, count, reach)                                                                   \
-    float sorted[16];                                                                                   \
-    int n_sorted = sort_table(values, sorted);                                                          \
-    const projection table = {.project = project_levels, .relaxed = project_levels, .anchors = {sorted[0], sorted[n_sorted - 1]}, \
-                              .n_anchors = count, .below = (reach) * sorted[n_sorted - 1], .above = (reach) * sorted[n_sorted - 1],   \
-                              .steps = 20, .levels = sorted, .n_levels = n_sorted}
+static candidates iq4_candidates(const levels *p, int search) {
+    candidates c = {0};
+    if (search) return from_ends(p, 17, 5, 12);
+    add_candidates(&c, -p->low, 0, 1);
+    add_candidates(&c, p->low - 7, 1, 15);
+    return c;
+}
+static void fit_iq4_nl(const slab *t, int search, int weighted, fitted *f) {
+    (void)weighted;
+    const levels p = levels_of(iq4_values);
+    candidates c = iq4_candidates(&p, search);
+    f->d = search ? fit_direct(&p, &c, 32, t->x, t->w).scale : fit_scale(&p, &c, 0, 32, t->x, t->w).scale;
+}
+static void pack_iq4_nl(const float *x, const fitted *f, int l, block_iq4_nl *b) {
+    const levels p = levels_of(iq4_values);
+    int8_t codes[32];
+    b->d = f32_to_f16(f->d[l]);
+    codes_of(&p, 32, x, inverse(f->d[l]), 0, codes);
+    pack_nibbles(codes, b->qs);
+}
+ENCODER(iq4_nl, 32, SQUARE, WITH_TWICE_BLOCK)
 
-// The distinct values of a table of 16, ascending; returns how many.
-INLINE int sort_table(const int8_t *values, float *sorted) {
-    int n = 0;
-    for (int v = -128; v < 128; v++) {
-        int c = 0;
-        while (c < 16 && values[c] != v) c++;
-        if (c < 16) sorted[n++] = v;
+static void fit_iq4_xs(const slab *t, int search, int weighted, fitted *f) {
+    (void)weighted;
+    const levels p = levels_of(iq4_values);
+    candidates c = iq4_candidates(&p, search);
+    if (search) {
+        fit_scaled(&p, &c, (multipliers){-32, 31, 1, 3, 3}, 8, 32, t->x, t->w, f);
+        return;
     }
-    return n;
+    vf scale[8];
+    for (int g = 0; g < 8; g++) scale[g] = fit_scale(&p, &c, 0, 32, t->x + 32 * g, t->w + 32 * g).scale;
+    f->d = nearest_multipliers(8, -32, -32, 31, scale, f->s);
 }
-static void encode_iq4_nl(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    TABLE16(iq4_values, 2, 0.15f);
-    FOR_BLOCKS(iq4_nl, 32) {
-        float v[32];
-        int8_t codes[32];
-        b->d = f32_to_f16(fit_direct(&table, 32, x + k, block_weights(importance, k, ones), effort, v));
-        codes_of_table(32, v, iq4_values, codes);
-        pack_nibbles(codes, b->qs);
-    }
-}
-static void encode_iq4_xs(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    TABLE16(iq4_values, 2, 0.15f);
-    FOR_BLOCKS(iq4_xs, 256) {
-        float v[256];
-        int8_t codes[256], s[8];
-        b->d = f32_to_f16(fit_scaled(&table, (multipliers){-32, 31, 1, 0}, 256, 32, x + k, block_weights(importance, k, ones), effort, s, v));
-        codes_of_table(256, v, iq4_values, codes);
-        memset(b->scales_l, 0, sizeof b->scales_l);
-        b->scales_h = 0;
-        for (int g = 0; g < 8; g++) {
-            int six = s[g] + 32;
-            b->scales_l[g / 2] |= (six & 15) << 4 * (g % 2);
-            b->scales_h |= (six >> 4) << 2 * g;
-            pack_nibbles(codes + 32 * g, b->qs + 16 * g);
-        }
+static void pack_iq4_xs(const float *x, const fitted *f, int l, block_iq4_xs *b) {
+    const levels p = levels_of(iq4_values);
+    int8_t codes[256];
+    b->d = f32_to_f16(f->d[l]);
+    scaled_codes(&p, 8, 32, x, f, l, 0, codes);
+    memset(b->scales_l, 0, sizeof b->scales_l);
+    b->scales_h = 0;
+    for (int g = 0; g < 8; g++) {
+        int six = (int)f->s[g][l] + 32;
+        b->scales_l[g / 2] |= (six & 15) << 4 * (g % 2);
+        b->scales_h |= (six >> 4) << 2 * g;
+        pack_nibbles(codes + 32 * g, b->qs + 16 * g);
     }
 }
+ENCODER(iq4_xs, 256, SQUARE, WITH_TWICE_BLOCK)
 
 // ---- 4-bit floats ---------------------------------------------------------------------------------------------------------------------------
-static void encode_mxfp4(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    (void)effort;                              // few exponents can be best: all of them are tried
-    TABLE16(fp4_values, 1, 0);
-    FOR_BLOCKS(mxfp4, 32) {
-        const float *w = block_weights(importance, k, ones);
-        float max = abs_max(32, x + k), least = INFINITY;
-        int middle = max > 0 ? (int)floorf(log2f(max)) - 2 + 127 : 0, found = 0;
-        for (int e = middle - 2; e <= middle + 1; e++) {
-            float v[32], d = e8m0_to_f32_half((e8m0){e < 0 ? 0 : e});
-            table.project(&table, 32, x + k, w, 1 / d, v);
-            float error = error_of(32, x + k, w, v, d, 0);
-            if (e >= 0 && error < least) least = error, found = e;
-        }
-        int8_t codes[32];
-        b->e.bits = found;
-        codes_nearest16(32, x + k, fp4_values, e8m0_to_f32_half(b->e), codes);
-        pack_nibbles(codes, b->qs);
+// Few exponents can be best: all of them are tried.
+static void fit_mxfp4_fitted(const slab *t, int search, int weighted, fitted *f) {
+    (void)search; (void)weighted;
+    const levels p = levels_of(fp4_values);
+    vf top = vf_abs(signed_top(32, t->x)), best = vf_set(-INFINITY);
+    vi middle = ((vi)top >> 23) - 2;
+    for (int i = -2; i <= 1; i++) {
+        vi e = middle + i;
+        e = e & (e > 0);
+        vf d;
+        for (int l = 0; l < VL; l++) d[l] = e8m0_to_f32_half((e8m0){e[l]});
+        vf gain = gain_of(sums_at(&p, 32, t->x, t->w, 1.0f / d), d);
+        vi better = gain > best;
+        vf_keep(better, &best, gain);
+        vf_keep(better, &f->s[0], vf_from_i(e));
     }
 }
-static void encode_nvfp4(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    TABLE16(fp4_values, 1, 0);
-    FOR_BLOCKS(nvfp4, 64) {
-        const float *w = block_weights(importance, k, ones);
-        for (int g = 0; g < 4; g++) {
-            const float *xg = x + k + 16 * g, *wg = w + 16 * g;
-            float v[16], least = INFINITY, target = abs_max(16, xg) / sorted[n_sorted - 1];
-            int found = 0, below = 0;          // the largest scale that is not above the one that holds every weight
-            while (below < 0x7e && ue4m3_to_f32_half((ue4m3){below + 1}) <= target) below++;
-            int reach = effort ? 12 : 6;       // eight steps are an octave
-            for (int e = below - reach; e <= below + 4; e++) {
-                if (e < 0 || e > 0x7e) continue;
-                float d = ue4m3_to_f32_half((ue4m3){e});
-                table.project(&table, 16, xg, wg, inverse(d), v);
-                float error = error_of(16, xg, wg, v, d, 0);
-                if (error < least) least = error, found = e;
-            }
-            b->d[g].bits = found;
-            int8_t codes[16];
-            codes_nearest16(16, xg, fp4_values, ue4m3_to_f32_half(b->d[g]), codes);
-            for (int j = 0; j < 8; j++) b->qs[8 * g + j] = codes[j] | codes[j + 8] << 4;
+static void pack_mxfp4_fitted(const float *x, const fitted *f, int l, block_mxfp4 *b) {
+    int8_t codes[32];
+    b->e.bits = (int)f->s[0][l];
+    codes_nearest16(32, x, fp4_values, e8m0_to_f32_half(b->e), codes);
+    pack_nibbles(codes, b->qs);
+}
+ENCODER_OR_FORMULA(mxfp4, 32, 0, AS_GIVEN)
+
+static void fit_nvfp4_fitted(const slab *t, int search, int weighted, fitted *f) {
+    (void)search; (void)weighted;
+    const levels p = levels_of(fp4_values);
+    for (int g = 0; g < 4; g++) {
+        vf top = vf_abs(signed_top(16, t->x + 16 * g)), best = vf_set(-INFINITY);
+        vi middle;
+        for (int l = 0; l < VL; l++) middle[l] = f32_to_ue4m3(top[l] / 6).bits;
+        for (int i = -7; i <= 4; i++) {                       // eight steps are an octave
+            vi e = middle + i, over = e > 0x7e;
+            e = e & (e > 0);
+            e = (e & ~over) | (over & 0x7e);
+            vf d;
+            for (int l = 0; l < VL; l++) d[l] = ue4m3_to_f32_half((ue4m3){e[l]});
+            vf gain = gain_of(sums_at(&p, 16, t->x + 16 * g, t->w + 16 * g, vf_inverse(d)), d);
+            vi better = gain > best;
+            vf_keep(better, &best, gain);
+            vf_keep(better, &f->s[g], vf_from_i(e));
         }
     }
 }
+static void pack_nvfp4_fitted(const float *x, const fitted *f, int l, block_nvfp4 *b) {
+    for (int g = 0; g < 4; g++) {
+        b->d[g].bits = (int)f->s[g][l];
+        put_nvfp4(x + 16 * g, g, b);
+    }
+}
+ENCODER_OR_FORMULA(nvfp4, 64, 0, AS_GIVEN)
 
 // ---- K types ----------------------------------------------------------------------------------------------------------------------------------
-static void encode_q2_K(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    FOR_BLOCKS(q2_K, 256) {
-        float q[256], d, dmin;
-        uint8_t s[16], m[16];
-        int8_t codes[256];
-        fit_scaled_affine(256, 16, 3, 15, x + k, block_weights(importance, k, ones), effort, &d, &dmin, s, m, q);
-        b->d = f32_to_f16(d);
-        b->dmin = f32_to_f16(dmin);
-        for (int g = 0; g < 16; g++) b->scales[g] = s[g] | m[g] << 4;
-        codes_of(256, q, 0, codes);
-        pack_plane_bits(codes, 2, 0, 64, b->qs);
-    }
+#define RANGES(from, step, n) (affine_candidates){from, step, n, 0}
+static void fit_q2_K(const slab *t, int search, int weighted, fitted *f) {
+    if (search) fit_scaled_affine(3, 15, RANGES(2.1f, 0.15f, 13), 3, 3, 16, 16, t->x, t->w, f);
+    else if (weighted) compat_scaled_affine(3, 15, (affine_candidates)WEIGHTED_RANGES(3), BY_SQUARES, 1, 16, 16, t->x, t->w, f);
+    else compat_scaled_affine(3, 15, RANGES(2.5f, 0.1f, 16), BY_MAGNITUDES, 0, 16, 16, t->x, t->w, f);
 }
-static void encode_q3_K(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-4, 3, 16);
-    FOR_BLOCKS(q3_K, 256) {
-        float v[256];
-        int8_t codes[256], s[16];
-        b->d = f32_to_f16(fit_scaled(&integers, (multipliers){-32, 31, 1, 0}, 256, 16, x + k, block_weights(importance, k, ones), effort, s, v));
-        memset(b->scales, 0, sizeof b->scales);
-        for (int g = 0; g < 16; g++) {
-            int six = s[g] + 32;
-            b->scales[g % 8] |= (six & 15) << 4 * (g / 8);
-            b->scales[8 + g % 4] |= (six >> 4) << 2 * (g / 4);
-        }
-        codes_of(256, v, 4, codes);
-        pack_plane_bits(codes, 2, 0, 64, b->qs);
-        pack_plane_bits(codes, 1, 2, 32, b->hmask);
-    }
+static void pack_q2_K(const float *x, const fitted *f, int l, block_q2_K *b) {
+    int8_t codes[256];
+    b->d = f32_to_f16(f->d[l]);
+    b->dmin = f32_to_f16(f->dmin[l]);
+    for (int g = 0; g < 16; g++) b->scales[g] = (int)f->s[g][l] | (int)f->m[g][l] << 4;
+    scaled_affine_codes(16, 16, x, f, l, 3, codes);
+    pack_plane_bits(codes, 2, 0, 64, b->qs);
 }
-INLINE void pack_scales_k4(const uint8_t *s, const uint8_t *m, uint8_t *packed) {
+ENCODER(q2_K, 256, MAGNITUDE, WITH_BLOCK)
+
+INLINE void pack_scales_k4(const fitted *f, int l, uint8_t *packed) {
+    uint8_t s[8], m[8];
+    for (int g = 0; g < 8; g++) s[g] = f->s[g][l], m[g] = f->m[g][l];
     for (int j = 0; j < 4; j++) {
         packed[j] = s[j] | s[j + 4] >> 4 << 6;
         packed[j + 4] = m[j] | m[j + 4] >> 4 << 6;
         packed[j + 8] = (s[j + 4] & 15) | (m[j + 4] & 15) << 4;
     }
 }
-#define ENCODE_K4(name, TOP, FIFTH)                                                                     \
-    static void encode_##name(int64_t n, const float *x, void *dst, const float *importance, int effort) { \
-        FOR_BLOCKS(name, 256) {                                                                         \
-            float q[256], d, dmin;                                                                      \
-            uint8_t s[8], m[8];                                                                         \
-            int8_t codes[256];                                                                          \
-            fit_scaled_affine(256, 32, TOP, 63, x + k, block_weights(importance, k, ones), effort, &d, &dmin, s, m, q); \
-            b->d = f32_to_f16(d);                                                                       \
-            b->dmin = f32_to_f16(dmin);                                                                 \
-            pack_scales_k4(s, m, b->scales);                                                            \
-            codes_of(256, q, 0, codes);                                                                 \
-            pack_plane_bits(codes, 4, 0, 128, b->qs);                                                   \
-            FIFTH;                                                                                      \
-        }                                                                                               \
-    }
-ENCODE_K4(q4_K, 15, )
-ENCODE_K4(q5_K, 31, pack_plane_bits(codes, 1, 4, 32, b->qh))
-static void encode_q6_K(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    INTEGERS(-32, 31, 20);
-    FOR_BLOCKS(q6_K, 256) {
-        float v[256];
-        int8_t codes[256];
-        b->d = f32_to_f16(fit_scaled(&integers, (multipliers){-128, 127, 1, 0}, 256, 16, x + k, block_weights(importance, k, ones), effort, b->scales, v));
-        codes_of(256, v, 32, codes);
-        for (int j = 0; j < 128; j++) {
-            const int8_t *c = codes + 128 * (j / 64) + j % 64;
-            b->ql[j] = (c[0] & 15) | (c[64] & 15) << 4;
-        }
-        pack_plane_bits(codes, 2, 4, 64, b->qh);
-    }
-}
+#define ENCODE_K4(name, TOP, PLAIN, FIFTH)                                                              \
+    static void fit_##name(const slab *t, int search, int weighted, fitted *f) {                        \
+        if (search) fit_scaled_affine(TOP, 63, (affine_candidates)SEARCHED_RANGES(TOP), 4, 3, 8, 32, t->x, t->w, f); \
+        else if (weighted) compat_scaled_affine(TOP, 63, (affine_candidates)WEIGHTED_RANGES(TOP), BY_SQUARES, 1, 8, 32, t->x, t->w, f); \
+        else compat_scaled_affine(TOP, 63, PLAIN, BY_SQUARES, 0, 8, 32, t->x, t->w, f);                          \
+    }                                                                                                   \
+    static void pack_##name(const float *x, const fitted *f, int l, block_##name *b) {                  \
+        int8_t codes[256];                                                                              \
+        b->d = f32_to_f16(f->d[l]);                                                                     \
+        b->dmin = f32_to_f16(f->dmin[l]);                                                               \
+        pack_scales_k4(f, l, b->scales);                                                                \
+        scaled_affine_codes(8, 32, x, f, l, TOP, codes);                                                \
+        pack_plane_bits(codes, 4, 0, 128, b->qs);                                                       \
+        FIFTH;                                                                                          \
+    }                                                                                                   \
+    ENCODER(name, 256, RMS_AND_MAGNITUDE, WITH_TWICE_BLOCK)
+ENCODE_K4(q4_K, 15, RANGES(14, 0.1f, 21), )
+ENCODE_K4(q5_K, 31, RANGES(30.5f, 0.1f, 16), pack_plane_bits(codes, 1, 4, 32, b->qh))
 
-// ---- codebooks -----------------------------------------------------------------------------------------------------------------------------------
-static const float equal_weights[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+static const levels levels_q3_K = INTEGERS(-4, 3), levels_q6_K = INTEGERS(-32, 31);
+static void fit_q3_K(const slab *t, int search, int weighted, fitted *f) {
+    vf scale[16], sw[16];
+    if (search) {
+        candidates c = from_ends(&levels_q3_K, 0.8f, 0.3f, 6);
+        fit_scaled(&levels_q3_K, &c, (multipliers){-32, 31, 1, 6, 2}, 16, 16, t->x, t->w, f);
+    } else if (weighted) {
+        static const levels signed_six = INTEGERS(-32, 31);
+        candidates c = tenths_around(4), c_scale = tenths_around(32);
+        for (int g = 0; g < 16; g++) scale[g] = fit_scale(&levels_q3_K, &c, 0, 16, t->x + 16 * g, t->w + 16 * g).scale;
+        group_weights(16, 16, t->w, sw);
+        scale_fit s = fit_scale(&signed_six, &c_scale, 0, 16, scale, sw);
+        f->d = vf_half(s.scale);
+        for (int g = 0; g < 16; g++) f->s[g] = nearest(&signed_six, scale[g] * s.factor);
+    } else {
+        for (int g = 0; g < 16; g++) scale[g] = scale_by_moves(16, t->x + 16 * g);
+        f->d = nearest_multipliers(16, -32, -32, 31, scale, f->s);
+    }
+}
+static void pack_q3_K(const float *x, const fitted *f, int l, block_q3_K *b) {
+    int8_t codes[256];
+    b->d = f32_to_f16(f->d[l]);
+    memset(b->scales, 0, sizeof b->scales);
+    for (int g = 0; g < 16; g++) {
+        int six = (int)f->s[g][l] + 32;
+        b->scales[g % 8] |= (six & 15) << 4 * (g / 8);
+        b->scales[8 + g % 4] |= (six >> 4) << 2 * (g / 4);
+    }
+    scaled_codes(&levels_q3_K, 16, 16, x, f, l, 4, codes);
+    pack_plane_bits(codes, 2, 0, 64, b->qs);
+    pack_plane_bits(codes, 1, 2, 32, b->hmask);
+}
+ENCODER(q3_K, 256, SQUARE, WITH_TWICE_BLOCK)
 
-// Entry and signs of 8 (or 4) values that are a codebook entry with signs.
-INLINE int entry_of(const grid_projection *gp, const float *v, uint32_t *signs) {
-    float t[8], distance;
-    *signs = 0;
-    for (int j = 0; j < gp->index.width; j++) {
-        *signs |= (uint32_t)(v[j] < 0) << j;
-        t[j] = fabsf(v[j]);
+static void fit_q6_K(const slab *t, int search, int weighted, fitted *f) {
+    (void)weighted;
+    if (search) {
+        candidates c = from_ends(&levels_q6_K, 0.6f, 0.3f, 20);
+        fit_scaled(&levels_q6_K, &c, (multipliers){-128, 127, 0, 3, 2}, 16, 16, t->x, t->w, f);
+        return;
     }
-    return nearest_entry(&gp->index, t, equal_weights, &distance);
+    vf scale[16];
+    candidates c = tenths_around(32);
+    for (int g = 0; g < 16; g++) scale[g] = fit_scale(&levels_q6_K, &c, 0, 16, t->x + 16 * g, t->w + 16 * g).scale;
+    f->d = nearest_multipliers(16, -128, -128, 127, scale, f->s);
 }
-static void encode_iq2_xxs(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq2_xxs_grid, 8, iq2_levels, 43, project_grid, project_magnitudes, 8);
-    FOR_BLOCKS(iq2_xxs, 256) {
-        float v[256];
-        int8_t s[8];
-        b->d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 15, 0.25f, 0.125f}, 256, 32, x + k, block_weights(importance, k, ones), effort, s, v));
-        for (int g = 0; g < 8; g++) {
-            uint32_t index = 0, all = (uint32_t)s[g] << 28, signs;
-            for (int l = 0; l < 4; l++) {
-                index |= (uint32_t)entry_of(&gp, v + 32 * g + 8 * l, &signs) << 8 * l;
-                all |= (signs & 127) << 7 * l;
-            }
-            memcpy(b->qs + 4 * g, &index, 4);
-            memcpy(b->qs + 4 * g + 2, &all, 4);
-        }
+static void pack_q6_K(const float *x, const fitted *f, int l, block_q6_K *b) {
+    int8_t codes[256];
+    b->d = f32_to_f16(f->d[l]);
+    for (int g = 0; g < 16; g++) b->scales[g] = f->s[g][l];
+    scaled_codes(&levels_q6_K, 16, 16, x, f, l, 32, codes);
+    for (int j = 0; j < 128; j++) {
+        const int8_t *c = codes + 128 * (j / 64) + j % 64;
+        b->ql[j] = (c[0] & 15) | (c[64] & 15) << 4;
     }
+    pack_plane_bits(codes, 2, 4, 64, b->qh);
 }
-INLINE void pack_nibble_pairs(const int8_t *s, int n, uint8_t *packed) { for (int i = 0; i < n; i += 2) packed[i / 2] = s[i] | s[i + 1] << 4; }
-static void encode_iq2_xs(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq2_xs_grid, 8, iq2_levels, 43, project_grid, project_magnitudes, 8);
-    FOR_BLOCKS(iq2_xs, 256) {
-        float v[256];
-        int8_t s[16];
-        b->d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 15, 0.25f, 0.125f}, 256, 16, x + k, block_weights(importance, k, ones), effort, s, v));
-        pack_nibble_pairs(s, 16, b->scales);
-        for (int l = 0; l < 32; l++) {
-            uint32_t signs, index = entry_of(&gp, v + 8 * l, &signs);
-            b->qs[l] = index | (signs & 127) << 9;
-        }
-    }
-}
-static void encode_iq2_s(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq2_s_grid, 8, iq2_levels, 43, project_grid, project_magnitudes, 0);
-    FOR_BLOCKS(iq2_s, 256) {
-        float v[256];
-        int8_t s[16];
-        b->d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 15, 0.25f, 0.125f}, 256, 16, x + k, block_weights(importance, k, ones), effort, s, v));
-        pack_nibble_pairs(s, 16, b->scales);
-        memset(b->qh, 0, sizeof b->qh);
-        for (int l = 0; l < 32; l++) {
-            uint32_t signs, index = entry_of(&gp, v + 8 * l, &signs);
-            b->qs[l] = index & 255;
-            b->qs[32 + l] = signs;
-            b->qh[l / 4] |= (index >> 8) << 2 * (l % 4);
-        }
-    }
-}
-static void encode_iq3_xxs(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq3_xxs_grid, 4, iq3_xxs_levels, 62, project_grid, project_magnitudes, 8);
-    FOR_BLOCKS(iq3_xxs, 256) {
-        float v[256];
-        int8_t s[8];
-        b->d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 15, 0.5f, 0.25f}, 256, 32, x + k, block_weights(importance, k, ones), effort, s, v));
-        for (int g = 0; g < 8; g++) {
-            uint32_t all = (uint32_t)s[g] << 28, low, high;
-            for (int l = 0; l < 4; l++) {
-                b->qs[8 * g + 2 * l] = entry_of(&gp, v + 32 * g + 8 * l, &low);
-                b->qs[8 * g + 2 * l + 1] = entry_of(&gp, v + 32 * g + 8 * l + 4, &high);
-                all |= ((low | high << 4) & 127) << 7 * l;
-            }
-            memcpy(b->qs + 64 + 4 * g, &all, 4);
-        }
-    }
-}
-static void encode_iq3_s(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq3_s_grid, 4, iq3_s_levels, 15, project_grid, project_magnitudes, 0);
-    FOR_BLOCKS(iq3_s, 256) {
-        float v[256];
-        int8_t s[8];
-        b->d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 15, 2, 1}, 256, 32, x + k, block_weights(importance, k, ones), effort, s, v));
-        pack_nibble_pairs(s, 8, b->scales);
-        memset(b->qh, 0, sizeof b->qh);
-        memset(b->signs, 0, sizeof b->signs);
-        for (int l = 0; l < 64; l++) {
-            uint32_t signs, index = entry_of(&gp, v + 4 * l, &signs);
-            b->qs[l] = index & 255;
-            b->qh[l / 8] |= (index >> 8) << l % 8;
-            b->signs[l / 2] |= signs << 4 * (l % 2);
-        }
-    }
-}
-// Entry of 8 values that are a ternary entry shifted by an eighth, and whether it is shifted down.
-INLINE int shifted_entry_of(const grid_projection *gp, const float *v, int *down) {
-    float t[8], distance;
-    for (int j = 0; j < 8; j++) t[j] = nearbyintf(v[j]);
-    *down = v[0] < t[0];
-    return nearest_entry(&gp->index, t, equal_weights, &distance);
-}
-static void encode_iq1_s(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq1_grid, 8, iq1_levels, 1.125f, project_shifted, project_ternary, 32);
-    FOR_BLOCKS(iq1_s, 256) {
-        float v[256];
-        int8_t s[8];
-        b->d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 7, 2, 1}, 256, 32, x + k, block_weights(importance, k, ones), effort, s, v));
-        for (int g = 0; g < 8; g++) {
-            int down = 0;
-            b->qh[g] = s[g] << 12;
-            for (int l = 0; l < 4; l++) {
-                int index = shifted_entry_of(&gp, v + 32 * g + 8 * l, &down);
-                b->qs[4 * g + l] = index & 255;
-                b->qh[g] |= (index >> 8) << 3 * l;
-            }
-            b->qh[g] |= down << 15;
-        }
-    }
-}
-static void encode_iq1_m(int64_t n, const float *x, void *dst, const float *importance, int effort) {
-    GRID_PROJECTION(gp, iq1_grid, 8, iq1_levels, 1.125f, project_shifted, project_ternary, 8);
-    FOR_BLOCKS(iq1_m, 256) {
-        float v[256];
-        int8_t s[16];
-        uint64_t words = 0;
-        f16 d = f32_to_f16(fit_scaled(&gp.base, (multipliers){0, 7, 2, 1}, 256, 16, x + k, block_weights(importance, k, ones), effort, s, v));
-        for (int i = 0; i < 16; i++) words |= (uint64_t)s[i] << (16 * (i / 4) + 3 * (i % 4));
-        for (int i = 0; i < 4; i++) words |= (uint64_t)(d.bits >> 4 * i & 15) << (16 * i + 12);
-        memcpy(b->scales, &words, 8);
-        memset(b->qh, 0, sizeof b->qh);
-        for (int l = 0; l < 32; l++) {
-            int down, index = shifted_entry_of(&gp, v + 8 * l, &down);
-            b->qs[l] = index & 255;
-            b->qh[l / 2] |= (index >> 8 | down << 3) << 4 * (l % 2);
-        }
-    }
-}
+ENCODER(q6_K, 256, SQUARE, AS_GIVEN)

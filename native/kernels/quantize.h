@@ -180,6 +180,23 @@ INLINE void codes_to_tq2_0(const int8_t *q, block_tq2_0 *b) {
     }
 QUANTIZE_TERNARY(tq1_0)
 QUANTIZE_TERNARY(tq2_0)
+INLINE void pack_quarters(const int8_t *codes, uint8_t *qs) {          // 64 codes of two bits
+    for (int j = 0; j < 16; j++) qs[j] = codes[4 * j] | codes[4 * j + 1] << 2 | codes[4 * j + 2] << 4 | codes[4 * j + 3] << 6;
+}
+static void quantize_q2_0(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_q2_0 *b = dst;
+    for (int64_t k = 0; k < n; k += 64, b++) {
+        int8_t codes[64];
+        float d = abs_max(64, x + k), factor = inverse(d);
+        for (int i = 0; i < 64; i += VL) {
+            vi q = vi_roundf(vf_load(x + k + i) * factor) + 1;
+            vi_to_i8(codes + i, q & (q > 0));
+        }
+        pack_quarters(codes, b->qs);
+        b->d = f32_to_f16(d);
+    }
+}
 
 // ---- 4-bit floats -------------------------------------------------------------------------------------------------------------------------
 // Codes of the nearest value * d in a table of 16; of two equally near the first.
@@ -209,6 +226,31 @@ static void quantize_mxfp4(int64_t n, const float *x, void *dst, const float *im
     }
 }
 
+// The byte of the nearest scale, halves upwards, at most 448.
+INLINE ue4m3 f32_to_ue4m3(float x) {
+    if (!(x > 0)) return (ue4m3){0};
+    if (x < 0x1p-6f) return (ue4m3){x * 512 + 0.5f > 7 ? 7 : (int)(x * 512 + 0.5f)};
+    uint32_t u; memcpy(&u, &x, 4);
+    int bits = (int)((u + 0x80000) >> 20) - (120 << 3);
+    return (ue4m3){bits > 0x7e ? 0x7e : bits};
+}
+// Group g of a block whose scale stands: 16 weights, the first eight in low nibbles.
+INLINE void put_nvfp4(const float *x, int g, block_nvfp4 *b) {
+    int8_t codes[16];
+    codes_nearest16(16, x, fp4_values, ue4m3_to_f32_half(b->d[g]), codes);
+    for (int j = 0; j < 8; j++) b->qs[8 * g + j] = codes[j] | codes[j + 8] << 4;
+}
+static void quantize_nvfp4(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_nvfp4 *b = dst;
+    for (int64_t k = 0; k < n; k += 64, b++) {
+        for (int g = 0; g < 4; g++) {
+            b->d[g] = f32_to_ue4m3(abs_max(16, x + k + 16 * g) / 6);
+            put_nvfp4(x + k + 16 * g, g, b);
+        }
+    }
+}
+
 // ---- plain numbers ------------------------------------------------------------------------------------------------------------------------
 static void quantize_f32(int64_t n, const float *x, void *dst, const float *importance) { (void)importance; memcpy(dst, x, 4 * n); }
 static void quantize_f16(int64_t n, const float *x, void *dst, const float *importance) {
@@ -225,35 +267,22 @@ static void quantize_bf16(int64_t n, const float *x, void *dst, const float *imp
 }
 
 #include "search.h"
-#include "grids.h"
+#include "compat.h"
 #include "encode.h"
+#include "grids.h"
+#include "encode_grids.h"
 
-// Types that are always searched, those that are when the weights have an importance, and those that are only when asked for.
-#define ALWAYS_SEARCHED(X) X(q2_K) X(q3_K) X(q4_K) X(q5_K) X(q6_K) X(iq4_nl) X(iq4_xs) X(iq2_xxs) X(iq2_xs) X(iq2_s) X(iq3_xxs) X(iq3_s) \
-    X(iq1_s) X(iq1_m) X(nvfp4) X(q1_0) X(q2_0)
-#define SEARCHED_BY_IMPORTANCE(X) X(q4_0) X(q4_1) X(q5_0) X(q5_1)
-#define SEARCHED_ON_REQUEST(X) X(q8_0) X(tq1_0) X(tq2_0) X(mxfp4)
+// Types that a formula defines unless their scales are searched, and types whose scales always are; see encode.h.
+#define FORMULA_TYPES(X) X(q4_0) X(q4_1) X(q5_0) X(q5_1) X(q8_0) X(tq1_0) X(tq2_0) X(mxfp4) X(nvfp4) X(q2_0)
+#define FITTED_TYPES(X) X(q2_K) X(q3_K) X(q4_K) X(q5_K) X(q6_K) X(iq4_nl) X(iq4_xs) X(iq2_xxs) X(iq2_xs) X(iq2_s) X(iq3_xxs) X(iq3_s) \
+    X(iq1_s) X(iq1_m) X(q1_0)
 #define X(name)                                                                                         \
-    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(n, x, dst, importance, 0); }
-ALWAYS_SEARCHED(X)
-#undef X
-#define X(name)                                                                                         \
-    static void weighted_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
-        if (importance) encode_##name(n, x, dst, importance, 0);                                        \
-        else quantize_##name(n, x, dst, NULL);                                                          \
-    }
-SEARCHED_BY_IMPORTANCE(X)
-#undef X
-#define X(name)                                                                                         \
-    static void search_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(n, x, dst, importance, 1); }
-ALWAYS_SEARCHED(X) SEARCHED_BY_IMPORTANCE(X) SEARCHED_ON_REQUEST(X)
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) { encode_##name(1, n, x, dst, importance, 0); }
+FITTED_TYPES(X)
 #undef X
 
 #define QUANTIZE_ENTRY(name) [TYPE_##name] = quantize_##name,
-#define WEIGHTED_ENTRY(name) [TYPE_##name] = weighted_##name,
-#define QUANTIZE_TABLE { \
-    QUANTIZE_ENTRY(f32) QUANTIZE_ENTRY(f16) QUANTIZE_ENTRY(bf16) QUANTIZE_ENTRY(q8_0) QUANTIZE_ENTRY(q8_1) QUANTIZE_ENTRY(q8_K) \
-    QUANTIZE_ENTRY(tq1_0) QUANTIZE_ENTRY(tq2_0) QUANTIZE_ENTRY(mxfp4) SEARCHED_BY_IMPORTANCE(WEIGHTED_ENTRY) ALWAYS_SEARCHED(QUANTIZE_ENTRY) }
-
-#define SEARCH_ENTRY(name) [TYPE_##name] = search_##name,
-#define SEARCH_TABLE {ALWAYS_SEARCHED(SEARCH_ENTRY) SEARCHED_BY_IMPORTANCE(SEARCH_ENTRY) SEARCHED_ON_REQUEST(SEARCH_ENTRY)}
+#define QUANTIZE_TABLE {QUANTIZE_ENTRY(f32) QUANTIZE_ENTRY(f16) QUANTIZE_ENTRY(bf16) QUANTIZE_ENTRY(q8_1) QUANTIZE_ENTRY(q8_K) \
+    FORMULA_TYPES(QUANTIZE_ENTRY) FITTED_TYPES(QUANTIZE_ENTRY)}
+#define ENCODE_ENTRY(name) [TYPE_##name] = encode_##name,
+#define ENCODE_TABLE {FORMULA_TYPES(ENCODE_ENTRY) FITTED_TYPES(ENCODE_ENTRY)}

@@ -1,341 +1,348 @@
-// The searches behind encoders that a formula does not define: scales and values of least weighted squared error.
+// The searches behind encoders: scales, minimums and integer multipliers of least weighted squared error.
 //
-// A group of weights shares a scale; a projection maps x / scale onto the values that codes stand for. For given values the best scale is
-// a least-squares quotient, for a given scale the best values are the projection: candidates for the scale are ranked, the best polished by
-// alternating the two, and then the group scales are rounded to the integers that a block stores, again alternating with the values.
-// pyggml/quants/search.py is the readable form. n is 16 or 32 for a group and up to 256 for a block; nothing is allocated.
+// VL blocks are searched side by side: lane l of every vector belongs to block l, so nothing is ever summed across lanes, and what a block
+// becomes does not depend on its neighbours. For given codes the best scale is a least-squares quotient, for a given scale the best codes
+// are the nearest: candidates for the scale are tried, each followed by its quotient, the best polished by alternating the two, and then
+// group scales are rounded to the integers that a block stores, again alternating. pyggml/quants/search.py is the readable form.
+// Errors are compared as gains: what a fit takes off the error of all zeros, a sum that comes out of the same pass as the quotient.
 #pragma once
 
 enum { MAX_BLOCK = 256, MAX_GROUPS = 16 };
 
-typedef struct { float xv, vv, error; } moments;     // sums over a group of w x v, w v v
+INLINE vf vf_inverse(vf d) { return vf_select(d != 0, 1.0f / d, vf_set(0)); }
+INLINE vf vf_half(vf d) { f16 h[VL]; vf_to_f16(h, d); return vf_from_f16(h); }
+INLINE vf vf_half_step(vf d, int step) { return vf_half(d * (1 + 0.6f * 0x1p-10f * step)); }       // the next half float, further from 0 or nearer
+INLINE vf vf_clamp(vf v, float low, float high) { return vf_min(vf_max(v, vf_set(low)), vf_set(high)); }
+INLINE int vi_any(vi mask) { return vf_hmax((vf)(mask & 0x3f800000)) > 0; }
+INLINE void vf_keep(vi better, vf *best, vf v) { *best = vf_select(better, v, *best); }
 
-INLINE moments moments_of(int n, const float *x, const float *w, const float *v) {
-    vf xv = {0}, vv = {0};
-    for (int i = 0; i < n; i += VL) {
-        vf wv = vf_load(w + i) * vf_load(v + i);
-        xv = vf_fma(wv, vf_load(x + i), xv);
-        vv = vf_fma(wv, vf_load(v + i), vv);
+// ---- the values that codes stand for -----------------------------------------------------------------------------------------------------
+typedef struct { int integers; float low, high, value[16], middle[16]; } levels;       // value: ascending; middle[i]: between value i - 1 and i
+
+#define INTEGERS(first, last) {.integers = 1, .low = first, .high = last}
+// Of a table of 16 values in any order; values that occur twice fill up at the end.
+static levels levels_of(const int8_t *table) {
+    levels p = {0};
+    int n = 0;
+    for (int v = -128; v < 128; v++) {
+        int c = 0;
+        while (c < 16 && table[c] != v) c++;
+        if (c < 16) p.value[n++] = v;
     }
-    return (moments){vf_sum(xv), vf_sum(vv), 0};
+    for (p.low = p.value[0], p.high = p.value[n - 1]; n < 16; n++) p.value[n] = p.high;
+    for (int i = 1; i < 16; i++) p.middle[i] = 0.5f * (p.value[i - 1] + p.value[i]);
+    return p;
 }
-INLINE float error_of(int n, const float *x, const float *w, const float *v, float scale, float shift) {
-    vf sum = {0};
-    for (int i = 0; i < n; i += VL) {
-        vf e = vf_load(x + i) - vf_load(v + i) * scale - shift;
-        sum = vf_fma(vf_load(w + i) * e, e, sum);
-    }
-    return vf_sum(sum);
+INLINE vi nearest_place(const levels *p, vf t) {       // by halves
+    vi at = {0};
+    UNROLL(4) for (int bit = 8; bit > 0; bit >>= 1) at |= (t > vf_lookup16(p->middle, at | bit)) & bit;
+    return at;
 }
-INLINE float half_rounded(float d) { return f16_to_f32(f32_to_f16(d)); }
-// The next half float after d: `step` places up, or down where it is negative.
-INLINE float half_step(float d, int step) { f16 h = f32_to_f16(d); h.bits += step; return (h.bits & 0x7c00) == 0x7c00 ? d : f16_to_f32(h); }
-
-// ---- projections ---------------------------------------------------------------------------------------------------------------------------
-typedef struct projection projection;
-typedef void project_fn(const projection *p, int n, const float *x, const float *w, float factor, float *v);
-struct projection {
-    project_fn *project;         // v = the values nearest to x * factor under the weights w
-    project_fn *relaxed;         // the same, roughly and fast: ranks candidates
-    float anchors[2];            // what the weight of largest magnitude may be projected on; a single one means the scale is positive
-    int   n_anchors;
-    float below, above;          // candidates reach from anchor - below to anchor + above
-    int   steps;
-    const float *levels;         // the possible values (or magnitudes), ascending
-    int   n_levels;
-    int   span;                  // weights that share what else the projection chooses (even signs, a shift)
-};
-
-static void project_integers(const projection *p, int n, const float *x, const float *w, float factor, float *v) {
-    (void)w;
-    vf low = vf_set(p->levels[0]), high = vf_set(p->levels[1]);
-    for (int i = 0; i < n; i += VL) vf_store(v + i, vf_min(vf_max(vf_round(vf_load(x + i) * factor), low), high));
-}
-INLINE vf nearest_level(const projection *p, vf t) {
-    vf v = vf_set(p->levels[0]);
-    for (int l = 1; l < p->n_levels; l++) v = vf_select(t > 0.5f * (p->levels[l - 1] + p->levels[l]), vf_set(p->levels[l]), v);
-    return v;
-}
-static void project_levels(const projection *p, int n, const float *x, const float *w, float factor, float *v) {
-    (void)w;
-    for (int i = 0; i < n; i += VL) vf_store(v + i, nearest_level(p, vf_load(x + i) * factor));
-}
-static void project_magnitudes(const projection *p, int n, const float *x, const float *w, float factor, float *v) {
-    (void)w;
-    for (int i = 0; i < n; i += VL) {
-        vf t = vf_load(x + i) * factor;
-        vi sign = (vi)t & (int32_t)0x80000000;
-        vf_store(v + i, (vf)((vi)nearest_level(p, vf_abs(t)) | sign));
-    }
+INLINE vf nearest(const levels *p, vf t) {
+    return p->integers ? vf_clamp(vf_round(t), p->low, p->high) : vf_lookup16(p->value, nearest_place(p, t));
 }
 
-// ---- one scale ---------------------------------------------------------------------------------------------------------------------------------
-// The scale of least error for a group. `direct`: the scale is stored as a half float, so candidates are judged after that rounding.
-static float fit_scale(const projection *p, int n, const float *x, const float *w, int direct, int effort) {
-    float top = p->n_anchors == 1 ? abs_max(n, x) : signed_max(n, x);
-    if (top == 0) return 0;
-    float v[MAX_BLOCK], best = 0, best_gain = 0;
-    int exact = effort || p->project == p->relaxed;
-    int steps = effort ? 2 * p->steps : p->steps;
-    for (int a = 0; a < p->n_anchors; a++) {
-        for (int i = 0; i <= steps; i++) {
-            // from the largest factor down: of equally good scales the smallest leaves other groups of a block the finest steps
-            float reach = p->anchors[a] < 0 ? -1 : 1, factor = (p->anchors[a] + reach * (p->above - (p->below + p->above) * i / steps)) / top;
-            (exact ? p->project : p->relaxed)(p, n, x, w, factor, v);
-            moments m = moments_of(n, x, w, v);
-            if (m.vv <= 0) continue;
-            float d = m.xv / m.vv, gain = m.xv * d;          // what d * v takes off the error of all zeros
-            if (direct) {
-                d = half_rounded(d);
-                gain = d * (2 * m.xv - d * m.vv);
-            }
-            if (gain > best_gain * 1.000001f) best_gain = gain, best = d;
+// ---- one scale -------------------------------------------------------------------------------------------------------------------------------
+typedef struct { vf xv, vv; } sums;              // of w x v, w v v
+// w may be NULL, for ones.
+INLINE sums sums_at(const levels *p, int n, const vf *x, const vf *w, vf factor) {
+    sums s = {{0}, {0}};
+    for (int i = 0; i < n; i++) {
+        vf v = nearest(p, x[i] * factor);
+        if (!w) {
+            s.xv = vf_fma(x[i], v, s.xv);
+            s.vv = vf_fma(v, v, s.vv);
+        } else {                                 // products in the order of ggml, so that its ties fall as they do there
+            s.xv += p->integers ? w[i] * x[i] * v : w[i] * v * x[i];
+            s.vv += w[i] * v * v;
         }
     }
-    if (!exact) best_gain = 0;                               // a rough gain is no measure for an exact one
-    for (int polish = 0; polish < 2; polish++) {
-        if (best == 0) break;
-        p->project(p, n, x, w, 1 / best, v);
-        moments m = moments_of(n, x, w, v);
-        if (m.vv <= 0) break;
-        float d = direct ? half_rounded(m.xv / m.vv) : m.xv / m.vv, gain = d * (2 * m.xv - d * m.vv);
-        if (gain <= best_gain) break;
-        best_gain = gain;
-        best = d;
+    return s;
+}
+INLINE vf gain_of(sums s, vf d) { return d * (2.0f * s.xv - d * s.vv); }
+INLINE vf signed_top(int n, const vf *x) {       // the value of largest magnitude, of two the first
+    vf top = x[0];
+    for (int i = 1; i < n; i++) top = vf_select(vf_abs(x[i]) > vf_abs(top), x[i], top);
+    return vf_select(vf_abs(top) < 1e-15f, vf_set(0), top);
+}
+
+enum { MAX_CANDIDATES = 64 };
+typedef struct { int n; float anchor[MAX_CANDIDATES]; } candidates;        // what the largest value may become, in steps of the scale
+static void add_candidates(candidates *c, float from, float step, int n) { for (int i = 0; i < n; i++) c->anchor[c->n++] = from + step * i; }
+
+typedef struct { vf scale, factor, gain; } scale_fit;      // factor: what made the codes, the inverse of the scale before its quotient
+// half: the scale is stored as a half float, so it is judged after that rounding.
+INLINE scale_fit fit_scale(const levels *p, const candidates *c, int half, int n, const vf *x, const vf *w) {
+    scale_fit best = {{0}, {0}, {0}};
+    vf inverse_top = vf_inverse(signed_top(n, x));
+    for (int i = 0; i < c->n; i++) {
+        vf factor = c->anchor[i] * inverse_top;
+        sums s = sums_at(p, n, x, w, factor);
+        vf d = s.xv / s.vv, gain = d * s.xv;
+        vi better = (s.xv * s.xv > best.gain * s.vv) & (s.vv > 0);
+        if (half) {
+            d = vf_half(d);
+            gain = gain_of(s, d);
+            better = (gain > best.gain) & (s.vv > 0);
+        }
+        vf_keep(better, &best.gain, gain);
+        vf_keep(better, &best.scale, d);
+        vf_keep(better, &best.factor, factor);
     }
     return best;
 }
-// An error this small beside the energy of the weights comes from rounding the half-float scale: then it pays to try many of them.
+// A half-float scale that is stored as it is, polished; its codes are the nearest.
+INLINE scale_fit fit_direct(const levels *p, const candidates *c, int n, const vf *x, const vf *w) {
+    scale_fit best = fit_scale(p, c, 1, n, x, w);
+    vf start = best.scale;
+    best.gain = vf_set(0);
+    for (int step = 0; step < 4; step++) {
+        vf d = step == 3 ? start : vf_half_step(start, step == 0 ? 0 : 2 * step - 3);
+        sums s = sums_at(p, n, x, w, vf_inverse(d));
+        vf gain = gain_of(s, d);
+        vi better = gain > best.gain;
+        vf_keep(better, &best.gain, gain);
+        vf_keep(better, &best.scale, d);
+        if (step == 2) start = vf_half(s.xv * vf_inverse(s.vv));
+    }
+    best.factor = vf_inverse(best.scale);
+    return best;
+}
+
+// ---- a block of groups: weight = d * s[group] * value ------------------------------------------------------------------------------------
+typedef struct { vf d, dmin, factor, s[MAX_GROUPS], m[MAX_GROUPS]; } fitted;
+
+// A fit that leaves this little of the energy of the weights errs by the rounding of half floats alone: then it pays to try many scales, and
+// to sum up errors themselves, for a gain is a difference of sums and knows no more than six digits.
+#define NEARLY_EXACT 5e-5f
 enum { MANY_SCALES = 24 };
-INLINE int nearly_exact(int n, const float *x, const float *w, float error) {
-    static const float zeros[MAX_BLOCK];
-    return error < 1e-5f * error_of(n, x, w, zeros, 0, 0);
+INLINE vf energy_of(int n, const vf *x, const vf *w) {
+    vf sum = {0};
+    for (int i = 0; i < n; i++) sum += w[i] * x[i] * x[i];
+    return sum;
 }
-
-// The same for a half-float scale that is stored as it is; fills in the values.
-static float fit_direct(const projection *p, int n, const float *x, const float *w, int effort, float *v) {
-    float start = fit_scale(p, n, x, w, 1, effort), d = start, best = INFINITY;
-    float u[MAX_BLOCK];
-    memset(v, 0, n * sizeof *v);
-    for (int step = -1; step <= 1; step++) {                 // the neighbouring half floats may fit better after projection
-        float candidate = start == 0 ? 0 : half_step(start, step);
-        p->project(p, n, x, w, inverse(candidate), u);
-        float error = error_of(n, x, w, u, candidate, 0);
-        if (error < best) best = error, d = candidate, memcpy(v, u, n * sizeof *v);
+INLINE vf error_at(const levels *p, int n, const vf *x, const vf *w, vf d) {
+    vf sum = {0}, factor = vf_inverse(d);
+    for (int i = 0; i < n; i++) {
+        vf e = x[i] - d * nearest(p, x[i] * factor);
+        sum += w[i] * e * e;
     }
-    for (int i = 1; i < MANY_SCALES && start != 0 && nearly_exact(n, x, w, best); i++) {
-        float candidate = half_rounded(p->anchors[0] * start / (p->anchors[0] + (p->anchors[0] < 0 ? 0.25f : -0.25f) * i));
-        p->project(p, n, x, w, inverse(candidate), u);
-        float error = error_of(n, x, w, u, candidate, 0);
-        if (error < best) best = error, d = candidate, memcpy(v, u, n * sizeof *v);
-    }
-    return d;
+    return sum;
 }
 
-// ---- a block of groups: weight = d * (step * s + offset) * value --------------------------------------------------------------------------
-typedef struct { int low, high; float step, offset; } multipliers;       // s from low to high
-
-INLINE int nearest_multiplier(multipliers f, float ratio) {
-    float s = nearbyintf((ratio - f.offset) / f.step);
-    return !(s > f.low) ? f.low : s > f.high ? f.high : (int)s;     // a NaN, too, gives f.low
-}
-
-// Of all the multipliers the one that a rough projection likes best.
-static int likely_multiplier(const projection *p, multipliers f, int n, const float *x, const float *w, float d) {
-    int found = f.low;
-    float v[MAX_BLOCK], least = INFINITY;
-    for (int s = f.low; s <= f.high; s++) {
-        float scale = d * (f.step * s + f.offset);
-        p->relaxed(p, n, x, w, inverse(scale), v);
-        float error = error_of(n, x, w, v, scale, 0);
-        if (error < least) least = error, found = s;
-    }
-    return found;
-}
-
-// Fills in s (n / group) and the values v (n); returns d, a half float.
-static float fit_scaled(const projection *p, multipliers f, int n, int group, const float *x, const float *w, int effort, int8_t *s, float *v) {
-    int groups = n / group, cheap = p->project == p->relaxed;
-    float start[MAX_GROUPS], top = 0, best_d = 0, best = INFINITY;
-    memset(s, 0, groups);
-    memset(v, 0, n * sizeof *v);
+typedef struct { float low, high; int reach, anchors, rounds; } multipliers;       // s from low to high; how far and how often to look
+INLINE void fit_scaled(const levels *p, const candidates *c, multipliers f, int groups, int n, const vf *x, const vf *w, fitted *out) {
+    vf start[MAX_GROUPS], top = {0}, best = vf_set(-1);
     for (int g = 0; g < groups; g++) {
-        start[g] = fit_scale(p, group, x + g * group, w + g * group, 0, effort);
-        if (fabsf(start[g]) > fabsf(top)) top = start[g];
+        start[g] = fit_scale(p, c, 0, n, x + g * n, w + g * n).scale;
+        top = vf_select(vf_abs(start[g]) > vf_abs(top), start[g], top);
     }
-    float low = f.step * f.low + f.offset, high = f.step * f.high + f.offset, extreme = -low > high ? low : high;
-    int coarse = f.high - f.low < 100;                       // where steps are fine, the nearest one is as good as any
-    int anchors = effort ? (cheap ? 16 : 6) : cheap && coarse ? 3 : 2, rounds = effort ? 8 : 3;
-    // the largest scale gets the extreme multiplier, or one of its neighbours
-    for (int a = 0; a < anchors || (cheap && a < MANY_SCALES && nearly_exact(n, x, w, best)); a++) {
-        float scale[MAX_GROUPS], d = top / (extreme + (extreme > 0 ? -f.step : f.step) * a * 0.5f);
+    vf enough = (1 - NEARLY_EXACT) * energy_of(groups * n, x, w);
+    vi wanted = vi_set(-1);
+    for (int a = 0; a < MANY_SCALES; a++) {      // the largest scale gets the extreme multiplier, or one of its neighbours
+        int exact = a >= f.anchors;
+        if (a == f.anchors) {
+            if (!vi_any(wanted = (best > enough) & (top != 0))) break;
+            best = vf_set(0);
+            for (int g = 0; g < groups; g++) best -= error_at(p, n, x + g * n, w + g * n, out->d * out->s[g]);
+        }
+        vf d = top * (1 / (f.low + 0.5f * a)), scale[MAX_GROUPS];
         memcpy(scale, start, sizeof scale);
-        float last = INFINITY;
-        for (int round = 0; round < rounds; round++) {
-            int8_t si[MAX_GROUPS] = {0};
-            float u[MAX_BLOCK] = {0}, total = 0, num = 0, den = 0;
-            d = half_rounded(d);
+        for (int round = 0; round < f.rounds; round++) {
+            vf s[MAX_GROUPS], total = {0}, num = {0}, den = {0};
+            d = vf_half(d);
+            vf inverse_d = vf_inverse(d);
             for (int g = 0; g < groups; g++) {
-                const float *xg = x + g * group, *wg = w + g * group;
-                int middle = nearest_multiplier(f, scale[g] * inverse(d)), reach = effort || cheap ? 1 : 0;
-                int likely = cheap ? middle : likely_multiplier(p, f, group, xg, wg, d);
-                float least = INFINITY, t[32];
-                for (int i = -reach; i <= reach + (likely != middle); i++) {
-                    int c = i > reach ? likely : middle + i;
-                    if (c < f.low || c > f.high) continue;
-                    float factor = f.step * c + f.offset;
-                    p->project(p, group, xg, wg, inverse(d * factor), t);
-                    float error = error_of(group, xg, wg, t, d * factor, 0);
-                    if (error < least) least = error, si[g] = c, memcpy(u + g * group, t, group * sizeof *t);
+                vf middle = vf_round(scale[g] * inverse_d), most = vf_set(-INFINITY);
+                sums sum = {{0}, {0}};
+                for (int i = -f.reach; i <= f.reach; i++) {
+                    vf k = vf_clamp(middle + (float)i, f.low, f.high), dk = d * k;
+                    sums at = sums_at(p, n, x + g * n, w + g * n, vf_inverse(dk));
+                    vf gain = exact ? -error_at(p, n, x + g * n, w + g * n, dk) : gain_of(at, dk);
+                    vi better = gain > most;
+                    vf_keep(better, &most, gain);
+                    vf_keep(better, &s[g], k);
+                    vf_keep(better, &sum.xv, at.xv);
+                    vf_keep(better, &sum.vv, at.vv);
                 }
-                moments m = moments_of(group, xg, wg, u + g * group);
-                float factor = f.step * si[g] + f.offset;
-                num += factor * m.xv;
-                den += factor * factor * m.vv;
-                total += least;
-                if (m.vv > 0) scale[g] = m.xv / m.vv;
+                num += s[g] * sum.xv;
+                den += s[g] * s[g] * sum.vv;
+                total += most;
+                scale[g] = sum.xv * vf_inverse(sum.vv);
             }
-            if (total < best) best = total, best_d = d, memcpy(s, si, groups), memcpy(v, u, n * sizeof *v);
-            if (total >= last || den <= 0) break;
-            last = total;
-            d = num / den;
+            vi better = (total > best) & wanted;
+            vf_keep(better, &best, total);
+            vf_keep(better, &out->d, d);
+            for (int g = 0; g < groups; g++) vf_keep(better, &out->s[g], s[g]);
+            d = vf_select(den > 0, num / den, d);
         }
     }
-    return best_d;
 }
 
 // ---- scale and minimum ---------------------------------------------------------------------------------------------------------------------
-typedef struct { double w, x, q, qq, xq; } affine_sums;      // sums of w, w x, w q, w q q, w x q
-
-INLINE affine_sums affine_sums_of(int n, const float *x, const float *w, const float *q) {
-    vf sw = {0}, sx = {0}, sq = {0}, sqq = {0}, sxq = {0};
-    for (int i = 0; i < n; i += VL) {
-        vf wi = vf_load(w + i), xi = vf_load(x + i), qi = vf_load(q + i), wq = wi * qi;
-        sw += wi;
-        sx = vf_fma(wi, xi, sx);
-        sq += wq;
-        sqq = vf_fma(wq, qi, sqq);
-        sxq = vf_fma(wq, xi, sxq);
+typedef struct { vf q, qq, xq; } affine_sums;    // of w q, w q q, w x q
+INLINE vf affine_code(vf x, vf minimum, vf factor, float top) { return vf_clamp(vf_round((x - minimum) * factor), 0, top); }
+INLINE affine_sums affine_sums_at(int n, const vf *x, const vf *w, vf minimum, vf factor, float top) {
+    affine_sums s = {{0}, {0}, {0}};
+    for (int i = 0; i < n; i++) {
+        vf q = affine_code(x[i], minimum, factor, top), wq = w[i] * q;
+        s.q += wq;
+        s.qq += wq * q;
+        s.xq += wq * x[i];
     }
-    return (affine_sums){vf_sum(sw), vf_sum(sx), vf_sum(sq), vf_sum(sqq), vf_sum(sxq)};
+    return s;
 }
-INLINE void solve_affine(affine_sums s, int negative, float *scale, float *minimum) {
-    double det = s.qq * s.w - s.q * s.q;
-    double a = s.qq > 0 ? s.xq / s.qq : 0, m = 0;
-    if (det > 1e-6 * s.qq * s.w) {
-        double m2 = (s.qq * s.x - s.q * s.xq) / det;
-        if (!negative || m2 <= 0) m = m2, a = (s.xq * s.w - s.x * s.q) / det;
-    } else if (s.qq == 0) m = s.w > 0 && (!negative || s.x < 0) ? s.x / s.w : 0;
-    *scale = a;
-    *minimum = m;
+// What scale a and minimum m take off the error of all zeros; w, x: sums of w, w x.
+INLINE vf affine_gain(affine_sums s, vf w, vf x, vf a, vf m) {
+    return a * (2.0f * s.xq - a * s.qq - 2.0f * m * s.q) + m * (2.0f * x - m * w);
 }
-INLINE void affine_codes(int n, const float *x, float scale, float minimum, float top, float *q) {
-    float factor = inverse(scale);
-    for (int i = 0; i < n; i += VL) vf_store(q + i, vf_min(vf_max(vf_round((vf_load(x + i) - minimum) * factor), vf_set(0)), vf_set(top)));
-}
-// Scale and minimum of least error for codes 0..top; `negative`: the minimum is at most 0.
-static void fit_affine(int n, const float *x, const float *w, int top, int negative, int effort, float *scale, float *minimum) {
-    float low, high, q[32], best = INFINITY;
-    range(n, x, &low, &high);
-    if (negative && low > 0) low = 0;
-    *scale = 0;
-    *minimum = low;
-    if (high <= low) return;
-    int steps = effort ? 60 : 24;
-    for (int i = -2; i <= steps; i++) {                      // the last two polish the best
-        float s = i < steps - 1 ? (high - low) / (top - 1.0f + 2.6f * (i + 2) / steps) : *scale, m = i < steps - 1 ? low : *minimum;
-        affine_codes(n, x, s, m, top, q);
-        solve_affine(affine_sums_of(n, x, w, q), negative, &s, &m);
-        float error = error_of(n, x, w, q, s, m);
-        if (error < best) best = error, *scale = s, *minimum = m;
+typedef struct { vf scale, minimum, factor, base, gain; } affine_fit;      // codes are those of (x - base) * factor
+typedef struct { float from, step; int n, polish; } affine_candidates;     // steps that the range of the weights may have
+typedef enum { BY_GAIN, BY_SQUARES, BY_MAGNITUDES } measure;               // the least of what: errors from the sums, or summed up: w e e, w |e|
+// Scale and minimum for codes 0..top; `negative`: the minimum is at most 0.
+// The range reaches from the best minimum so far to the largest weight.
+INLINE affine_fit fit_affine(float top, int negative, measure by, affine_candidates c, int n, const vf *x, const vf *w) {
+    vf low = x[0], high = low, sw = w[0], sx = w[0] * x[0];
+    for (int i = 1; i < n; i++) {
+        low = vf_min(low, x[i]);
+        high = vf_max(high, x[i]);
+        sw += w[i];
+        sx += w[i] * x[i];
     }
+    if (negative) low = vf_min(low, vf_set(0));
+    vi some = high > low;
+    affine_fit best = {(vf)((vi)(1.0f / (top / (high - low))) & some), low, {0}, low, vf_set(-INFINITY)};
+    for (int i = -1; i < c.n + c.polish; i++) {  // first the range itself, as it is
+        vf a = best.scale, m = best.minimum, base = m, factor = i < c.n ? (i < 0 ? top : c.from + c.step * i) / (high - base) : 1.0f / a;
+        factor = (vf)((vi)factor & some);
+        affine_sums s = affine_sums_at(n, x, w, base, factor, top);
+        vi solved = some;
+        if (i >= 0) {
+            vf det = sw * s.qq - s.q * s.q;
+            solved &= det > 0;
+            a = (sw * s.xq - sx * s.q) / det;
+            m = (s.qq * sx - s.q * s.xq) / det;
+            if (negative) {
+                vi above = m > 0;
+                vf_keep(above, &m, vf_set(0));
+                vf_keep(above, &a, s.xq / s.qq);
+            }
+        }
+        vf gain = {0};
+        if (by == BY_GAIN) gain = affine_gain(s, sw, sx, a, m);
+        else for (int j = 0; j < n; j++) {
+            vf e = a * affine_code(x[j], base, factor, top) + m - x[j];
+            gain -= w[j] * (by == BY_SQUARES ? e * e : vf_abs(e));
+        }
+        vi better = (gain > best.gain) & solved;
+        vf_keep(better, &best.gain, gain);
+        vf_keep(better, &best.scale, a);
+        vf_keep(better, &best.minimum, m);
+        vf_keep(better, &best.factor, factor);
+        vf_keep(better, &best.base, base);
+    }
+    return best;
 }
-// Half-float scale and minimum stored as they are; fills in the codes.
-static void fit_affine_direct(int n, const float *x, const float *w, int top, int effort, float *scale, float *minimum, float *q) {
-    float s, m, u[32], best = INFINITY;
-    *scale = *minimum = 0;
-    memset(q, 0, n * sizeof *q);
-    fit_affine(n, x, w, top, 0, effort, &s, &m);
+// Half-float scale and minimum stored as they are; their codes are the nearest.
+INLINE affine_fit fit_affine_direct(float top, affine_candidates c, int n, const vf *x, const vf *w) {
+    affine_fit start = fit_affine(top, 0, BY_GAIN, c, n, x, w), best = {{0}, {0}, {0}, {0}, vf_set(-INFINITY)};
+    vf sw = {0}, sx = {0};
+    for (int i = 0; i < n; i++) sw += w[i], sx += w[i] * x[i];
     for (int step = -1; step <= 1; step++) {
-        float mh = half_step(m, step), sh = half_rounded(s);
-        if (s == 0) sh = half_rounded(x[0] - mh);            // a constant block: the scale takes what the minimum leaves
-        for (int round = 0; round < 3; round++) {
-            affine_codes(n, x, sh, mh, top, u);
-            float error = error_of(n, x, w, u, sh, mh);
-            if (error < best) best = error, *scale = sh, *minimum = mh, memcpy(q, u, n * sizeof *q);
-            affine_sums a = affine_sums_of(n, x, w, u);
-            if (a.qq <= 0) break;
-            sh = half_rounded((a.xq - mh * a.q) / a.qq);     // the best scale for the rounded minimum
+        vf m = step ? vf_half_step(start.minimum, step) : vf_half(start.minimum), a = vf_half(start.scale);
+        a = vf_select(start.scale != 0, a, vf_half(x[0] - m));      // a constant block: the scale takes what the minimum leaves
+        for (int round = 0; round < 2; round++) {
+            affine_sums s = affine_sums_at(n, x, w, m, vf_inverse(a), top);
+            vf gain = affine_gain(s, sw, sx, a, m);
+            vi better = gain > best.gain;
+            vf_keep(better, &best.gain, gain);
+            vf_keep(better, &best.scale, a);
+            vf_keep(better, &best.minimum, m);
+            a = vf_half((s.xq - m * s.q) * vf_inverse(s.qq));       // the best scale for the rounded minimum
         }
     }
+    best.base = best.minimum;
+    best.factor = vf_inverse(best.scale);
+    return best;
 }
-
-// A block of groups: weight = d * s[g] * q - dmin * m[g], q in 0..top, s and m in 0..most. Fills in s, m, q; d and dmin are half floats.
-static void fit_scaled_affine(int n, int group, int top, int most, const float *x, const float *w, int effort,
-                              float *out_d, float *out_dmin, uint8_t *s, uint8_t *m, float *q) {
-    int groups = n / group;
-    float scale0[MAX_GROUPS], min0[MAX_GROUPS], top_s = 0, top_m = 0, best = INFINITY;
-    for (int g = 0; g < groups; g++) {
-        fit_affine(group, x + g * group, w + g * group, top, 1, effort, &scale0[g], &min0[g]);
-        min0[g] = -min0[g];
-        top_s = scale0[g] > top_s ? scale0[g] : top_s;
-        top_m = min0[g] > top_m ? min0[g] : top_m;
+INLINE vf affine_error_at(int n, const vf *x, const vf *w, vf scale, vf minimum, float top) {
+    vf sum = {0}, factor = vf_inverse(scale);
+    for (int i = 0; i < n; i++) {
+        vf e = x[i] - minimum - scale * affine_code(x[i], minimum, factor, top);
+        sum += w[i] * e * e;
     }
-    *out_d = *out_dmin = 0;
-    memset(s, 0, groups);
-    memset(m, 0, groups);
-    memset(q, 0, n * sizeof *q);
-    int anchors = effort ? 12 : most > 15 ? 2 : 3, rounds = effort ? 8 : most > 15 ? 2 : 3;
-    for (int a = 0; a < anchors || (a < MANY_SCALES && nearly_exact(n, x, w, best)); a++) {
-        // the largest scale and minimum get the largest integer, or one below; past the usual candidates the two go separate ways
-        float below = a * 0.5f, apart = a < anchors ? below : a * 5 % MANY_SCALES * 0.5f;
-        float scale[MAX_GROUPS], minimum[MAX_GROUPS], d = top_s / (most - below), dmin = top_m / (most - apart), last = INFINITY;
+    return sum;
+}
+// A block of groups: weight = d * s[g] * q - dmin * m[g], q in 0..top, s and m in 0..most.
+INLINE void fit_scaled_affine(float top, float most, affine_candidates c, int anchors, int rounds, int groups, int n, const vf *x, const vf *w,
+                              fitted *out) {
+    vf scale0[MAX_GROUPS], min0[MAX_GROUPS], sw[MAX_GROUPS], sx[MAX_GROUPS], top_s = {0}, top_m = {0}, best = vf_set(-INFINITY);
+    for (int g = 0; g < groups; g++) {
+        affine_fit a = fit_affine(top, 1, BY_GAIN, c, n, x + g * n, w + g * n);
+        scale0[g] = a.scale;
+        min0[g] = -a.minimum;
+        top_s = vf_max(top_s, scale0[g]);
+        top_m = vf_max(top_m, min0[g]);
+        sw[g] = sx[g] = vf_set(0);
+        for (int i = g * n; i < (g + 1) * n; i++) sw[g] += w[i], sx[g] += w[i] * x[i];
+    }
+    vf enough = (1 - NEARLY_EXACT) * energy_of(groups * n, x, w);
+    vi wanted = vi_set(-1);
+    for (int a = 0; a < MANY_SCALES; a++) {      // the largest scale and minimum get the largest integer, or one below; later the two go separate ways
+        int exact = a >= anchors;
+        if (a == anchors) {
+            if (!vi_any(wanted = (best > enough) & (top_s > 0))) break;
+            best = vf_set(0);
+            for (int g = 0; g < groups; g++) best -= affine_error_at(n, x + g * n, w + g * n, out->d * out->s[g], -out->dmin * out->m[g], top);
+        }
+        vf scale[MAX_GROUPS], minimum[MAX_GROUPS], d = top_s / (most - 0.5f * a), dmin = top_m / (most - 0.5f * (a < anchors ? a : a * 5 % MANY_SCALES));
         memcpy(scale, scale0, sizeof scale);
         memcpy(minimum, min0, sizeof minimum);
         for (int round = 0; round < rounds; round++) {
-            uint8_t si[MAX_GROUPS] = {0}, mi[MAX_GROUPS] = {0};
-            float u[MAX_BLOCK] = {0}, total = 0;
-            double aa = 0, ab = 0, bb = 0, xa = 0, xb = 0;
-            d = half_rounded(d > 0 ? d : 0);
-            dmin = half_rounded(dmin > 0 ? dmin : 0);
+            vf s[MAX_GROUPS], m[MAX_GROUPS], total = {0}, aa = {0}, ab = {0}, bb = {0}, xa = {0}, xb = {0};
+            d = vf_half(vf_max(d, vf_set(0)));
+            dmin = vf_half(vf_max(dmin, vf_set(0)));
+            vf inverse_d = vf_inverse(d), inverse_dmin = vf_inverse(dmin);
             for (int g = 0; g < groups; g++) {
-                const float *xg = x + g * group, *wg = w + g * group;
-                int sc = nearest_multiplier((multipliers){0, most, 1, 0}, scale[g] * inverse(d));
-                int mc = nearest_multiplier((multipliers){0, most, 1, 0}, minimum[g] * inverse(dmin));
-                float least = INFINITY, t[32];
+                vf sc = vf_round(scale[g] * inverse_d), mc = vf_round(minimum[g] * inverse_dmin), most_gain = vf_set(-INFINITY);
+                affine_sums sum = {{0}, {0}, {0}};
                 for (int ds = -1; ds <= 1; ds++) {
                     for (int dm = -1; dm <= 1; dm++) {
-                        int sj = sc + ds, mj = mc + dm;
-                        if (sj < 0 || sj > most || mj < 0 || mj > most || (!effort && ds && dm)) continue;
-                        affine_codes(group, xg, d * sj, -dmin * mj, top, t);
-                        float error = error_of(group, xg, wg, t, d * sj, -dmin * mj);
-                        if (error < least) least = error, si[g] = sj, mi[g] = mj, memcpy(u + g * group, t, group * sizeof *t);
+                        vf sj = vf_clamp(sc + (float)ds, 0, most), mj = vf_clamp(mc + (float)dm, 0, most), dj = d * sj, base = -dmin * mj;
+                        affine_sums at = affine_sums_at(n, x + g * n, w + g * n, base, vf_inverse(dj), top);
+                        vf gain = exact ? -affine_error_at(n, x + g * n, w + g * n, dj, base, top) : affine_gain(at, sw[g], sx[g], dj, base);
+                        vi better = gain > most_gain;
+                        vf_keep(better, &most_gain, gain);
+                        vf_keep(better, &s[g], sj);
+                        vf_keep(better, &m[g], mj);
+                        vf_keep(better, &sum.q, at.q);
+                        vf_keep(better, &sum.qq, at.qq);
+                        vf_keep(better, &sum.xq, at.xq);
                     }
                 }
-                affine_sums sums = affine_sums_of(group, xg, wg, u + g * group);
-                double p = si[g], r = mi[g];
-                aa += p * p * sums.qq;
-                ab -= p * r * sums.q;
-                bb += r * r * sums.w;
-                xa += p * sums.xq;
-                xb -= r * sums.x;
-                total += least;
-                solve_affine(sums, 1, &scale[g], &minimum[g]);
-                minimum[g] = -minimum[g];
+                total += most_gain;
+                aa += s[g] * s[g] * sum.qq;
+                ab -= s[g] * m[g] * sum.q;
+                bb += m[g] * m[g] * sw[g];
+                xa += s[g] * sum.xq;
+                xb -= m[g] * sx[g];
+                vf det = sw[g] * sum.qq - sum.q * sum.q, at = (sw[g] * sum.xq - sx[g] * sum.q) / det, mt = (sum.q * sum.xq - sum.qq * sx[g]) / det;
+                vi usable = (det > 1e-6f * sw[g] * sum.qq) & (mt >= 0);
+                vf_keep(usable, &scale[g], at);
+                vf_keep(usable, &minimum[g], mt);
             }
-            if (total < best) {
-                best = total;
-                *out_d = d;
-                *out_dmin = dmin;
-                memcpy(s, si, groups);
-                memcpy(m, mi, groups);
-                memcpy(q, u, n * sizeof *q);
+            vi better = (total > best) & wanted;
+            vf_keep(better, &best, total);
+            vf_keep(better, &out->d, d);
+            vf_keep(better, &out->dmin, dmin);
+            for (int g = 0; g < groups; g++) {
+                vf_keep(better, &out->s[g], s[g]);
+                vf_keep(better, &out->m[g], m[g]);
             }
-            if (total >= last) break;
-            last = total;
-            double det = aa * bb - ab * ab;
-            if (det > 1e-6 * aa * bb) d = (xa * bb - xb * ab) / det, dmin = (xb * aa - xa * ab) / det;
-            else if (aa > 0) d = xa / aa;
+            vf det = aa * bb - ab * ab;
+            vi usable = det > 1e-6f * aa * bb;
+            d = vf_select(usable, (xa * bb - xb * ab) / det, vf_select(aa > 0, xa / aa, d));
+            dmin = vf_select(usable, (xb * aa - xa * ab) / det, dmin);
         }
     }
 }

@@ -13,6 +13,10 @@ static inline vf vf_max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (floa
 static inline vf vf_min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 static inline vf vf_round(vf a) { return (vf)vrndnq_f32((float32x4_t)a); }
+static inline vf vf_sqrt(vf a) { return (vf)vsqrtq_f32((float32x4_t)a); }
+static inline vf vf_zip_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static inline vf vf_zip_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+static inline vf vf_lookup16(const float table[16], vi index) { return (vf){table[index[0]], table[index[1]], table[index[2]], table[index[3]]}; }
 static inline vi vi_round(vf a) { return (vi)vcvtnq_s32_f32((float32x4_t)a); }
 static inline float vf_sum(vf a) { return vaddvq_f32((float32x4_t)a); }
 static inline float vf_hmax(vf a) { return vmaxvq_f32((float32x4_t)a); }

@@ -33,6 +33,10 @@ static inline vf vf_max(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] >
 static inline vf vf_min(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf vf_round(vf a) { for (int i = 0; i < VL; i++) a[i] = nearbyintf(a[i]); return a; }
+static inline vf vf_sqrt(vf a) { for (int i = 0; i < VL; i++) a[i] = sqrtf(a[i]); return a; }
+static inline vf vf_zip_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static inline vf vf_zip_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+static inline vf vf_lookup16(const float table[16], vi index) { return (vf){table[index[0]], table[index[1]], table[index[2]], table[index[3]]}; }
 static inline vi vi_round(vf a) { vi r; for (int i = 0; i < VL; i++) r[i] = (int32_t)nearbyintf(a[i]); return r; }
 static inline float vf_sum(vf a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 static inline float vf_hmax(vf a) { float m = a[0]; for (int i = 1; i < VL; i++) m = a[i] > m ? a[i] : m; return m; }

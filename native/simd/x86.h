@@ -24,6 +24,10 @@ static inline vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m51
 static inline vf vf_min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline vf vf_round(vf a) { return (vf)_mm512_roundscale_ps((__m512)a, 0); }
+static inline vf vf_sqrt(vf a) { return (vf)_mm512_sqrt_ps((__m512)a); }
+static inline vf vf_zip_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+static inline vf vf_zip_high(vf a, vf b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+static inline vf vf_lookup16(const float table[16], vi index) { return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table)); }
 static inline vi vi_round(vf a) { return (vi)_mm512_cvtps_epi32((__m512)a); }
 static inline float vf_sum(vf a) { return _mm512_reduce_add_ps((__m512)a); }
 static inline float vf_hmax(vf a) { return _mm512_reduce_max_ps((__m512)a); }
@@ -60,6 +64,13 @@ static inline vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m25
 static inline vf vf_min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 static inline vf vf_fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 static inline vf vf_round(vf a) { return (vf)_mm256_round_ps((__m256)a, 0); }
+static inline vf vf_sqrt(vf a) { return (vf)_mm256_sqrt_ps((__m256)a); }
+static inline vf vf_zip_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+static inline vf vf_zip_high(vf a, vf b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+static inline vf vf_lookup16(const float table[16], vi index) {
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
 static inline vi vi_round(vf a) { return (vi)_mm256_cvtps_epi32((__m256)a); }
 static inline float vf_sum(vf a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));

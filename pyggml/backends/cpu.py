@@ -44,7 +44,7 @@ class Pool:
 
     def __init__(self, n_threads: int | None = None, place: Place | None = None) -> None:
         self.n_threads = n_threads or physical_cores()
-        before = _threads()
+        before = _threads() if place is not None else set()
         self._pool = ffi.gc(lib.pyg_pool_new(self.n_threads), lib.pyg_pool_free)
         if self._pool == ffi.NULL:
             raise PyggmlError(f"cannot start {self.n_threads} threads; use fewer (-t)")

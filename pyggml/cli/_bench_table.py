@@ -32,10 +32,16 @@ def fields(result: Result) -> dict[str, Any]:
         "gpu_info": gpus() if result.gpu_layers else "", "backends": backend(result), "isa": native.isa,
         "model_filename": test.model, "model_type": model.describe(), "model_size": model.nbytes, "model_n_params": model.n_params,
         "n_batch": test.n_batch, "n_ubatch": test.n_ubatch, "n_threads": result.n_threads, "type_k": test.type_k, "type_v": test.type_v,
-        "n_gpu_layers": result.gpu_layers, "repack": bool(test.repack),
-        "n_prompt": test.n_prompt, "n_gen": test.n_gen, "n_depth": test.n_depth, "test_time": result.test_time,
+        "n_gpu_layers": result.gpu_layers, "repack": bool(test.repack), "n_prompt": test.n_prompt, "n_gen": test.n_gen,
+        "n_depth": test.n_depth, "n_parallel": test.n_parallel, "test_time": result.test_time,
         "avg_ns": round(statistics.fmean(ns)), "stddev_ns": round(stddev(ns)), "avg_ts": statistics.fmean(ts), "stddev_ts": stddev(ts),
     }
+
+
+def every_field(result: Result) -> dict[str, Any]:
+    """One result with what a table has no room for."""
+    samples = {**fields(result), "samples_ns": result.samples_ns, "samples_ts": result.samples_ts}
+    return samples | ({"ops": result.ops} if result.ops else {})
 
 
 def backend(result: Result) -> str:
@@ -72,14 +78,14 @@ def markdown(results: Iterator[Result], tests: list[Test]) -> None:
 def as_json(results: Iterator[Result], tests: list[Test]) -> None:
     print("[", end="")
     for i, result in enumerate(results):
-        print((",\n" if i else "\n") + json.dumps({**fields(result), "samples_ns": result.samples_ns, "samples_ts": result.samples_ts}, indent=2),
+        print((",\n" if i else "\n") + json.dumps(every_field(result), indent=2),
               end="", flush=True)
     print("\n]")
 
 
 def json_lines(results: Iterator[Result], tests: list[Test]) -> None:
     for result in results:
-        print(json.dumps({**fields(result), "samples_ns": result.samples_ns, "samples_ts": result.samples_ts}), flush=True)
+        print(json.dumps(every_field(result)), flush=True)
 
 
 def comma_separated(results: Iterator[Result], tests: list[Test]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 import threading
@@ -27,6 +28,7 @@ LISTS = [
     (("-ub", "--ubatch-size"), "n_ubatch", "512", "tokens computed in one go"),
     (("-t", "--threads"), "n_threads", None, "threads (default: physical cores)"),
     (("-d", "--n-depth"), "n_depth", "0", "tokens that lie in the cache before"),
+    (("-npl", "--n-parallel"), "n_parallel", "1", "sequences that are generated at once; prompts are measured for one"),
     (("-p", "--n-prompt"), "n_prompt", "512", "length of the prompt tests, pp"),
     (("-n", "--n-gen"), "n_gen", "128", "length of the generation tests, tg"),
 ]
@@ -51,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-warmup", action="store_true", help="skip the untimed first run")
     parser.add_argument("-o", "--output", choices=FORMATS, default="md", help="format of the results (default: %(default)s)")
     parser.add_argument("--progress", action="store_true", help="tell on standard error what runs")
-    parser.add_argument("--ops", action="store_true", help="print the time that each operation took (every test once more)")
-    parser.add_argument("--no-mmap", action="store_true", help="read files into memory instead of mapping them")
+    parser.add_argument("--ops", action="store_true", help="tell how long each operation takes, what it reads and multiplies, and how near that "
+                        "comes to what this machine can do, which is measured first (every test runs once more)")
+    parser.add_argument("--deterministic", action="store_true", help="measure what the same bits for any batch and threads cost")
+    _options.add_placement(parser)
     parser.set_defaults(usage_error=parser.error)
 
 
@@ -84,12 +88,14 @@ class Test(NamedTuple):
     ngl: str
     repack: int
     n_depth: int
+    n_parallel: int
     n_prompt: int
     n_gen: int
 
     @property
     def name(self) -> str:
         work = "+".join(f"{kind}{n}" for kind, n in (("pp", self.n_prompt), ("tg", self.n_gen)) if n)
+        work += f" x{self.n_parallel}" if self.n_parallel > 1 else ""
         return work + (f" @ d{self.n_depth}" if self.n_depth else "")
 
 
@@ -102,10 +108,11 @@ class Result(NamedTuple):
     gpu_layers: int                     # on a GPU, with the output as one more
     test_time: str                      # when it began, ISO 8601 in UTC
     samples_ns: list[int]
+    ops: list[dict[str, Any]]           # with --ops: where the time went, the longest first
 
     @property
     def samples_ts(self) -> list[float]:
-        return [1e9 * (self.test.n_prompt + self.test.n_gen) / ns for ns in self.samples_ns]
+        return [1e9 * (self.test.n_prompt + self.test.n_gen) * self.test.n_parallel / ns for ns in self.samples_ns]
 
 
 def tests(args: argparse.Namespace) -> list[Test]:
@@ -125,8 +132,9 @@ def tests(args: argparse.Namespace) -> list[Test]:
         args.usage_error("-pg takes two numbers, PP,TG")
     work = [(n, 0) for n in numbers["n_prompt"] if n] + [(0, n) for n in numbers["n_gen"] if n] + pairs
     setups = itertools.product(models, numbers["n_batch"], numbers["n_ubatch"], types["type_k"], types["type_v"], numbers["n_threads"],
-                               ",".join(args.ngl or ["auto"]).lower().split(","), int_list(args.repack or ["1"]), numbers["n_depth"])
-    return [Test(*setup, *lengths) for setup in setups for lengths in work]
+                               ",".join(args.ngl or ["auto"]).lower().split(","), int_list(args.repack or ["1"]), numbers["n_depth"],
+                               numbers["n_parallel"])
+    return [Test(*setup, *lengths) for setup in setups for lengths in work if setup[-1] == 1 or not lengths[0]]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.repetitions < 1:
         args.usage_error(f"-r {args.repetitions}: at least one repetition is needed")
     todo = tests(args)
+    args.place = _options.place(args)
     running: list[Any] = []             # the context at work
 
     def cancel() -> None:
@@ -148,20 +157,22 @@ def run(args: argparse.Namespace) -> int:
 
 def results(todo: list[Test], args: argparse.Namespace, running: list[Any], interrupted: threading.Event) -> Iterator[Result]:
     """Run the tests one after the other; an interruption ends them early."""
-    from pyggml.context import Model
     from pyggml.errors import Cancelled
 
     path, model = None, None
     for i, test in enumerate(todo):
         if test.model != path:
-            path, model = test.model, Model.load(test.model, use_mmap=not args.no_mmap)
+            path, model = test.model, _options.load_model(args, test.model)
         if args.progress:
             print(f"pyggml bench: {i + 1}/{len(todo)} {test.model} {test.name}", file=sys.stderr)
         time.sleep(args.delay)
         try:
-            yield measure(test, model, args, running)
+            result = measure(test, model, args, running)
             if args.ops:
-                print_ops(test, *operations(test, model, args, running), sys.stdout if args.output == "md" else sys.stderr)
+                result.ops.extend(operations(test, model, args, running))
+            yield result
+            if args.ops and args.output in ("md", "csv"):
+                print_ops(test, result.ops, sys.stdout if args.output == "md" else sys.stderr)
         except Cancelled:
             return
         if interrupted.is_set():
@@ -172,40 +183,52 @@ def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]
     """Run one test."""
     context = open_context(test, model, args, running)
     n_threads = context.pool.n_threads if context.pool is not None else 1
-    result = Result(test, model, n_threads, context.gpu_layers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [])
-    tokens = random_tokens(model, test.n_prompt + test.n_gen)
-    prompt, generation = tokens[:test.n_prompt], tokens[test.n_prompt:]
+    result = Result(test, model, n_threads, context.gpu_layers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), [], [])
     if not args.no_warmup:
-        evaluate(context, prompt, generation[:1])
+        evaluate(context, test._replace(n_gen=min(test.n_gen, 1), n_depth=0), model)
         context.reset()
-    context.eval(random_tokens(model, test.n_depth), logits="none")
+    fill(context, test, model)
     for _ in range(args.repetitions):
-        context.truncate(test.n_depth)
+        context.truncate(test.n_depth if test.n_parallel == 1 else 0)
         start = time.perf_counter_ns()
-        evaluate(context, prompt, generation)
+        evaluate(context, test, model)
         result.samples_ns.append(time.perf_counter_ns() - start)
     return result
 
 
-def operations(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> tuple[list[Any], float]:
-    """The time of each operation in one more run of a test, warmed up; and the bytes a second that the GPU at work copies, or 0."""
+def operations(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> list[dict[str, Any]]:
+    """Time and work of each operation in one more run of a test, warmed up, beside what the machine can do."""
+    from pyggml.roofline import Work, measure_peaks
+
     context = open_context(test, model, args, running, timing=True)
-    context.eval(random_tokens(model, test.n_depth), logits="none")
-    tokens = random_tokens(model, test.n_prompt + test.n_gen)
+    if context.pool is None:
+        raise ParameterError("--ops needs the native kernels, which are missing; `pyggml doctor` tells why")
+    fill(context, test, model)
     before: list[Any] = []
     for _ in range(2):
         before = context.op_times()
-        context.truncate(test.n_depth)
-        evaluate(context, tokens[:test.n_prompt], tokens[test.n_prompt:])
-    return since(before, context.op_times()), context.copy_bandwidth()
+        context.truncate(test.n_depth if test.n_parallel == 1 else 0)
+        evaluate(context, test, model)
+    spent = since(before, context.op_times())
+    peaks = measure_peaks(context.pool.n_threads)
+    copied = context.copy_bandwidth()
+    if copied:                                          # layers on a GPU: what limits those is its memory
+        peaks = peaks._replace(read=copied, int8=math.inf, floats=math.inf)
+    rows = []
+    for op in spent:
+        least, limit = peaks.least(Work(op.bytes, op.macs, op.kind))
+        rows.append({**op._asdict(), "share_of_peak": 1e9 * least / op.ns, "limit": limit,
+                     "peak_read": peaks.read, "peak_int8": None if copied else peaks.int8, "peak_float": None if copied else peaks.floats})
+    return rows
 
 
 def open_context(test: Test, model: Any, args: argparse.Namespace, running: list[Any], timing: bool = False) -> Any:
     from pyggml.context import Context
 
-    context = Context(model, n_ctx=test.n_prompt + test.n_gen + test.n_depth, n_batch=test.n_batch, n_ubatch=test.n_ubatch, n_threads=test.n_threads,
-                      type_k=test.type_k.upper(), type_v=test.type_v.upper(), repack=bool(test.repack), timing=timing,
-                      n_gpu_layers=test.ngl, device=args.device, main_gpu=args.main_gpu)
+    n_ctx = (test.n_prompt + test.n_gen + test.n_depth) * test.n_parallel
+    context = Context(model, n_ctx=n_ctx, n_batch=test.n_batch, n_ubatch=test.n_ubatch, n_threads=test.n_threads, place=args.place,
+                      type_k=test.type_k.upper(), type_v=test.type_v.upper(), repack=bool(test.repack), deterministic=args.deterministic,
+                      timing=timing, n_gpu_layers=test.ngl, device=args.device, main_gpu=args.main_gpu)
     running[:] = [context]
     return context
 
@@ -220,35 +243,59 @@ def random_tokens(model: Any, n: int) -> Any:
     return tokens
 
 
-def evaluate(context: Any, prompt: Any, generation: Any) -> None:
-    """The work that is timed: the prompt as one piece, then one token after the other."""
+def fill(context: Any, test: Test, model: Any) -> None:
+    """Put the depth of a test into the cache."""
+    tokens = random_tokens(model, test.n_depth)
+    if test.n_parallel == 1:
+        context.eval(tokens, logits="none")
+        return
+    step = max(1, context.n_ubatch // test.n_parallel)
+    for at in range(0, test.n_depth, step):
+        piece = tokens[at:at + step]
+        context.sequences(piece[None].repeat(test.n_parallel, 0), at, [])
+
+
+def evaluate(context: Any, test: Test, model: Any) -> None:
+    """The work that is timed: the prompt as one piece, then one token after the other (of each sequence)."""
+    tokens = random_tokens(model, test.n_prompt + test.n_gen)
+    prompt, generation = tokens[:test.n_prompt], tokens[test.n_prompt:]
     if len(prompt):
         context.eval(prompt)
-    for i in range(len(generation)):
-        context.eval(generation[i:i + 1])
+    if test.n_parallel == 1:
+        for i in range(len(generation)):
+            context.eval(generation[i:i + 1])
+    else:
+        each = generation[None].repeat(test.n_parallel, 0)
+        for i in range(len(generation)):
+            context.sequences(each[:, i:i + 1], test.n_depth + i, [0])
 
 
 def since(before: list[Any], after: list[Any]) -> list[Any]:
-    """What each step took between two readings, summed over steps of one name that write the same kind of thing; the longest first."""
-    from pyggml.plan import StepTime
-
-    spent: dict[tuple[str, str], list[int]] = {}
+    """What each step took between two readings (OpTime), summed over steps of one name that write the same kind of thing; the longest first."""
+    spent: dict[tuple[str, str], Any] = {}
     for sign, readings in ((-1, before), (1, after)):
-        for op, what, ns, n_bytes in readings:
-            row = spent.setdefault((op, re.sub(r"\.\d+(?=\.|$)", ".*", what)), [0, 0])      # blk.7.ffn_up -> blk.*.ffn_up
-            row[0] += sign * ns
-            row[1] += sign * n_bytes
-    return sorted((StepTime(*key, *row) for key, row in spent.items()), key=lambda row: -row.ns)
+        for step in readings:
+            what = re.sub(r"\.\d+(?=\.|$)", ".*", step.what)      # blk.7.ffn_up -> blk.*.ffn_up
+            so_far = spent.get((step.op, what), step._replace(what=what, ns=0, bytes=0, macs=0))
+            spent[step.op, what] = so_far._replace(ns=so_far.ns + sign * step.ns, bytes=so_far.bytes + sign * step.bytes,
+                                                   macs=so_far.macs + sign * step.macs, kind=step.kind or so_far.kind)
+    return sorted((step for step in spent.values() if step.ns), key=lambda step: -step.ns)
 
 
-def print_ops(test: Test, ops: list[Any], bandwidth: float, file: Any) -> None:
-    """bandwidth: bytes a second that a share is taken of, 0 where none was measured."""
-    total = sum(row.ns for row in ops) or 1
-    copied = f"; the GPU copies {bandwidth / 1e9:.0f} GB/s" if bandwidth else ""
-    print(f"\n{test.name}: {total / 1e6:.2f} ms in operations{copied}", file=file)
-    for row in ops:
-        speed = row.bytes / max(row.ns, 1)              # bytes per nanosecond are GB/s
-        share = f" {100e9 * speed / bandwidth:5.1f} %" if bandwidth else ""
-        traffic = f"{row.bytes / 1e6:9.1f} MB {speed:7.1f} GB/s{share}"
-        print(f"{row.ns / 1e6:10.3f} ms {100 * row.ns / total:5.1f} %  {row.op:<16} {row.what:<30} {traffic}", file=file)
+def print_ops(test: Test, ops: list[dict[str, Any]], file: Any) -> None:
+    """The roofline: GB/s and GMAC/s of each operation, and its share of the nearer limit."""
+    total = sum(op["ns"] for op in ops) or 1
+    print(f"\n{test.name}: {total / 1e6:.2f} ms in operations", file=file)
+    if ops:
+        peak = ops[0]
+        best = f"the GPU copies {peak['peak_read'] / 1e9:.0f} GB/s" if peak["peak_int8"] is None else (
+            f"this machine: reads {peak['peak_read'] / 1e9:.1f} GB/s, multiplies {peak['peak_int8'] / 1e9:.0f} G int8 and "
+            f"{peak['peak_float'] / 1e9:.0f} G float a second")
+        print(f"{best}\n"
+              f"{'time':>13} {'share':>7} {'GB/s':>7} {'GMAC/s':>7}  of the limit   operation", file=file)
+    for op in ops:
+        ns = max(op["ns"], 1)
+        macs = f"{op['macs'] / ns:7.1f}" if op["kind"] else f"{'':7}"
+        near = f"{100 * op['share_of_peak']:3.0f} % {op['limit']:<7}" if op["macs"] else f"{'':13}"
+        print(f"{ns / 1e6:10.3f} ms {100 * ns / total:5.1f} % {op['bytes'] / ns:7.2f} {macs}  {near}  {op['op']:<16} {op['what']}", file=file)
     print(file=file)

@@ -91,8 +91,12 @@ def decode(raw: np.ndarray, kind: TensorType) -> np.ndarray:
 
 
 def encode_rows(rows: np.ndarray, kind: TensorType, importance: np.ndarray | None, search: bool) -> np.ndarray:
-    """float32 (rows, columns) as blocks, uint8 (rows, bytes of a row)."""
-    return quants.quantize(rows, kind, importance, search=search, threads=1)
+    """Finite float32 (rows, columns) as blocks, uint8 (rows, bytes of a row)."""
+    if not kind.quantized:
+        return quants.quantize(rows, kind)
+    out = np.empty((len(rows), kind.row_bytes(rows.shape[1])), np.uint8)
+    quants.quantize_rows(rows, kind, quants.usable(importance, search), out, search, threads=1)
+    return out
 
 
 def check(rows: np.ndarray, kind: TensorType, tensor: Any, start: int) -> None:

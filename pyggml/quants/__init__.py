@@ -70,7 +70,9 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
 
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
     (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
-    search: spend several times longer on a wider search for a lower error; for formula types too (the bytes are then not ggml's).
+    search: look for the least squared error; with an imatrix weighted as ggml weighs it, by importance * sqrt(mean square + x^2) (Q6_K, the
+    formula types and the codebook types: by importance). Otherwise scales are ggml's choice, and so, for all but the codebook types
+    (IQ1, IQ2, IQ3), is every byte but for a rare tie.
     The bytes do not depend on `threads`.
     PyggmlError when a row is not a whole number of blocks, or when a value is not finite (a blocked type cannot hold it).
     """
@@ -92,7 +94,7 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
     rows = x.reshape(groups, -1, n)
     result = out.reshape(groups, -1, out.shape[-1])
     for g in range(groups):
-        _quantize_rows(rows[g], row, None if importance is None else importance[g], result[g], search, threads)
+        quantize_rows(rows[g], row, usable(None if importance is None else importance[g], search), result[g], search, threads)
     return out
 
 
@@ -105,15 +107,20 @@ def _importance(x: np.ndarray, imatrix: np.ndarray | None) -> tuple[int, np.ndar
         raise PyggmlError(f"an importance of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
     if not (np.isfinite(w).all() and (w >= 0).all()):
         raise PyggmlError("the importance matrix has a negative or non-finite entry; compute it again")
-    w = w.reshape(-1, x.shape[-1])
-    mean = w.mean(axis=1, keepdims=True)
-    # columns that were never active still deserve some fit: a floor far below what could move the others
-    return len(w), np.where(mean > 0, w + np.float32(1e-6) * mean, np.float32(1))
+    return w.size // x.shape[-1], w.reshape(-1, x.shape[-1])
 
 
-def _quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool,
+def usable(w: np.ndarray | None, search: bool) -> np.ndarray | None:
+    """An importance row as encoders want it: not all zeros, and for a search nowhere zero: columns that were never active still deserve
+    some fit, far below what could move the others."""
+    if w is None or not w.any():
+        return None
+    return np.where(w > 0, w, np.float32(1e-6) * w.mean()) if search else w
+
+
+def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool,
                    threads: int | None) -> None:
-    """x (rows, n), w (n,) or None, out uint8 (rows, bytes)."""
+    """Finite x, float32 (rows, n), with importance w (n,) or None into out, uint8 (rows, bytes)."""
     n = x.shape[1]
     if lib is not None and not row.user_defined:
         importance = ffi.NULL if w is None else _pointer("float *", w)

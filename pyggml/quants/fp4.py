@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyggml.quants import search
 from pyggml.quants.codebooks import codebook
 from pyggml.quants.codec import Codec, register, spread
 from pyggml.quants.legacy import nibbles, pack_nibbles
@@ -23,6 +22,13 @@ def e8m0_half(e: np.ndarray) -> np.ndarray:
 _exponent, _mantissa = np.arange(256) >> 3 & 15, np.arange(256) & 7
 UE4M3_HALF = np.where(_exponent == 0, _mantissa / 1024, (8 + _mantissa) / 16 * 2.0 ** (_exponent - 7)).astype(np.float32)
 UE4M3_HALF[0x7F] = 0
+
+
+def ue4m3(x: np.ndarray) -> np.ndarray:
+    """The nearest unsigned float of x, halves upwards, at most 448; what is below the smallest normal one does not become it."""
+    bits = ((x.astype(np.float32).view(np.uint32).astype(np.int64) + 0x80000) >> 20) - (120 << 3)
+    small = np.minimum(np.floor(np.maximum(x, 0) * np.float32(512) + np.float32(0.5)), 7)
+    return np.where(x < 2.0**-6, small, np.minimum(bits, 0x7E)).astype(np.uint8)
 
 
 def nearest_codes(x: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -61,17 +67,7 @@ class NVFP4(Codec):
         return spread(UE4M3_HALF[b["d"]], 16) * codebook("fp4_values")[q, 0].astype(np.float32)
 
     def encode(self, x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-        groups, wg = x.reshape(-1, 16), search.weights(x, w).reshape(-1, 16)
-        scale, _ = search.fit_scale(groups, wg, _FP4)
-        order = UE4M3_HALF[:0x7F]
-        nearest = np.clip(np.searchsorted(order, np.abs(scale)), 1, 0x7E)
-        best, least = np.zeros(len(groups), np.uint8), np.full(len(groups), np.inf)
-        for d in (nearest - 1, nearest):                       # the scales below and above
-            q = nearest_codes(groups, order[d])
-            error = (wg * (groups - order[d] * codebook("fp4_values")[q, 0]) ** 2).sum(axis=1)
-            best, least = np.where(error < least, d[:, 0], best), np.minimum(error, least)
-        q = nearest_codes(groups, order[best][:, None]).astype(np.uint8)
-        return self.blocks(len(x), d=best.reshape(-1, 4), qs=(q[:, :8] | q[:, 8:] << 4).reshape(-1, 32))
-
-
-_FP4 = search.Table(codebook("fp4_values")[:, 0])
+        groups = x.reshape(-1, 16)
+        d = ue4m3(np.abs(groups).max(axis=1) / np.float32(6))  # the largest value, 6, covers the group
+        q = nearest_codes(groups, UE4M3_HALF[d][:, None]).astype(np.uint8)
+        return self.blocks(len(x), d=d.reshape(-1, 4), qs=(q[:, :8] | q[:, 8:] << 4).reshape(-1, 32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyggml.quants import search
 from pyggml.quants.codec import Codec, column, inverse, register, round_away
 from pyggml.quants.legacy import bits, pack_bits
 
@@ -74,11 +73,8 @@ class Q1_0(Codec):
         return (bits(b["qs"]).astype(np.float32) * 2 - 1) * column(b["d"])
 
     def encode(self, x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-        # with the signs given, the (weighted) mean magnitude is the scale of least squared error
-        weights = np.ones_like(x) if w is None else w
-        total = weights.sum(axis=1)
-        d = (weights * np.abs(x)).sum(axis=1) * inverse(total)
-        return self.blocks(len(x), d=d, qs=pack_bits(x >= 0))
+        total = np.cumsum(np.abs(x), axis=1, dtype=np.float32)[:, -1]      # in order, as ggml sums
+        return self.blocks(len(x), d=total / np.float32(128), qs=pack_bits(x >= 0))
 
 
 @register
@@ -92,8 +88,8 @@ class Q2_0(Codec):
         return (q.astype(np.float32) - 1) * column(b["d"])
 
     def encode(self, x: np.ndarray, w: np.ndarray | None) -> np.ndarray:
-        d, v = search.fit_scale(x, search.weights(x, w), search.Integers(-1, 2))
-        q = (v + 1).astype(np.uint8).reshape(len(x), -1, 4)
+        d = np.abs(x).max(axis=1, keepdims=True)
+        q = np.clip(round_away(x * inverse(d)) + 1, 0, 3).astype(np.uint8).reshape(len(x), -1, 4)
         return self.blocks(len(x), d=d[:, 0], qs=q[..., 0] | q[..., 1] << 2 | q[..., 2] << 4 | q[..., 3] << 6)
 
 

@@ -14,7 +14,6 @@ pytest.importorskip("numba.cuda", reason="needs the extra: pip install 'pyggml[c
 
 from pyggml.backends.cuda import layout  # noqa: E402
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Scratch  # noqa: E402
-from pyggml.types import tensor_type  # noqa: E402
 
 FAMILIES = ("basic", "norm", "rope", "matmul", "attention", "moe", "sample")
 NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.uint8): "I8"}
@@ -82,5 +81,8 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b)) | ((a == 0) & (b == 0))).all())
 
 
-def supported(type_name: str) -> bool:
-    return tensor_type(type_name).activation != ""
+def eight_bits(x: np.ndarray) -> np.ndarray:
+    """What activations are rounded to: 8 bits, a scale for every 32."""
+    groups = x.reshape(-1, 32)
+    top = np.abs(groups).max(axis=1, keepdims=True)
+    return (np.rint(groups * (np.float32(127) / top)) * (top / np.float32(127))).reshape(x.shape)

@@ -119,4 +119,4 @@ def install(prims) -> None:
     kernelapi.threading = SimpleNamespace(Lock=threading.Lock, current_thread=greenlet.getcurrent)
     kernel.BlockManager.run = lambda self, grid_point, *args: Block(self).run(grid_point, args)
     kernelapi.FakeCUDAShared.array = shared_array
-    prims._warp = exchange
+    prims._warp, prims._thread = exchange, greenlet.getcurrent

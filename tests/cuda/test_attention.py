@@ -57,7 +57,7 @@ def test_attention_of_a_token_over_few_cells(type_k, type_v):
     assert nmse(out, want(q, k, v, cell, first, d**-0.5)) < HALF
 
 
-@pytest.mark.parametrize("d,dv", [(8, 8), (80, 72)])
+@pytest.mark.parametrize("d,dv", [(8, 8), (80, 72), (136, 144)])
 def test_heads_of_any_multiple_of_eight(d, dv):
     k, v = cache_view("F16", numbers(1, 20, d)), cache_view("F16", numbers(1, 20, dv))
     q, cell, first = numbers(2, 2, d), np.array([17, 18], np.int32), np.array([0, 0], np.int32)

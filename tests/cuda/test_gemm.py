@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from device_case import nmse, run, view, weight
+from device_case import eight_bits, nmse, run, view, weight
 
 from pyggml.backends.cuda import gemm as kernels
 from pyggml.backends.cuda import moe
@@ -16,11 +16,10 @@ def numbers(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("tile", [(64, 32), (64, 64), (128, 128)])
-@pytest.mark.parametrize("name,k", [("Q4_0", 160), ("F16", 76)])
+@pytest.mark.parametrize("tile,name,k", [((64, 32), "Q4_0", 160), ((64, 64), "Q8_0", 96), ((128, 128), "Q4_0", 64), ((64, 32), "F16", 76)])
 def test_a_product_with_every_epilogue(monkeypatch, tile, name, k):
     monkeypatch.setattr(kernels, "tile_of", lambda *_: tile)
-    tokens, m = 18, 37
+    tokens, m = 18, 35
     w, numeric = weight(numbers(m, k), name)
     x, norm, bias, residual = numbers(tokens, k), numbers(k), numbers(m), numbers(tokens, m)
     out = np.full((tokens, m), 7, np.float32)
@@ -32,8 +31,8 @@ def test_a_product_with_every_epilogue(monkeypatch, tile, name, k):
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "IQ1_S", "BF16"])
 def test_types(name):
-    w, numeric = weight(numbers(9, 256), name)
-    x, out = numbers(9, 256), np.zeros((9, 9), np.float32)
+    w, numeric = weight(numbers(3, 256), name)
+    x, out = numbers(9, 256), np.zeros((9, 3), np.float32)
     run("mul_mat", view(out), [w, view(x), None, None, None], i=[0, 0, 0], f=[0, 1])
     assert nmse(out, x @ numeric.T) < HALF
 
@@ -82,16 +81,18 @@ def test_products_of_experts(monkeypatch, pairs_at_most, own_rows):
     x = numbers(tokens, used, k) if own_rows else numbers(tokens, k)
     out = np.full((tokens, used, m), 7, np.float32)
     run("mul_mat_id", view(out, 0), [w, view(x, 0), None, view(ids, 0)], i=[0, 0], f=[0], tokens=3)
-    assert nmse(out[:3], OPS["matmul_id"].reference(numeric, x, ids)[:3]) < 1e-4
+    seen = eight_bits(x) if pairs_at_most else x
+    assert nmse(out[:3], OPS["matmul_id"].reference(numeric, seen, ids)[:3]) < HALF
     assert (out[3] == 7).all()
 
 
 @pytest.mark.parametrize("pairs_at_most", [32, 0], ids=["matvec", "tensor cores"])
 def test_gated_experts(monkeypatch, pairs_at_most):
     monkeypatch.setattr(moe, "PAIRS", pairs_at_most)
-    wg, g = weight(numbers(3, 4, 256), "Q4_K")
-    wu, u = weight(numbers(3, 4, 256), "Q6_K")
-    x, norm, ids, out = numbers(2, 256), numbers(256), np.array([[2, 0], [0, 1]], np.int32), np.zeros((2, 2, 4), np.float32)
+    wg, g = weight(numbers(3, 4, 64), "Q4_0")
+    wu, u = weight(numbers(3, 4, 64), "Q5_1")
+    x, norm, ids, out = numbers(2, 64), numbers(64), np.array([[2, 0], [0, 1]], np.int32), np.zeros((2, 2, 4), np.float32)
     run("glu_mat_id", view(out, 0), [wg, view(x, 0), view(norm), view(ids, 0), wu], i=[0, 0, 0, 1], f=[1e-5], tokens=2)
     y, product = OPS["rms_norm"].reference(x, norm, 1e-5), OPS["matmul_id"].reference
-    assert nmse(out, OPS["glu"].reference(product(g, y, ids), product(u, y, ids), "gelu")) < 3e-4
+    y = eight_bits(y) if pairs_at_most else y
+    assert nmse(out, OPS["glu"].reference(product(g, y, ids), product(u, y, ids), "gelu")) < 1e-5

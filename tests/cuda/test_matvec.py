@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from device_case import nmse, run, scratch, tables, view, weight
+from device_case import eight_bits, nmse, run, scratch, tables, view, weight
 
 from pyggml.backends.cuda.base import DeviceStep
 from pyggml.backends.cuda.matmul import by_columns
@@ -18,13 +18,6 @@ rng = np.random.default_rng(5)
 
 def numbers(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
-
-
-def eight_bits(x: np.ndarray) -> np.ndarray:
-    """What activations are rounded to: 8 bits, a scale for every 32."""
-    groups = x.reshape(-1, 32)
-    top = np.abs(groups).max(axis=1, keepdims=True)
-    return (np.rint(groups * (np.float32(127) / top)) * (top / np.float32(127))).reshape(x.shape)
 
 
 def seen_by(name: str, x: np.ndarray) -> np.ndarray:

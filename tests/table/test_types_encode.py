@@ -48,22 +48,60 @@ def ggml_error(row, w: np.ndarray | None) -> np.ndarray:
     """ggml's error on each row of X."""
     kind = "plain" if w is None else "imat"
     known = golden("more").get(f"{row.name}_{kind}_error")
-    return known if known is not None else squared_error(row, as_bytes(golden(row.name)[f"{kind}_bytes"]), X, w)
+    return known if known is not None else squared_error(row, ggml_choice(row, w), X, w)
 
 
-# Where ggml's error is below this part of the energy, it is only the rounding of half-float scales, and a matter of luck.
-NEGLIGIBLE = 3e-7
+def ggml_choice(row, w: np.ndarray | None) -> np.ndarray:
+    """ggml's encoding of X by a search."""
+    return as_bytes(golden(row.name)["plain_bytes" if w is None else "imat_bytes"])
+
+
 WEIGHTED_TOO = [tensor_type(name) for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1")]
+CODEBOOKS = {"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"}
+weighted = pytest.mark.parametrize("w", [None, IMATRIX], ids=["plain", "imatrix"])
+
+
+# An error below this part of the energy is only the rounding of half-float scales, and a matter of luck.
+NEGLIGIBLE = 3e-7
+
+
+def energy(w: np.ndarray | None) -> np.ndarray:
+    return (X.astype(np.float64) ** 2 * (1 if w is None else w)).sum(axis=1)
 
 
 @every_isa
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "imatrix"])
-@pytest.mark.parametrize("row", [*SEARCHED, *WEIGHTED_TOO], ids=str)
-def test_searched_types_err_no_more_than_ggml(row, weighted, isa):  # noqa: F811
-    w = IMATRIX if weighted else None
+@weighted
+@pytest.mark.parametrize("row", [t for t in [*SEARCHED, *WEIGHTED_TOO] if t.name not in CODEBOOKS], ids=str)
+def test_without_search_the_error_is_ggmls_to_four_digits(row, w, isa):  # noqa: F811
     theirs, ours = ggml_error(row, w), squared_error(row, quants.quantize(X, row, w), X, w)
-    energy = (X.astype(np.float64) ** 2 * (1 if w is None else w)).sum(axis=1)
-    assert (ours <= theirs * (1 + 1e-6) + NEGLIGIBLE * energy).all(), (ours / theirs)
+    assert abs(ours.sum() / theirs.sum() - 1) < 5e-5
+    assert (np.abs(ours - theirs) <= 2e-3 * theirs + NEGLIGIBLE * energy(w)).all()       # single rows: a tie may fall either way
+
+
+# With importance ggml adds a mean square of the weights, of the row or so many times that of the block, before a root: importance * sqrt(.. + x^2).
+MEAN_SQUARE = {"Q4_0": "row", "Q4_1": "row", "Q5_0": "row", "Q5_1": "row", "Q2_K": 1, "Q3_K": 2, "Q4_K": 2, "Q5_K": 2, "IQ4_NL": 2, "IQ4_XS": 2}
+
+
+def minimized(row, w: np.ndarray | None) -> np.ndarray | None:
+    """What squared errors are weighted with in a search: (rows, n)."""
+    if w is None or row.name not in MEAN_SQUARE:
+        return w
+    square = X.astype(np.float64) ** 2
+    kind = MEAN_SQUARE[row.name]
+    if kind == "row":
+        return w * np.sqrt(square.mean(axis=1, keepdims=True) + square)
+    return w * np.sqrt(kind * square.reshape(len(X), -1, row.block).mean(axis=2).repeat(row.block, axis=1) + square)
+
+
+@every_isa
+@weighted
+@pytest.mark.parametrize("row", [t for t in BLOCKED if t.name not in {"Q8_1", "Q8_K"}], ids=str)
+def test_search_errs_no_more_than_ggml(row, w, isa):  # noqa: F811
+    formula = row.name in FORMULA and not (w is not None and row in WEIGHTED_TOO)
+    weights = minimized(row, w)
+    theirs = ggml_error(row, w) if row.name in CODEBOOKS else squared_error(row, ggml_bytes(row.name) if formula else ggml_choice(row, w), X, weights)
+    ours = squared_error(row, quants.quantize(X, row, w, search=True), X, weights)
+    assert (ours <= theirs * (1 + 1e-6) + NEGLIGIBLE * energy(weights)).all()
     assert ours.sum() <= theirs.sum() * (1 + 1e-6)
 
 
@@ -71,17 +109,8 @@ def test_searched_types_err_no_more_than_ggml(row, weighted, isa):  # noqa: F811
 def test_numpy_encoder_comes_close_to_c(row):
     x = X[:4, :512]
     for w in (None, IMATRIX[:512]):
-        c, numpy = (squared_error(row, b, x, w).sum() for b in (quants.quantize(x, row, w), numpy_encode(row, x, w)))
+        c, numpy = (squared_error(row, b, x, w).sum() for b in (quants.quantize(x, row, w, search=True), numpy_encode(row, x, w)))
         assert numpy <= 1.35 * c
-
-
-@pytest.mark.parametrize("row", [t for t in BLOCKED if t.name not in {"Q8_1", "Q8_K"}], ids=str)
-def test_wider_search_does_not_err_more(row):
-    """But for a little: alternating minimization that starts better may still end in a slightly worse valley."""
-    x = X[[0, 5], :512]
-    for w in (None, IMATRIX[:512]):
-        normal, wide = (squared_error(row, quants.quantize(x, row, w, search=s), x, w).sum() for s in (False, True))
-        assert wide <= normal * 1.002
 
 
 @pytest.mark.parametrize("row", BLOCKED, ids=str)
@@ -114,7 +143,7 @@ def test_hostile_but_finite_rows_stay_finite(row):
 @settings(max_examples=40)
 @given(x=hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([0, 256, 512])),
                     elements=st.floats(-1000, 1000, width=32)),
-       row=st.sampled_from([t for t in BLOCKED if t in map(tensor_type, FORMULA - {"TQ1_0", "TQ2_0", "MXFP4"} - {"F32", "F16", "BF16"})]))
+       row=st.sampled_from([t for t in BLOCKED if t.name in FORMULA and t.name[:2] in {"Q4", "Q5", "Q8"}]))
 def test_round_trip_keeps_shape_and_nearness(x, row):
     """Each weight comes back within one step of its block's range over the number of codes."""
     y = quants.dequantize(quants.quantize(x, row), row)

@@ -14,7 +14,8 @@ from pyggml.types import TYPES, TensorType
 GOLDEN = Path(__file__).parents[1] / "golden" / "codec"
 ISAS = [name for name, usable in native.isa_names().items() if usable]
 BLOCKED = [t for t in TYPES if t.quantized]
-FORMULA = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q8_K", "TQ1_0", "TQ2_0", "MXFP4"}
+FORMULA = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q8_K", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0",
+           "Q2_0"}
 SEARCHED = [t for t in BLOCKED if t.name not in FORMULA]
 
 every_type = pytest.mark.parametrize("row", TYPES, ids=str)

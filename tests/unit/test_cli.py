@@ -396,10 +396,28 @@ def test_bench_measures_evaluation_alone(monkeypatch, capsys):
     assert contexts[0].n_ctx == 7 and contexts[0].evaluated[0][1][0] == 0
 
 
-def test_bench_ops(capsys):
+@pytest.fixture
+def peaks(monkeypatch):
+    from pyggml import roofline
+    monkeypatch.setattr(roofline, "measure_peaks", lambda n_threads: roofline.Peaks(10e9, 20e9, 5e9))
+
+
+def test_bench_ops(capsys, peaks):
     cli.main(["bench", "fake", "-r", "1", "-p", "0", "-n", "2", "--ops"])
     out = capsys.readouterr().out
-    assert "tg2: 0.00 ms in operations" in out and "100.0 %  mul_mat          blk.*.ffn_up.weight" in out
+    assert "tg2: 0.00 ms in operations" in out and "reads 10.0 GB/s, multiplies 20 G int8 and 5 G float a second" in out
+    # two tokens, 1500 ns each with 6000 bytes and 12000 multiplications: 4 GB/s and 8 GMAC/s, of 10 and 20
+    assert "0.003 ms  83.3 %    4.00     8.0   40 % memory   mul_mat          blk.*.ffn_up.weight" in " ".join(out.split("\n"))
+    row = bench_json(capsys, "-p", "0", "-n", "2", "--ops")[0]
+    assert row["ops"][0]["what"] == "blk.*.ffn_up.weight" and row["ops"][0]["macs"] == 24000 and row["ops"][1]["share_of_peak"] > 0
+
+
+def test_bench_of_parallel_sequences(capsys):
+    rows = bench_json(capsys, "-p", "4", "-n", "2", "-npl", "1,3", "-d", "5")
+    assert [(r["n_prompt"], r["n_gen"], r["n_parallel"]) for r in rows] == [(4, 0, 1), (0, 2, 1), (0, 2, 3)]
+    assert rows[2]["avg_ts"] == pytest.approx(6e9 / rows[2]["avg_ns"], rel=0.5)
+    cli.main(["bench", "fake", "-p", "0", "-n", "2", "-npl", "3", "-r", "1"])
+    assert "tg2 x3" in capsys.readouterr().out
 
 
 def test_bench_interrupted(monkeypatch, capsys):

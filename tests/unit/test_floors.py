@@ -12,7 +12,7 @@ FLOORS = [
     {"formats", "quants", "page"},
     {"backends"},
     {"ops"},
-    {"graph", "fuse", "lower", "plan", "backward"},
+    {"graph", "fuse", "lower", "roofline", "plan", "backward"},
     {"arch"},
     {"context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
      "speculate"},

@@ -16,8 +16,8 @@ import numpy as np
 from pyggml.types import TensorType, tensor_type
 
 FOLDER = Path(__file__).parents[2] / "tests" / "golden" / "codec"
-FORMULA = ["TQ1_0", "TQ2_0", "MXFP4"]
-SEARCHED = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "NVFP4", "Q1_0", "Q2_0"]
+FORMULA = ["TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"]
+SEARCHED = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"]
 COVERED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]            # decoded elsewhere in the folder
 NEED_IMPORTANCE = {"IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M"}
 

@@ -6,6 +6,7 @@ GPU went on with; whoever asks for another token finds the context as it should 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class Ahead:
     """Stretches of greedy decoding over the program of a single token."""
 
     def __init__(self, program: DeviceProgram, launches: dict[str, Launch]) -> None:
-        self.program, self.device = program, program.device
+        self.program, self.device = weakref.proxy(program), program.device      # no circle: memory is free as soon as its owner goes
         self._n_vocab = program.results[0].host.shape[1]
         self._stride = round_up(4 * self._n_vocab)
         block = program.take(STRETCH * self._stride)

@@ -82,7 +82,8 @@ def _rope_store_kernel(type_k: str, type_v: str) -> Any:
     put_k, put_v = cache_type(type_k).store, cache_type(type_v).store
 
     @kernel
-    def rope_store(q, k, v, table, cell, keys, plane_k, values, plane_v, roped, arrived, heads, kv_heads, cells, dk, dv, half, mode, slots, slot, limit):
+    def rope_store(q, k, v, table, cell, keys, plane_k, values, plane_v, roped, arrived, heads, kv_heads, cells, dk, dv, half, mode,
+                   slots, slot, limit):
         """Before attention over few tokens: queries roped aside, keys roped and values as they are into the cache; nobody has arrived yet.
 
         A warp takes 32 numbers of a head: first the queries' heads, then the keys', then the values'.
@@ -142,6 +143,9 @@ def attention_kernel(form: Form) -> Any:
     dk, dv, split, capped = form.dk, form.dv, form.split, form.softcap
     chunks, blocks = -(-dk // 32), -(-dv // 64)         # 32 numbers of a key, 64 of a value
     q_words, k_words, v_words, n_acc = 8 * chunks, 8 * chunks, 16 * blocks, 32 * blocks
+    # wide heads leave no registers for queries, which then wait in shared memory, nor for values before the scores are done
+    wide = dk > 128 or dv > 128
+    q_shared, q_local = (q_words * 32 * (1 if split else WARPS), 1) if wide else (1, q_words)
     shared_out, shared_max = (WARPS * ROWS * OUT_ROW, WARPS * ROWS * 2) if split else (1, 1)
 
     @device
@@ -217,7 +221,9 @@ def attention_kernel(form: Form) -> Any:
             start += (i32(cuda.blockIdx.z) * WARPS + warp) * each
             stop = min(stop, start + each - 1)
 
-        q_regs = cuda.local.array(q_words, np.uint32)
+        q_regs = cuda.local.array(q_local, np.uint32)
+        q_waiting = cuda.shared.array(q_shared, np.uint32)      # word i of a lane; each lane reads only what it wrote (or another the same)
+        q_mine = lane if split else lane + warp * q_words * 32
         k_regs = cuda.local.array(k_words, np.uint32)
         v_regs = cuda.local.array(v_words, np.uint32)
         acc = cuda.local.array(n_acc, np.float32)
@@ -226,7 +232,10 @@ def attention_kernel(form: Form) -> Any:
         for c in range(chunks):
             a, b = query(q, base_a, 32 * c + 8 * t, scale, row_a < rows), query(q, base_b, 32 * c + 8 * t, scale, row_b < rows)
             for i in range(4):
-                q_regs[8 * c + i], q_regs[8 * c + 4 + i] = a[i], b[i]
+                if wide:
+                    q_waiting[q_mine + 32 * (8 * c + i)], q_waiting[q_mine + 32 * (8 * c + 4 + i)] = a[i], b[i]
+                else:
+                    q_regs[8 * c + i], q_regs[8 * c + 4 + i] = a[i], b[i]
         for i in range(n_acc):
             acc[i] = 0
         max_a, max_b, sum_a, sum_b = LOWEST, LOWEST, f32(0), f32(0)
@@ -237,13 +246,18 @@ def attention_kernel(form: Form) -> Any:
             if not warp_any(mine):
                 continue                                    # between the cells of one sequence and another's
             fetch_keys(keys, plane_k, head_row + min(base + g, last), head_row + min(base + 8 + g, last), t, k_regs)
-            fetch_values(values, plane_v, head_row + min(c0, last), head_row + min(c0 + 1, last), head_row + min(c0 + 8, last),
-                         head_row + min(c0 + 9, last), g, v_regs)
+            if not wide:
+                fetch_values(values, plane_v, head_row + min(c0, last), head_row + min(c0 + 1, last), head_row + min(c0 + 8, last),
+                             head_row + min(c0 + 9, last), g, v_regs)
             s0, s1, s2, s3, s4, s5, s6, s7 = f32(0), f32(0), f32(0), f32(0), f32(0), f32(0), f32(0), f32(0)
             for c in range(chunks):
                 for j in range(2):
-                    a0, a1 = q_regs[8 * c + 2 * j], q_regs[8 * c + 4 + 2 * j]
-                    a2, a3 = q_regs[8 * c + 2 * j + 1], q_regs[8 * c + 4 + 2 * j + 1]
+                    if wide:
+                        at = q_mine + 32 * (8 * c + 2 * j)
+                        a0, a1, a2, a3 = q_waiting[at], q_waiting[at + 128], q_waiting[at + 32], q_waiting[at + 160]
+                    else:
+                        a0, a1 = q_regs[8 * c + 2 * j], q_regs[8 * c + 4 + 2 * j]
+                        a2, a3 = q_regs[8 * c + 2 * j + 1], q_regs[8 * c + 4 + 2 * j + 1]
                     s0, s1, s2, s3 = mma(s0, s1, s2, s3, a0, a1, a2, a3, k_regs[8 * c + 2 * j], k_regs[8 * c + 2 * j + 1])
                     s4, s5, s6, s7 = mma(s4, s5, s6, s7, a0, a1, a2, a3, k_regs[8 * c + 4 + 2 * j], k_regs[8 * c + 4 + 2 * j + 1])
             s0, s1 = seen(s0, c0, low_a, high_a, softcap), seen(s1, c0 + 1, low_a, high_a, softcap)
@@ -258,6 +272,9 @@ def attention_kernel(form: Form) -> Any:
             s0, s1, s4, s5 = weight(s0, new_a), weight(s1, new_a), weight(s4, new_a), weight(s5, new_a)
             s2, s3, s6, s7 = weight(s2, new_b), weight(s3, new_b), weight(s6, new_b), weight(s7, new_b)
             sum_a, sum_b = sum_a * keep_a + (s0 + s1 + s4 + s5), sum_b * keep_b + (s2 + s3 + s6 + s7)
+            if wide:
+                fetch_values(values, plane_v, head_row + min(c0, last), head_row + min(c0 + 1, last), head_row + min(c0 + 8, last),
+                             head_row + min(c0 + 9, last), g, v_regs)
             p0, p1, p2, p3 = half2(s0, s1), half2(s2, s3), half2(s4, s5), half2(s6, s7)
             for h in range(blocks):
                 for j in range(8):

@@ -440,7 +440,8 @@ class Decoder:
 @cache
 def decoder(type_name: str) -> Decoder:
     layout = LAYOUTS[type_name]
-    return Decoder(loader(layout, True), loader(layout, False), *_PARTS[type_name], zero=layout.zero, halves=layout.span == 16, has_min=type_name in HAS_MIN)
+    return Decoder(loader(layout, True), loader(layout, False), *_PARTS[type_name],
+                   zero=layout.zero, halves=layout.span == 16, has_min=type_name in HAS_MIN)
 
 
 @cache

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from pyggml.quants.codec import codec
 from pyggml.quants.iquants import pairs
 from pyggml.quants.kquants import bit_planes, nibble_planes
 from pyggml.quants.legacy import bits, nibbles
-from pyggml.quants.codec import codec
 from pyggml.quants.ternary import planes
 from pyggml.types import tensor_type
 
@@ -163,7 +163,8 @@ LAYOUTS: dict[str, Layout] = {
     "Q8_K": Layout((16, 16, 0, 4), lambda b: (*_halves(b), NONE, raw(b["d"]))),
     "Q2_K": Layout((8, 0, 2, 4), lambda b: (pack2(planes(b["qs"])), NONE, b["scales"], beside(1, raw(b["d"]), raw(b["dmin"]))), span=16),
     # six-bit scales as bytes: 114 bytes a block instead of 110
-    "Q3_K": Layout((8, 4, 2, 2), lambda b: (pack2(planes(b["qs"])), pack1(bit_planes(b["hmask"])), _scales_q3(b), raw(b["d"])), zero=4, span=16),
+    "Q3_K": Layout((8, 4, 2, 2), lambda b: (pack2(planes(b["qs"])), pack1(bit_planes(b["hmask"])), _scales_q3(b), raw(b["d"])),
+                   zero=4, span=16),
     "Q4_K": Layout((16, 0, 0, 16), lambda b: (pack4(nibble_planes(b["qs"])), NONE, NONE, _super_k4(b))),
     "Q5_K": Layout((16, 4, 0, 16), lambda b: (pack4(nibble_planes(b["qs"])), pack1(bit_planes(b["qh"])), NONE, _super_k4(b))),
     "Q6_K": Layout((16, 8, 2, 2), lambda b: (pack4(_low_q6(b)), pack2(planes(b["qh"])), raw(b["scales"]), raw(b["d"])), zero=32, span=16),
@@ -183,7 +184,8 @@ LAYOUTS: dict[str, Layout] = {
                                              raw(b["d"])), span=16, grid="iq2_s_grid"),
     "IQ3_XXS": Layout((8, 4, 0, 2), lambda b: (b["qs"][:, :64], b["qs"][:, 64:], NONE, raw(b["d"])), grid="iq3_xxs_grid"),
     # four-bit scales as bytes: 114 bytes a block instead of 110
-    "IQ3_S": Layout((8, 4, 2, 2), lambda b: (b["qs"], pack1(bits(b["signs"])), beside(8, b["qh"], pairs(b["scales"])), raw(b["d"])), grid="iq3_s_grid"),
+    "IQ3_S": Layout((8, 4, 2, 2), lambda b: (b["qs"], pack1(bits(b["signs"])), beside(8, b["qh"], pairs(b["scales"])), raw(b["d"])),
+                    grid="iq3_s_grid"),
     "IQ1_S": Layout((4, 0, 2, 2), lambda b: (raw(b["qs"]), NONE, raw(b["qh"]), raw(b["d"])), zero=9, grid="iq1_grid"),
     # two three-bit scales as a byte, and the super-scale apart: 58 bytes a block instead of 56
     "IQ1_M": Layout((4, 2, 1, 2), _iq1_m, zero=9, span=16, grid="iq1_grid"),
@@ -192,7 +194,7 @@ LAYOUTS: dict[str, Layout] = {
 
 # ---- sizes --------------------------------------------------------------------------------------------------------------------------
 
-def float_row(type_name: str, k: int) -> int:
+def float_row(k: int) -> int:
     """Numbers in a row of a re-laid matrix of floats: k, padded."""
     return -(-k // FLOAT_ROW) * FLOAT_ROW
 
@@ -201,7 +203,7 @@ def relaid_bytes(type_name: str, shape: Sequence[int]) -> int:
     """Bytes of a weight of this type and numpy shape in GPU memory."""
     rows, k = math.prod(shape[:-1]), shape[-1]
     if type_name in FLOATS:
-        return rows * float_row(type_name, k) * np.dtype(FLOATS[type_name]).itemsize
+        return rows * float_row(k) * np.dtype(FLOATS[type_name]).itemsize
     return LAYOUTS[type_name].offsets(rows * k // GROUP)[3]
 
 
@@ -233,7 +235,7 @@ class RelaidWeight:
     @property
     def k(self) -> int:
         """Numbers in a row as it lies in memory."""
-        return self.shape[-1] if self.quantized else float_row(self.type, self.shape[-1])
+        return self.shape[-1] if self.quantized else float_row(self.shape[-1])
 
 
 def relay_numpy(type_name: str, shape: Sequence[int], blocks: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def _x(step: DeviceStep) -> DeviceView:
 def mul_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
     _, _, norm, bias, residual = step.src
     w, x = _weights(step, 0), _x(step)
-    rest = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], bias=bias, residual=residual)
+    rest: dict[str, Any] = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], bias=bias, residual=residual)
     if by_columns(w.type, _columns(step)):
         matvec(w, None, x, norm, step.dst, slots, stream, scratch, **rest)
     else:

@@ -170,9 +170,8 @@ def matvec_kernel(form: Form) -> Any:
         t0 = i32(cuda.blockIdx.y) * columns
         count = count_of(slots, slot, per_token, limit)
         first, column = i64(0), t0
-        if experts:
-            if t0 < count:
-                first, column = i64(ids[t0]) * m, t0 // share
+        if experts and t0 < count:
+            first, column = i64(ids[t0]) * m, t0 // share
         if t0 >= count or (split == 1 and row0 >= m):
             return
         acc, acc_b = cuda.local.array(cells, np.float32), cuda.local.array(cells, np.float32)

@@ -128,7 +128,7 @@ def _read(dtype: Any, count: int) -> Callable:
     def read(array, at):
         memory = _bytes(array)
         assert at % size == 0 or size > 16, f"a load of {size} bytes at {at} is not aligned"
-        assert 0 <= at and at + size <= memory.size, f"a load of {size} bytes at {at} of {memory.size}"
+        assert at >= 0 and at + size <= memory.size, f"a load of {size} bytes at {at} of {memory.size}"
         words = memory[at:at + size].view(dtype)
         return words[0] if count == 1 else words
     return read
@@ -148,9 +148,14 @@ _blocks: Any = weakref.WeakKeyDictionary()
 _blocks_lock = threading.Lock()
 
 
+def _thread() -> Any:
+    """The simulated thread that runs."""
+    return threading.current_thread()
+
+
 def _warp(value: Any) -> tuple[int, list]:
     """(lane, the values of all lanes); a lane that does not come makes the others fail after a while."""
-    thread = threading.current_thread()
+    thread = _thread()
     with _blocks_lock:
         warps = _blocks.setdefault(thread._manager, _Warps())
     warp, lane = divmod(thread.thread_id, 32)
@@ -174,7 +179,7 @@ if SIMULATED:
         return _warp(x)[1][source]
 
     def block_barrier():
-        threading.current_thread().syncthreads()
+        _thread().syncthreads()
 
     def warp_any(x):
         return any(_warp(bool(x))[1])
@@ -228,7 +233,7 @@ def _load(form: str, size: str, dtype: Any, count: int, now: bool = False) -> An
         return instruction(f"ld.global{form}.v{count}.{size} {out}, [${count}];", (u32,) * count, ("global", i64), _read(dtype, count),
                            pure=not now, memory=now)
     if size == "u8":                          # asm operands are at least 16 bits wide; a 32-bit register takes any smaller load
-        return instruction("ld.global%s.u8 $0, [$1];" % form, u32, ("global", i64), _read(dtype, 1), pure=not now, memory=now)
+        return instruction(f"ld.global{form}.u8 $0, [$1];", u32, ("global", i64), _read(dtype, 1), pure=not now, memory=now)
     return instruction(f"ld.global{form}.{size} $0, [$1];", u32, ("global", i64), _read(dtype, 1), pure=not now, memory=now)
 
 
@@ -351,9 +356,9 @@ def _mma(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
 def _mma_ptx(cc: tuple[int, int]) -> str:
     if cc >= (8, 0):
         return ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};")
-    one = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%s}, {%s}, {%s}, {%s};"
-    first = one % ("w, x, y, z", "$8, $9", "$12", "$4, $5, $6, $7")
-    return "{ .reg .f32 w, x, y, z; " + first + one % ("$0, $1, $2, $3", "$10, $11", "$13", "w, x, y, z") + " }"
+    half_ = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32"
+    return (f"{{ .reg .f32 w, x, y, z; {half_} {{w, x, y, z}}, {{$8, $9}}, {{$12}}, {{$4, $5, $6, $7}}; "
+            f"{half_} {{$0, $1, $2, $3}}, {{$10, $11}}, {{$13}}, {{w, x, y, z}}; }}")
 
 
 mma = instruction(_mma_ptx, (f32, f32, f32, f32), (f32, f32, f32, f32, u32, u32, u32, u32, u32, u32), _mma)

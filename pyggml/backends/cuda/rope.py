@@ -29,7 +29,8 @@ def rope_table(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> N
     pos, inv_freq = step.src[0], step.src[1]
     assert pos is not None and inv_freq is not None
     limit, half = pos.shape[0], inv_freq.shape[0]
-    _table[-(-limit * half // THREADS), THREADS, stream](pos.array, inv_freq.array, step.dst.array, half, float(step.f[0]), slots, step.dst.slot, limit)
+    blocks = -(-limit * half // THREADS)
+    _table[blocks, THREADS, stream](pos.array, inv_freq.array, step.dst.array, half, float(step.f[0]), slots, step.dst.slot, limit)
 
 
 @device

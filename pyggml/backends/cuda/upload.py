@@ -109,6 +109,6 @@ def relay_blocks(type_name: str, k: int, total_rows: int, raw: Any, out: Any, st
 
 def pad_rows(type_name: str, k: int, raw: Any, out: Any, start: int, stop: int, stream: Any) -> None:
     size = np.dtype(FLOATS[type_name]).itemsize
-    per_row, padded = k * size, float_row(type_name, k) * size
+    per_row, padded = k * size, float_row(k) * size
     if stop > start:
         _pad_rows[-(-(stop - start) * padded // THREADS), THREADS, stream](raw, out, per_row, padded, start, stop - start)

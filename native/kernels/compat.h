@@ -1,0 +1,125 @@
+// ggml's own choices of scales: the same candidates, weights and orders of summation, so that files have the error llama-quantize's have.
+// Blocks stand side by side as in search.h, which also does the fits; here is what ggml does otherwise.
+#pragma once
+
+// How much an error in a weight counts. Without importance by the weight's size, with it by importance * sqrt(a mean square + x^2).
+typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE } plain_weights;
+typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK } importance_weights;
+
+// t->x is filled, t->w holds the importance if there is one. row: the mean square of each block's row.
+INLINE void weigh(plain_weights plain, importance_weights given, int weighted, vf row, int n, const vf *x, vf *w) {
+    if (weighted && given == AS_GIVEN) return;
+    vf square = {0};
+    for (int i = 0; i < n; i++) square += x[i] * x[i];
+    square = given == WITH_ROW ? row : square * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
+    for (int i = 0; i < n; i++) {
+        if (weighted) w[i] *= vf_sqrt(square + x[i] * x[i]);
+        else if (plain == EQUAL) w[i] = vf_set(1);
+        else if (plain == SQUARE) w[i] = x[i] * x[i];
+        else if (plain == MAGNITUDE) w[i] = vf_abs(x[i]);
+        else {
+            if (i % 32 == 0) {
+                square = vf_set(0);
+                for (int j = i; j < i + 32; j++) square += x[j] * x[j];
+                square = vf_sqrt(square / 32.0f);
+            }
+            w[i] = square + vf_abs(x[i]);
+        }
+    }
+}
+INLINE void group_weights(int groups, int n, const vf *w, vf *sw) {
+    for (int g = 0; g < groups; g++) {
+        sw[g] = w[g * n];
+        for (int i = 1; i < n; i++) sw[g] += w[g * n + i];
+    }
+}
+
+// The top may become -n, or up to nine tenths of a step less or more.
+static candidates tenths_around(int n) {
+    candidates c = {0};
+    add_candidates(&c, -n, 0, 1);
+    add_candidates(&c, -n + 0.9f, -0.1f, 19);
+    return c;
+}
+
+// Integers s and a scale d for x >= 0 (n values): the best of nine scales, then single integers are moved while that helps.
+INLINE void positive_multipliers(int n, float most, const vf *x, const vf *w, vf *d, vf *s) {
+    vf top = {0}, least = {0}, factor = {0}, lx = {0}, ll = {0};
+    for (int i = 0; i < n; i++) top = vf_max(top, x[i]);
+    vi some = top >= 1e-15f;
+    vf inverse_top = (vf)((vi)(1.0f / top) & some);
+    for (int k = 0; k < 9; k++) {
+        int tenth = k == 0 ? 0 : k <= 4 ? k - 5 : k - 4;
+        vf f = (most + 0.1f * tenth) * inverse_top, scale = vf_inverse(f), error = {0};
+        for (int i = 0; i < n; i++) {
+            vf e = x[i] - scale * vf_min(vf_round(f * x[i]), vf_set(most));
+            error += w[i] * e * e;
+        }
+        vi better = (error < least) | vi_set(-(k == 0));
+        vf_keep(better, &least, error);
+        vf_keep(better, &factor, f);
+    }
+    for (int i = 0; i < n; i++) {
+        s[i] = vf_min(vf_round(factor * x[i]), vf_set(most));
+        lx += w[i] * x[i] * s[i];
+        ll += w[i] * s[i] * s[i];
+    }
+    for (int sweep = 0; sweep < 5; sweep++) {
+        for (int i = 0; i < n; i++) {
+            vf wx = w[i] * x[i], other_lx = lx - wx * s[i], other_ll = ll - w[i] * s[i] * s[i];
+            vi possible = (other_lx > 0) & (other_ll > 0);
+            vf l = vf_min(vf_round(x[i] * other_ll / other_lx), vf_set(most)), new_lx = other_lx + wx * l, new_ll = other_ll + w[i] * l * l;
+            vi better = possible & (l != s[i]) & (new_lx * new_lx * ll > lx * lx * new_ll);
+            vf_keep(better, &s[i], l);
+            vf_keep(better, &lx, new_lx);
+            vf_keep(better, &ll, new_ll);
+        }
+    }
+    *d = vf_half(vf_select(ll > 0, lx / ll, vf_set(0)));
+}
+// The scale of n values on -4 .. 3 under the weights x^2: the top on -4, then single codes are moved while that helps.
+INLINE vf scale_by_moves(int n, const vf *x) {
+    vf factor = -4.0f * vf_inverse(signed_top(n, x)), l[16], lx = {0}, ll = {0};
+    for (int i = 0; i < n; i++) {
+        vf w = x[i] * x[i];
+        l[i] = vf_clamp(vf_round(factor * x[i]), -4, 3);
+        lx += w * x[i] * l[i];
+        ll += w * l[i] * l[i];
+    }
+    for (int sweep = 0; sweep < 5; sweep++) {
+        for (int i = 0; i < n; i++) {
+            vf w = x[i] * x[i], wx = w * x[i], other_lx = lx - wx * l[i], other_ll = ll - w * l[i] * l[i];
+            vf moved = vf_clamp(vf_round(x[i] * other_ll / other_lx), -4, 3), new_lx = other_lx + wx * moved, new_ll = other_ll + w * moved * moved;
+            vi better = (other_lx > 0) & (moved != l[i]) & (new_ll > 0) & (new_lx * new_lx * ll > lx * lx * new_ll);
+            vf_keep(better, &l[i], moved);
+            vf_keep(better, &lx, new_lx);
+            vf_keep(better, &ll, new_ll);
+        }
+    }
+    return vf_select(ll > 0, lx / ll, vf_set(0));
+}
+// Integers for given scales: the largest gets `extreme`, the others the nearest.
+INLINE vf nearest_multipliers(int n, float extreme, float low, float high, const vf *scale, vf *s) {
+    vf top = scale[0];
+    for (int g = 1; g < n; g++) top = vf_select(vf_abs(scale[g]) > vf_abs(top), scale[g], top);
+    vf factor = extreme * vf_inverse(top);
+    for (int g = 0; g < n; g++) s[g] = vf_clamp(vf_round(factor * scale[g]), low, high);
+    return vf_half(top / extreme);
+}
+INLINE void compat_scaled_affine(float top, float most, affine_candidates c, measure by, int weighted, int groups, int n, const vf *x, const vf *w,
+                                 fitted *out) {
+    vf scale[MAX_GROUPS], minimum[MAX_GROUPS], sw[MAX_GROUPS];
+    for (int g = 0; g < groups; g++) {
+        affine_fit a = fit_affine(top, 1, by, c, n, x + g * n, w + g * n);
+        scale[g] = a.scale;
+        minimum[g] = -a.minimum;
+    }
+    if (weighted) {
+        group_weights(groups, n, w, sw);
+        positive_multipliers(groups, most, scale, sw, &out->d, out->s);
+        positive_multipliers(groups, most, minimum, sw, &out->dmin, out->m);
+    } else {
+        out->d = nearest_multipliers(groups, most, 0, most, scale, out->s);
+        out->dmin = nearest_multipliers(groups, most, 0, most, minimum, out->m);
+    }
+}

@@ -1,0 +1,44 @@
+// What this processor does at best, for a roofline: dot products of bytes, fused multiply-adds, reading. Operands are what a matmul
+// has: weights in registers, activations broadcast from the first-level cache.
+enum { PEAK_SUMS = VREGS == 32 ? 16 : 8, PEAK_ROUNDS = 2048, PEAK_WORDS = 256 };
+
+#define PEAK_USE(sums) UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) __asm__ volatile("" : : "m"(sums[i]))      // what is computed is wanted
+
+static void peak_int8(const char *x) {
+    vi sum[PEAK_SUMS] = {{0}};
+    for (int r = 0; r < PEAK_ROUNDS; r++) {
+        const char *y = x + 4 * PEAK_SUMS * (r % (PEAK_WORDS / PEAK_SUMS));
+        const vi w = vi_load(y);
+        UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = vi_dot_u7(sum[i], w, vi_set4(y + 4 * i));
+    }
+    PEAK_USE(sum);
+}
+static void peak_float(const char *x) {
+    vf sum[PEAK_SUMS] = {{0}};
+    for (int r = 0; r < PEAK_ROUNDS; r++) {
+        const char *y = x + 4 * PEAK_SUMS * (r % (PEAK_WORDS / PEAK_SUMS));
+        const vf w = vf_load(y);
+        UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = vf_fma(w, vf_set(((const float *)y)[i]), sum[i]);
+    }
+    PEAK_USE(sum);
+}
+static void peak_read(const char *x, int64_t bytes) {
+    vi sum[PEAK_SUMS] = {{0}};
+    for (int64_t at = 0; at + 4 * LINE <= bytes; at += 4 * LINE)
+        UNROLL(16) for (int i = 0; i < 4 * LINE / (4 * VL); i++) sum[i % 8] ^= vi_load(x + at + 4 * VL * i);
+    PEAK_USE(sum);
+}
+
+// dst: what each chunk did, multiplications or bytes. src: chunks of bytes.
+static void op_peak(worker *w, const pyg_step *s) {
+    const pyg_view *dst = view_of(w, s->dst), *src = view_of(w, s->src[0]);
+    for (int64_t chunk; (chunk = claim(w)) < dst->ne[0];) {
+        float *done = (float *)dst->data + chunk;
+        const char *x = row_at(src, chunk, 0, 0);
+        switch (s->i[0]) {
+        case PEAK_INT8: peak_int8(src->data); *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL * 4; break;
+        case PEAK_FLOAT: peak_float(src->data); *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL; break;
+        case PEAK_READ: peak_read(x, src->ne[0]); *done = (float)src->ne[0]; break;
+        }
+    }
+}

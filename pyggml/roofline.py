@@ -1,0 +1,103 @@
+"""How much work a step is, and what the machine can do at best: the two sides of a roofline (Williams et al. 2009)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pyggml.native import huge_zeros
+from pyggml.types import tensor_type
+
+if TYPE_CHECKING:
+    from pyggml.graph import Tensor
+    from pyggml.lower import Step
+
+
+class Batch(NamedTuple):
+    """What one native call computed."""
+
+    seen: int           # cells that tokens see, summed over tokens
+    cached: int         # cells that any token sees
+
+
+class Work(NamedTuple):
+    """Bytes read and written, multiplications, and what multiplies: "int8", "float" or "" where that is not the point."""
+
+    bytes: int
+    macs: int
+    kind: str
+
+
+def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, exact: bool) -> Work:
+    """Of one step in one batch. `size` gives a tensor's shape in it. Weights count once, and no more experts than there are choices."""
+    def nbytes(t: Tensor | None) -> int:
+        return 0 if t is None else tensor_type(t.type).row_bytes(math.prod(size(t)))
+
+    out = size(step.out)
+    if step.op in ("mul_mat", "glu_mat", "mul_mat_id", "glu_mat_id"):
+        weights = [t for t in step.src if t is not None and t.op == "weight" and len(t.shape) > 1]
+        experts, columns = (weights[0].sizes[0], math.prod(out[:-1])) if step.op.endswith("_id") else (1, out[0])
+        used = min(experts, columns)
+        read = sum(nbytes(w) for w in weights) * used // experts
+        others = sum(nbytes(t) for t in (step.out, *step.src) if t is not None and all(t is not w for w in weights))
+        kind = "int8" if tensor_type(weights[0].type).quantized and not exact else "float"
+        return Work(read + others, len(weights) * out[-1] * weights[0].sizes[-1] * columns, kind)
+    if step.op in ("attention", "attention_step"):
+        heads, keys = size(step.src[0])[1:], step.src[1]  # type: ignore[arg-type]
+        window = step.i[0]
+        n_tokens = size(step.out)[0]
+        cached, seen = (min(batch.cached, window + n_tokens), min(batch.seen, window * n_tokens)) if window else (batch.cached, batch.seen)
+        cell = sum(nbytes(t) // math.prod(size(t)[:-1]) for t in step.src[1:3] if t is not None) * size(keys)[0]  # type: ignore[arg-type]
+        return Work(cached * cell + nbytes(step.src[0]) + nbytes(step.out), 2 * math.prod(heads) * seen, "float")
+    if step.op == "get_rows":
+        table = step.src[0]
+        return Work(nbytes(step.out) + out[0] * tensor_type(table.type).row_bytes(out[-1]), 0, "")  # type: ignore[union-attr]
+    caches = ("cache", "store")
+    if step.op == "store":              # it writes as many rows as it reads
+        return Work(2 * sum(nbytes(t) for t in step.src if t is not None and t.op not in caches), 0, "")
+    return Work(sum(nbytes(t) for t in (step.out, *step.src) if t is not None and t.op not in caches), 0, "")
+
+
+class Peaks(NamedTuple):
+    """The best this machine does with so many threads: bytes read from memory and multiplications, each a second."""
+
+    read: float
+    int8: float
+    floats: float
+
+    def least(self, w: Work) -> tuple[float, str]:
+        """The seconds that work takes at best, and what the limit is then: "memory" or "compute"."""
+        compute = w.macs / (self.int8 if w.kind == "int8" else self.floats) if w.kind else 0.0
+        return max((w.bytes / self.read, "memory"), (compute, "compute"))
+
+
+READ_BYTES, CHUNK = 256 << 20, 1 << 20          # beyond any cache; a chunk that a worker reads at once
+
+
+def measure_peaks(n_threads: int | None = None, runs: int = 5) -> Peaks:
+    """The fastest of some runs of loops that do nothing else (native/kernels/peak.h); about a third of a second."""
+    from pyggml.backends.cpu import Pool, Program
+
+    pool = Pool(n_threads)
+    memory = huge_zeros(READ_BYTES)
+    memory[:] = 3
+    chunks = memory.reshape(-1, CHUNK)
+    done = np.zeros(len(chunks), np.float32)
+
+    def best(kind: int) -> float:
+        program = Program()
+        program.step("peak", program.view(done), [program.view(chunks)], [kind])
+        program.finish()
+        rates = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            program.run(pool)
+            rates.append(float(done.sum(dtype=np.float64)) / (time.perf_counter() - start))
+        return max(rates)
+
+    int8, floats, read = (best(kind) for kind in range(3))
+    return Peaks(read, int8, floats)
