@@ -379,10 +379,6 @@ class Context:
         self._forget_ahead()
         plan = self.plan(n, m)
         plan.fill(given, {name: m if name == "wanted" else n for name in given})
-        if self._timing:
-            from pyggml.roofline import batch_of
-
-            plan.batches.append(batch_of(n, m, np.broadcast_to(cell, n), np.broadcast_to(first, n)))
         plan.abort(self._cancelled)
         if n == 1 and self._gpu is None:
             self._crew.run(lambda alone: plan.run(self.pool, sizes, alone))
@@ -428,7 +424,5 @@ class Context:
         self.n_past = n
 
     def op_times(self) -> list[Any]:
-        """Every step with its time and work so far (roofline.OpTime), when made with timing=True."""
-        from pyggml.roofline import op_times
-
-        return [row for plan in self._plans.values() for part in plan.parts for row in op_times(part, plan.batches, self._exact)]
+        """Every step's plan.StepTime, when made with timing=True."""
+        return [row for plan in self._plans.values() for row in plan.op_times()]

@@ -44,6 +44,7 @@ class Lowering:
         self.prepared: dict[tuple[int, int, int], Tensor] = {}
         self.act_ids: dict[tuple[int, int, int], int] = {}
         self.multiplied: set[int] = set()        # weights that a matmul reads, by id
+        self.rounds = False                      # a matmul so far rounds its activations to 8 bits
         self.steps: list[Step] = []
 
     def lower(self, c: Call) -> None:
@@ -51,7 +52,7 @@ class Lowering:
         simple: dict[str, tuple[list[int], list[float]]] = {
             "get_rows": ([], [a.get("scale", 1.0)]), "rms_norm": ([], [a.get("eps", 0)]), "add": ([], []), "mul": ([], []),
             "scale": ([], [a.get("factor", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]),
-            "attention": ([a.get("window", 0), 0, int(self.fixed)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
+            "attention": ([a.get("window", 0), self.coarse, int(self.fixed)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
         }
         if c.op in simple:
             i, f = simple[c.op]
@@ -63,7 +64,7 @@ class Lowering:
         elif c.op == "rope":
             self.emit(c, c.srcs, [rope.MODES.index(a["mode"]), 2 * self.half(c.srcs[1])])
         elif c.op == "attention_step":
-            self.emit(c, c.srcs, [a["window"], rope.MODES.index(a["mode"]), 2 * self.half(c.srcs[7])], [a["scale"], a["softcap"]])
+            self.emit(c, c.srcs, [a["window"], rope.MODES.index(a["mode"]), 2 * self.half(c.srcs[7]), self.coarse], [a["scale"], a["softcap"]])
         elif c.op == "moe_route":
             self.emit(c, [c.srcs[0], *c.also], [moe.GATING.index(a["gating"]), int(a["normalize"])], [a["scale"]])
         elif c.op == "moe_sum":
@@ -86,11 +87,22 @@ class Lowering:
         """A number for these prepared activations, the same for every matmul that can share them."""
         return self.act_ids.setdefault((id(x), id(norm), format), len(self.act_ids))
 
+    @property
+    def coarse(self) -> int:
+        """Whether attention may round products to bf16: never where results must not depend on how tokens are batched."""
+        return int(self.rounds and not self.fixed)
+
+    def format_of(self, weight: Tensor) -> int:
+        """How this weight's matmul reads its activations (ACT_* of native/engine.h; 0: as floats)."""
+        format = self.store.act_format(weight, self.fixed)
+        self.rounds |= format != 0
+        return format
+
     def matmul(self, c: Call) -> None:
         a, weight, x, norm = c.attrs, c.srcs[0], c.srcs[1], c.attrs.get("norm")
         assert weight is not None and x is not None
         self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
-        format = self.store.act_format(weight, self.fixed)
+        format = self.format_of(weight)
         if (up := a.get("up")) is not None and self.store.act_format(up, self.fixed) != format:      # two types: no common activations
             gate_out, up_out = (Tensor("matmul", (), c.out.shape) for _ in range(2))
             self.matmul(Call("mul_mat", gate_out, [weight, x], {k: a[k] for k in ("norm", "eps", "bias") if k in a}))
@@ -117,7 +129,7 @@ class Lowering:
         weight, x, ids = c.srcs
         assert weight is not None and x is not None
         self.multiplied.update(id(w) for w in (weight, a.get("up")) if w is not None)
-        format, norm = self.store.act_format(weight, self.fixed), a.get("norm")
+        format, norm = self.format_of(weight), a.get("norm")
         i, f = [self.act_id(x, norm, format), format, 0], [a.get("eps", 0.0)]
         if c.op == "glu_mat_id":
             if self.store.act_format(a["up"], self.fixed) != format:

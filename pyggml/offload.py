@@ -82,16 +82,15 @@ class Chain:
     """The plans of the two parts as one plan."""
 
     def __init__(self, first: Plan, second: Plan, boundary: Symbol, captured: list[np.ndarray]) -> None:
-        self.parts, self._boundary, self.captured = (first, second), boundary, captured
+        self.plans, self._boundary, self.captured = (first, second), boundary, captured
         self.output, self.steps = second.output, [*first.steps, *second.steps]
-        self.batches: list[Any] = []
 
     def fill(self, given: dict[str, Any], counts: dict[str, int]) -> None:
-        for plan in self.parts:
+        for plan in self.plans:
             plan.fill(given, counts)
 
     def run(self, pool: Any, values: dict[Symbol, int], alone: bool = False) -> bool:
-        first, second = self.parts
+        first, second = self.plans
         if not first.run(pool, values, alone):
             return False
         n = values[self._boundary]
@@ -99,8 +98,11 @@ class Chain:
         return second.run(pool, values, alone)
 
     def abort(self, value: bool) -> None:
-        for plan in self.parts:
+        for plan in self.plans:
             plan.abort(value)
+
+    def op_times(self) -> list[Any]:
+        return [row for plan in self.plans for row in plan.op_times()]
 
     def row(self, token: int, position: int) -> None:
         """Not without the host: a part of the model is on it."""

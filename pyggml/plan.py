@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pyggml.backends.base import Input, Weights
 from pyggml.fuse import Calls, fuse, through
-from pyggml.graph import SYMBOLS, Shape, Symbol, Tensor
+from pyggml.graph import SYMBOLS, TOKENS, Shape, Symbol, Tensor
 from pyggml.lower import SMALL, Lowering, Step
+from pyggml.roofline import Batch, work
 from pyggml.types import tensor_type
 
 ALIGN = 64
@@ -118,7 +119,6 @@ class Plan:
     def __init__(self, output: Tensor, store: Weights, limits: dict[Symbol, int], timing: bool = False,
                  capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
-        self.batches: list[Any] = []        # of a plan that is timed: what its runs computed (roofline.Batch)
         wanted = [output, *capture]
         draft = Draft(wanted, store, limits, fixed)
         self.steps = draft.steps
@@ -161,17 +161,17 @@ class Plan:
             level = s.level
         self.output, *self.captured = (program.result(array(root(t)), t.type, draft.sizes(t), slot_of(t.shape)) for t in wanted)
         program.finish(timing)
-
-    @property
-    def parts(self) -> tuple[Plan, ...]:
-        """The plans that it runs."""
-        return (self,)
+        self._done = np.zeros((len(self.steps), 2), np.int64)       # bytes and multiplications of each step so far
+        self._kinds, self._exact = [""] * len(self.steps), bool(getattr(store, "exact", False))
 
     def run(self, pool: Any, values: dict[Symbol, int], alone: bool = False) -> bool:
         """Compute for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
         for symbol, value in values.items():
             self.program.slots[symbol.slot] = value
-        return self.program.run(pool, alone)
+        done = self.program.run(pool, alone)
+        if self.program.step_ns is not None:
+            self._count(values)
+        return done
 
     def fill(self, given: dict[str, Any], counts: dict[str, int]) -> None:
         """Write the first counts[name] values of each input that this graph has."""
@@ -191,3 +191,38 @@ class Plan:
         """Forget what was computed ahead."""
         if self.program.ahead is not None:
             self.program.ahead.stop()
+
+    # ---- measuring ----
+
+    def op_times(self) -> list[StepTime]:
+        """What every step took so far, for a plan made with timing."""
+        if self.program.step_ns is None:
+            return []
+        rows = zip(self.steps, self.program.step_ns, self._done.tolist(), self._kinds, strict=True)
+        return [StepTime(s.op, label(s), int(ns), n_bytes, macs, kind) for s, ns, (n_bytes, macs), kind in rows]
+
+    def _count(self, values: dict[Symbol, int]) -> None:
+        """Add the work of each step of this run."""
+        n = values[TOKENS]
+        cell, first = (self.inputs[name][:n] if name in self.inputs else np.zeros(n, np.int32) for name in ("cell", "first"))
+        sequences = {f: int(cell[first == f].max()) - f + 1 for f in set(first.tolist())}
+        batch = Batch(int((cell - first + 1).sum()), sum(sequences.values()))
+        for i, step in enumerate(self.steps):
+            w = work(step, lambda t: tuple(values[d] if isinstance(d, Symbol) else d for d in t.shape), batch, self._exact)
+            self._done[i] += w.bytes, w.macs
+            self._kinds[i] = w.kind
+
+
+class StepTime(NamedTuple):
+    """A step of a plan with its share of the runs so far."""
+
+    op: str
+    what: str           # the weight it reads, or what it writes
+    ns: int
+    bytes: int          # read and written
+    macs: int           # multiplications ...
+    kind: str           # ... of "int8" or "float", "" where they are not the point
+
+
+def label(step: Step) -> str:
+    return next((t.name for t in step.src if t is not None and t.op == "weight"), step.out.name or step.out.op)

@@ -46,18 +46,19 @@ INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n,
     return count;
 }
 
-// The (weighted) squared error of n weights whose blocks are decoded to y; w may be NULL.
+// The weighted squared error of n weights whose blocks are decoded to y.
 INLINE float squared_error(int n, const float *x, const float *y, const float *w) {
     vf sum = {0};
     for (int i = 0; i < n; i += VL) {
         vf e = vf_load(x + i) - vf_load(y + i);
-        sum = vf_fma(w ? vf_load(w + i) * e : e, e, sum);
+        sum = vf_fma(vf_load(w + i) * e, e, sum);
     }
     return vf_sum(sum);
 }
 
 // FUNCTION from fit_FUNCTION(slab, search, weighted, out) and pack_FUNCTION(x, out, lane, block); plain, given: ggml's weights.
-// `ranked`: ggml searches too, and where its choice has the smaller error, it is taken.
+// A search minimizes the plain squared error, or the weighted one that ggml minimizes: with importance alone, divergence was higher (the
+// factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). `ranked`: ggml searches too, and where its choice has the smaller error, it is taken.
 #define ENCODER_OF(function, name, QK, plain, given, ranked)                                            \
     static void encode_##function(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
         int64_t blocks = rows * (n / QK);                                                               \
@@ -66,7 +67,7 @@ INLINE float squared_error(int n, const float *x, const float *y, const float *w
             slab t;                                                                                     \
             fitted f;                                                                                   \
             if (search) {                                                                               \
-                int count = load_blocks(&t, QK, k, blocks, n, x, importance, EQUAL, AS_GIVEN);          \
+                int count = load_blocks(&t, QK, k, blocks, n, x, importance, EQUAL, given);             \
                 fit_##function(&t, 1, importance != NULL, &f);                                          \
                 for (int l = 0; l < count; l++) pack_##function(x + (k + l) * QK, &f, l, b + k + l);    \
                 if (!(ranked)) continue;                                                                \
@@ -74,13 +75,14 @@ INLINE float squared_error(int n, const float *x, const float *y, const float *w
             int count = load_blocks(&t, QK, k, blocks, n, x, importance, plain, given);                 \
             fit_##function(&t, 0, importance != NULL, &f);                                              \
             for (int l = 0; l < count; l++) {                                                           \
-                const float *from = x + (k + l) * QK, *w = importance ? importance + (k + l) % (n / QK) * QK : NULL; \
+                const float *from = x + (k + l) * QK;                                                   \
                 block_##name other;                                                                     \
-                float y[2][QK];                                                                         \
+                float y[2][QK], w[QK];                                                                  \
                 pack_##function(from, &f, l, search ? &other : b + k + l);                              \
                 if (!search) continue;                                                                  \
                 dequantize_##name(QK, b + k + l, y[0]);                                                 \
                 dequantize_##name(QK, &other, y[1]);                                                    \
+                for (int i = 0; i < QK; i++) w[i] = importance ? t.w[i][l] : 1;                         \
                 if (squared_error(QK, from, y[1], w) < squared_error(QK, from, y[0], w)) b[k + l] = other; \
             }                                                                                           \
         }                                                                                               \
@@ -132,9 +134,9 @@ static candidates from_ends(const levels *p, float above, float step, int n) {
 #define FIT_INTEGERS(name, QK, first, last, above, step, n)                                              \
     static const levels levels_##name = INTEGERS(first, last);                                          \
     static void fit_##name##_fitted(const slab *t, int search, int weighted, fitted *f) {               \
-        (void)weighted;                                                                                 \
-        candidates c = search ? from_ends(&levels_##name, above, step, n) : tenths_around(-(first));        \
-        scale_fit s = search ? fit_direct(&levels_##name, &c, QK, t->x, t->w) : fit_scale(&levels_##name, &c, 0, QK, t->x, t->w); \
+        candidates c = search ? from_ends(&levels_##name, above, step, n) : tenths_around(-(first));    \
+        scale_fit s = !search ? fit_scale(&levels_##name, &c, 0, QK, t->x, t->w)                        \
+                    : weighted ? fit_direct(&levels_##name, &c, QK, t->x, t->w) : fit_direct(&levels_##name, &c, QK, t->x, NULL); \
         f->d = s.scale;                                                                                 \
         f->factor = s.factor;                                                                           \
     }

@@ -44,12 +44,18 @@ INLINE vf nearest(const levels *p, vf t) {
 
 // ---- one scale -------------------------------------------------------------------------------------------------------------------------------
 typedef struct { vf xv, vv; } sums;              // of w x v, w v v
+// w may be NULL, for ones.
 INLINE sums sums_at(const levels *p, int n, const vf *x, const vf *w, vf factor) {
     sums s = {{0}, {0}};
-    for (int i = 0; i < n; i++) {                // products in the order of ggml, so that its ties fall as they do there
-        vf v = nearest(p, x[i] * factor), wv = w[i] * v;
-        s.xv += p->integers ? w[i] * x[i] * v : wv * x[i];
-        s.vv += wv * v;
+    for (int i = 0; i < n; i++) {
+        vf v = nearest(p, x[i] * factor);
+        if (!w) {
+            s.xv = vf_fma(x[i], v, s.xv);
+            s.vv = vf_fma(v, v, s.vv);
+        } else {                                 // products in the order of ggml, so that its ties fall as they do there
+            s.xv += p->integers ? w[i] * x[i] * v : w[i] * v * x[i];
+            s.vv += w[i] * v * v;
+        }
     }
     return s;
 }

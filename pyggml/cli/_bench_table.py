@@ -32,8 +32,8 @@ def fields(result: Result) -> dict[str, Any]:
         "gpu_info": gpus() if result.gpu_layers else "", "backends": backend(result), "isa": native.isa,
         "model_filename": test.model, "model_type": model.describe(), "model_size": model.nbytes, "model_n_params": model.n_params,
         "n_batch": test.n_batch, "n_ubatch": test.n_ubatch, "n_threads": result.n_threads, "type_k": test.type_k, "type_v": test.type_v,
-        "n_gpu_layers": result.gpu_layers, "repack": bool(test.repack), "n_prompt": test.n_prompt, "n_gen": test.n_gen, "n_depth": test.n_depth,
-        "n_parallel": test.n_parallel, "test_time": result.test_time,
+        "n_gpu_layers": result.gpu_layers, "repack": bool(test.repack), "n_prompt": test.n_prompt, "n_gen": test.n_gen,
+        "n_depth": test.n_depth, "n_parallel": test.n_parallel, "test_time": result.test_time,
         "avg_ns": round(statistics.fmean(ns)), "stddev_ns": round(stddev(ns)), "avg_ts": statistics.fmean(ts), "stddev_ts": stddev(ts),
     }
 

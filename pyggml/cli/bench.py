@@ -198,7 +198,7 @@ def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]
 
 def operations(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> list[dict[str, Any]]:
     """Time and work of each operation in one more run of a test, warmed up, beside what the machine can do."""
-    from pyggml.roofline import Peaks, Work, measure_peaks
+    from pyggml.roofline import Work, measure_peaks
 
     context = open_context(test, model, args, running, timing=True)
     if context.pool is None:
@@ -210,8 +210,10 @@ def operations(test: Test, model: Any, args: argparse.Namespace, running: list[A
         context.truncate(test.n_depth if test.n_parallel == 1 else 0)
         evaluate(context, test, model)
     spent = since(before, context.op_times())
-    copied = context.copy_bandwidth()           # a GPU's limit is its memory
-    peaks = Peaks(copied, math.inf, math.inf) if copied else measure_peaks(context.pool.n_threads)
+    peaks = measure_peaks(context.pool.n_threads)
+    copied = context.copy_bandwidth()
+    if copied:                                          # layers on a GPU: what limits those is its memory
+        peaks = peaks._replace(read=copied, int8=math.inf, floats=math.inf)
     rows = []
     for op in spent:
         least, limit = peaks.least(Work(op.bytes, op.macs, op.kind))
@@ -286,8 +288,10 @@ def print_ops(test: Test, ops: list[dict[str, Any]], file: Any) -> None:
     print(f"\n{test.name}: {total / 1e6:.2f} ms in operations", file=file)
     if ops:
         peak = ops[0]
-        multiplies = "".join(f", {peak[f'peak_{kind}'] / 1e9:.0f} G {kind} multiplications" for kind in ("int8", "float") if peak[f"peak_{kind}"])
-        print(f"at best: {peak['peak_read'] / 1e9:.1f} GB{multiplies} a second\n"
+        best = f"the GPU copies {peak['peak_read'] / 1e9:.0f} GB/s" if peak["peak_int8"] is None else (
+            f"this machine: reads {peak['peak_read'] / 1e9:.1f} GB/s, multiplies {peak['peak_int8'] / 1e9:.0f} G int8 and "
+            f"{peak['peak_float'] / 1e9:.0f} G float a second")
+        print(f"{best}\n"
               f"{'time':>13} {'share':>7} {'GB/s':>7} {'GMAC/s':>7}  of the limit   operation", file=file)
     for op in ops:
         ns = max(op["ns"], 1)

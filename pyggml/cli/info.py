@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections import Counter
 from typing import Any
 
 import pyggml.formats as formats
-from pyggml.errors import PyggmlError
-from pyggml.formats import show
-from pyggml.formats.tensorfile import TensorFile
+from pyggml.errors import GGUFError, PyggmlError
+from pyggml.formats import shards, show
+from pyggml.formats.tensorfile import OpaqueType, TensorFile
 from pyggml.formats.values import printable
 
 HELP = "show metadata and tensors of a model file"
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    file = formats.open(args.file, use_mmap=False)
+    file = opened(args.file)
     if args.chat_template:
         return print_template(file)
     if args.plot:
@@ -35,7 +36,30 @@ def run(args: argparse.Namespace) -> int:
         from pyggml.formats import picture
         page.save(args.plot, picture.html(file))
     print(show.json_text(as_json(file, args.full)) if args.json else as_text(file, args.tensors, args.full))
-    return 0
+    return unknown_types(file)
+
+
+def opened(path: str) -> TensorFile:
+    """The model; of a split model whose other parts are missing or damaged, the part at `path` with a warning."""
+    file = formats.open(path, use_mmap=False, split=False)
+    if not shards.is_split(file.kv):
+        return file
+    try:
+        return formats.open(path, use_mmap=False)
+    except GGUFError as error:
+        file.warnings.append(f"this part alone is shown: {error}")
+        return file
+
+
+def unknown_types(file: TensorFile) -> int:
+    """1, and an error, when the file has tensors of types that are not known: everything about them but their place is a guess."""
+    unknown = [t for t in file.tensors.values() if isinstance(t.type, OpaqueType)]
+    for t in unknown[:1]:
+        assert isinstance(t.type, OpaqueType)
+        more = f", and so are those of {len(unknown) - 1} more tensors" if len(unknown) > 1 else ""
+        print(f"pyggml info: {printable(t.source.name)}: offset 0x{t.offset:x}: tensor \"{printable(t.name)}\": {t.type.why()}{more}",
+              file=sys.stderr)
+    return int(bool(unknown))
 
 
 def print_template(file: TensorFile) -> int:

@@ -151,6 +151,7 @@ def read(source: Source) -> TensorFile:
     """The llama model behind `source`, with today's names and metadata. GGUFError says what is wrong, or why it cannot be read."""
     w = _Walk(source)
     kind = MAGICS[w.take(4, "magic")]
+    w.where = f"header of a {kind} file"
     version = 0 if kind == "ggml" else w.u32("version")
     if version not in VERSIONS[kind]:
         raise w.fail(f"{kind} version is {version}; known are {', '.join(map(str, VERSIONS[kind]))}", 4)

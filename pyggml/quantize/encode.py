@@ -21,9 +21,6 @@ from pyggml.types import TensorType
 PIECE = 1 << 18          # weights in a piece: a megabyte of floats stays in a core's cache between decoding and encoding
 AHEAD = 4                # pieces under way for each thread, so that none waits for the disk
 F16_MAX = 65504.0
-# The mean squares of an imatrix are the diagonal of a matrix of inputs that are correlated, and seen in few texts: taken at their word they
-# give up too much of what they call unimportant. Of the powers 1/2 to 1, 3/4 gave the lowest divergence over all recipes.
-TRUST = 0.75
 
 
 def n_cpus() -> int:
@@ -68,9 +65,6 @@ class Encoder:
             rows = decode(raw[start:end], tensor.type)
             check(rows, kind, tensor, start)
             return encode_rows(rows, kind, None if importance is None else importance[matrix], self.search)
-
-        if importance is not None and self.search:
-            importance = importance ** np.float32(TRUST)
 
         yield from self._in_order(piece, pieces(tensor.shape))
 

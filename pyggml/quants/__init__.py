@@ -70,7 +70,8 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
 
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
     (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
-    search: look for the least (weighted) squared error; otherwise scales are ggml's choice, and so, for all but the codebook types
+    search: look for the least squared error; with an imatrix weighted as ggml weighs it, by importance * sqrt(mean square + x^2) (Q6_K, the
+    formula types and the codebook types: by importance). Otherwise scales are ggml's choice, and so, for all but the codebook types
     (IQ1, IQ2, IQ3), is every byte but for a rare tie.
     The bytes do not depend on `threads`.
     PyggmlError when a row is not a whole number of blocks, or when a value is not finite (a blocked type cannot hold it).
@@ -114,7 +115,7 @@ def usable(w: np.ndarray | None, search: bool) -> np.ndarray | None:
     some fit, far below what could move the others."""
     if w is None or not w.any():
         return None
-    return w + np.float32(1e-6) * w.mean() if search else w
+    return np.where(w > 0, w, np.float32(1e-6) * w.mean()) if search else w
 
 
 def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool,

@@ -27,7 +27,8 @@ UE4M3_HALF[0x7F] = 0
 def ue4m3(x: np.ndarray) -> np.ndarray:
     """The nearest unsigned float of x, halves upwards, at most 448; what is below the smallest normal one does not become it."""
     bits = ((x.astype(np.float32).view(np.uint32).astype(np.int64) + 0x80000) >> 20) - (120 << 3)
-    return np.where(x < 2.0**-6, np.minimum(np.floor(np.maximum(x, 0) * np.float32(512) + np.float32(0.5)), 7), np.minimum(bits, 0x7E)).astype(np.uint8)
+    small = np.minimum(np.floor(np.maximum(x, 0) * np.float32(512) + np.float32(0.5)), 7)
+    return np.where(x < 2.0**-6, small, np.minimum(bits, 0x7E)).astype(np.uint8)
 
 
 def nearest_codes(x: np.ndarray, d: np.ndarray) -> np.ndarray:

@@ -108,19 +108,19 @@ class FakeContext:
     def cancel(self):
         self.cancelled = True
 
-    def copy_bandwidth(self):
-        return 0.0
-
     def op_times(self):
-        from pyggml.roofline import OpTime
+        from pyggml.plan import StepTime
 
         n = len(self.evaluated)
-        return [OpTime("mul_mat", "blk.0.ffn_up.weight", 1000 * n, 4000 * n, 9000 * n, "int8"),
-                OpTime("mul_mat", "blk.1.ffn_up.weight", 500 * n, 2000 * n, 3000 * n, "int8"), OpTime("add", "x", 300 * n, 40 * n, 0, "")]
+        return [StepTime("mul_mat", "blk.0.ffn_up.weight", 1000 * n, 4000 * n, 9000 * n, "int8"),
+                StepTime("mul_mat", "blk.1.ffn_up.weight", 500 * n, 2000 * n, 3000 * n, "int8"), StepTime("add", "x", 300 * n, 40 * n, 0, "")]
 
     def sequences(self, tokens, start, wanted):
         self.evaluated.append((start, tokens.tolist(), list(wanted)))
         return np.zeros((len(tokens) * len(wanted), self.model.n_vocab), np.float32)
+
+    def copy_bandwidth(self):
+        return 0.0
 
 
 def install(monkeypatch):

@@ -142,6 +142,45 @@ def test_rates_of_both_dialects():
         rate(ours, Test(0, 16))
 
 
+@pytest.mark.parametrize(("text", "test"), [("pp512", Test(512, 0)), ("tg128@4096", Test(0, 128, 4096)), ("tg64x4", Test(0, 64, 0, 4)),
+                                            ("pp8 @ d16", Test(8, 0, 16)), ("tg2 x3 @ d5", Test(0, 2, 5, 3))])
+def test_tests_by_name(text, test):
+    assert Test.parse(text) == test == Test.parse(test.name)
+
+
+@pytest.mark.parametrize("text", ["", "pp", "pp0", "xx5", "pp512x2", "tg5@", "512"])
+def test_what_is_no_test(text):
+    with pytest.raises(ValueError, match="not a test"):
+        Test.parse(text)
+
+
+def test_sequences_at_once_in_either_dialect():
+    test = Test(0, 64, 0, 4)
+    ours, theirs = with_help("-npl, --n-parallel"), with_help(IK_HELP)
+    assert ours.arguments(test, Path("m"), 2, [], 1)[-2:] == ["-npl", "4"]
+    command = theirs.arguments(test, Path("m"), 2, ["-rtr", "1"], 1)
+    assert command[command.index("-p") + 1] == "256" and command[-4:] == ["-b", "4", "-ub", "4"]
+    assert ours.read_rate(test, json.dumps([{"n_prompt": 0, "n_gen": 64, "n_depth": 0, "n_parallel": n, "avg_ts": n} for n in (1, 4)], indent=1)) == 4
+    assert theirs.read_rate(test, json.dumps([{"n_prompt": 256, "n_gen": 0, "avg_ts": 9}], indent=1)) == 9
+
+
+def test_what_was_measured_is_not_measured_again(fake, bench, monkeypatch, tmp_path):
+    model, output = tmp_path / "m.gguf", tmp_path / "report.json"
+    model.write_bytes(b"GGUF")
+    monkeypatch.setattr(peers, "ourselves", lambda python: Contestant("pyggml", fake.command))
+    monkeypatch.setattr(peers, "machine", dict)
+    calls = []
+    real = peers.measure_test
+    monkeypatch.setattr(peers, "measure_test", lambda *given: calls.append(given[4].name) or real(*given))
+    common = ["-m", str(model), "-o", str(output), "--quick", "--flags", str(tmp_path / "flags.json"), "--resume", "-t", "1"]
+    peers.measure(peers.arguments([*common, "--tests", "pp8"]))
+    report = peers.measure(peers.arguments([*common, "--tests", "pp8,tg4"]))
+    assert calls == ["pp8", "tg4"] and json.loads(output.read_text()) == report
+    assert list(report["models"][0]["tests"]) == ["pp8", "tg4"]
+    with pytest.raises(BenchError, match="leave out --resume"):
+        peers.measure(peers.arguments([*common, "--tests", "pp8", "-t", "2"]))
+
+
 def with_help(text, command=("llama-bench",)):
     contestant = Contestant("rival", command)
     contestant.__dict__["help_text"] = text

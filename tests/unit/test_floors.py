@@ -12,10 +12,10 @@ FLOORS = [
     {"formats", "quants", "page"},
     {"backends"},
     {"ops"},
-    {"graph", "fuse", "lower", "plan", "backward"},
+    {"graph", "fuse", "lower", "roofline", "plan", "backward"},
     {"arch"},
     {"context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
-     "speculate", "roofline"},
+     "speculate"},
     {"quantize", "train", "convert", "serve", "measure"},
     {"cli", "__init__", "__main__"},
 ]

@@ -48,3 +48,13 @@ def test_renamed_part_says_how_to_name_it(parts):
     parts[0].rename(other)
     with pytest.raises(GGUFError, match="one of 3 parts; name them NAME-00001-of-00003.gguf"):
         formats.open(other)
+
+
+def test_info_shows_a_part_whose_siblings_are_missing(tmp_path, capsys):
+    from pyggml import cli
+    path = tmp_path / "m-00002-of-00003.gguf"
+    formats.write(path, {"split.no": formats.Typed("u16", 1), "split.count": formats.Typed("u16", 3)}, {"w": np.zeros(8, np.float32)})
+    assert cli.main(["info", "--tensors", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "this part alone is shown" in shown and "missing: " in shown and "m-00001-of-00003.gguf" in shown and "w       F32" in shown
+    assert cli.main(["check", str(path)]) == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ LLAMA_CPP_BENCH = Path(__file__).with_name("llama_cpp_bench.py")
 
 # Settings that decide a rival's speed, with the values to try. Every combination of those a program lists is swept.
 SPEED_FLAGS = {"-fa": ("0", "1"), "--repack": ("0", "1"), "-rtr": ("0", "1"), "-mqkv": ("0", "1")}
+# ... and those that decide most of it, for a quick look.
+QUICK_FLAGS = {"-fa": ("1",), "--repack": ("0", "1"), "-rtr": ("0", "1")}
 # The same settings as llama-sweep-bench spells them.
 SWEEP_BENCH_FLAGS = {"-fa": {"0": ["-fa", "off"], "1": ["-fa", "on"]}, "-rtr": {"0": [], "1": ["-rtr"]}, "-mqkv": {"0": [], "1": ["-mqkv"]}}
 
@@ -30,23 +33,34 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Test:
-    """One measurement: a prompt of n_prompt tokens or the generation of n_gen, after n_depth tokens of context."""
+    """One measurement: a prompt of n_prompt tokens or the generation of n_gen (of each of n_parallel sequences), after n_depth tokens."""
 
     n_prompt: int
     n_gen: int
     n_depth: int = 0
+    n_parallel: int = 1
 
     @property
     def name(self) -> str:
-        """llama-bench's row name: pp512, tg128, pp512 @ d4096."""
+        """llama-bench's row name: pp512, tg128, pp512 @ d4096, tg64 x4."""
         what = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        what += f" x{self.n_parallel}" if self.n_parallel > 1 else ""
         return f"{what} @ d{self.n_depth}" if self.n_depth else what
 
+    @staticmethod
+    def parse(text: str) -> Test:
+        """From a name, with or without its spaces: pp512, tg128@4096, tg64x4."""
+        found = re.fullmatch(r"(pp|tg)(\d+)(?:x(\d+))?(?:@d?(\d+))?", text.replace(" ", ""))
+        if not found or not int(found[2]) or (found[1] == "pp" and found[3]):
+            raise ValueError(f"{text!r} is not a test; write pp512, tg128, pp512@4096 or tg64x4")
+        n, parallel, depth = int(found[2]), int(found[3] or 1), int(found[4] or 0)
+        return Test(n, 0, depth) if found[1] == "pp" else Test(0, n, depth, parallel)
 
-def flag_sets(help_text: str) -> list[list[str]]:
+
+def flag_sets(help_text: str, flags: dict[str, tuple[str, ...]] = SPEED_FLAGS) -> list[list[str]]:
     """Every combination of the speed flags that a help text lists: [["-fa", "0", "--repack", "0"], ...]."""
     words = set(help_text.replace(",", " ").split())
-    options = [[(flag, value) for value in values] for flag, values in SPEED_FLAGS.items() if flag in words]
+    options = [[(flag, value) for value in values] for flag, values in flags.items() if flag in words]
     return [[word for pair in choice for word in pair] for choice in product(*options)]
 
 
@@ -71,6 +85,8 @@ def rate(rows: list[dict], test: Test) -> float:
     Rows without `n_depth` come from ik_llama.cpp, where a generation at a depth is a row with both lengths, timed for the second.
     """
     for row in rows:
+        if row.get("n_parallel", 1) != test.n_parallel:
+            continue
         depth = row.get("n_depth", row["n_prompt"] if row["n_gen"] else 0)
         n_prompt = row["n_prompt"] if not row["n_gen"] else 0
         if (n_prompt, row["n_gen"], depth) == (test.n_prompt, test.n_gen, test.n_depth):
@@ -108,6 +124,11 @@ class Contestant:
     def has_depth(self) -> bool:
         return "--n-depth" in self.help_text
 
+    def in_lockstep(self, test: Test) -> Test:
+        """What stands for parallel sequences in a program that has none: a prompt that is computed as many tokens at a time."""
+        alone = test.n_parallel == 1 or "--n-parallel" in self.help_text
+        return test if alone else Test(test.n_gen * test.n_parallel, 0, test.n_depth)
+
     @property
     def sweep_bench(self) -> Path:
         """ik_llama.cpp's program for prompts at a depth, expected beside its llama-bench."""
@@ -118,6 +139,11 @@ class Contestant:
 
     def arguments(self, test: Test, model: Path, threads: int, flags: list[str], repetitions: int) -> list[str]:
         """The command that runs one test."""
+        if test.n_parallel > 1:
+            if (same := self.in_lockstep(test)) is not test:
+                batch = str(test.n_parallel)
+                return [*self.arguments(same, model, threads, flags, repetitions), "-b", batch, "-ub", batch]
+            flags = [*flags, "-npl", str(test.n_parallel)]
         if self.needs_sweep_bench(test):
             return self._sweep_bench_arguments(test, model, threads, flags)
         lengths = ["-p", str(test.n_prompt), "-n", str(test.n_gen)]
@@ -137,6 +163,7 @@ class Contestant:
 
     def read_rate(self, test: Test, output: str) -> float:
         """Tokens per second from what the command of `arguments` printed."""
+        test = self.in_lockstep(test)
         if not self.needs_sweep_bench(test):
             return rate(json_rows(output), test)
         found = [row["speed_pp"] for row in json_lines(output) if row["n_kv"] == test.n_depth]

@@ -1,16 +1,23 @@
 """pyggml beside its rivals on one machine: fresh processes in alternating order, medians of per-pair ratios with their intervals.
 
-    python tools/bench/peers.py -m model.gguf --rival llama_cpp --rival ik=path/to/llama-bench -p 512,128 -n 128 -d 0,4096
+    python tools/bench/peers.py -m model.gguf --rival llama_cpp --rival ik=path/to/llama-bench --agreement --cold 5 -o report.json
+    python tools/bench/peers.py -m model.gguf --rival ik=path/to/llama-bench --tests pp512,tg128@4096,tg64x4 --quick
 
 Each rival first runs every test with each combination of its speed flags; the best are kept in a JSON file (`--flags`) and used
 from then on, until the program changes. A round is one run of every contestant; a round during which the machine was disturbed
-(see quiet.py) is recorded, left out, and run again. Results go to standard output, and as JSON to a file (`-o`).
+(see quiet.py) is recorded, left out, and run again. Results go to standard output, and as JSON to a file (`-o`); with `--resume`
+what that file holds of the same commit and models is not measured again.
+
+How rivals without a test's flag are asked: a generation at a depth is ik_llama.cpp's `-gp depth,n`, a prompt at a depth its
+llama-sweep-bench, and a generation of N sequences at once is a prompt in batches of N tokens (`-b N -ub N`), which reads the weights
+as often and computes logits only at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +35,8 @@ from quiet import LIMITS, machine
 from report import markdown
 from runs import Bench, FlagBook, Setting, counts, measure_rounds, say, write_json
 from startup import measure_starts
+
+EVERYTHING = "pp512,pp128,tg128,pp512@4096,tg32@4096,tg64x2,tg64x4,tg64x8"
 
 
 @contextmanager
@@ -72,31 +81,43 @@ def measure(options: argparse.Namespace) -> dict:
     """The whole comparison; the JSON file is brought up to date after every test."""
     cpus = options.cpus or ",".join(map(str, sorted(os.sched_getaffinity(0))))
     os.sched_setaffinity(0, processors(cpus))              # the calibrations must run where the contestants do
-    bench = Bench(["taskset", "-c", cpus], options.patience, options.timeout, not options.keep_disturbed, options.repetitions)
+    bench = Bench(["taskset", "-c", cpus], options.patience, options.timeout, not options.keep_disturbed, options.repetitions,
+                  options.quick)
     ours, rivals, book = ourselves(options.python), [rival(text) for text in options.rival], FlagBook(options.flags)
     models: list[dict] = []
     report = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": machine(),
               "threads": options.threads, "processors": cpus, "limits": LIMITS,
               "rivals": {c.name: {"command": c.command, "identity": c.identity} for c in rivals}, "models": models}
+    known = earlier(options, report)
     for path in options.model:
         model = {"model": path.name, "bytes": path.stat().st_size, "tests": {}}
+        model |= known.get((model["model"], model["bytes"]), {})
         models.append(model)
-        for test in tests_of(options):
+        for test in options.tests:
+            if test.name in model["tests"]:
+                say(f"{path.name}, {test.name}: measured before")
+                continue
             model["tests"][test.name] = measure_test(bench, book, ours, rivals, test, path, options)
             if options.output:
                 write_json(options.output, report)
-        if options.agreement:
+        if options.agreement and "agreement" not in model:
             model["agreement"] = agreement(options.python, options.agreement, path, options.threads)
-        if options.cold:
+        if options.cold and "start" not in model:
             model["start"] = measure_starts([ours, *rivals], path, options.threads, bench.prefix, options.cold)
-    if options.output:
-        write_json(options.output, report)
+        if options.output:
+            write_json(options.output, report)
     return report
 
 
-def tests_of(options: argparse.Namespace) -> list[Test]:
-    lengths = [(p, 0) for p in options.n_prompt if p] + [(0, n) for n in options.n_gen if n]
-    return [Test(p, n, depth) for depth in options.n_depth for p, n in lengths]
+def earlier(options: argparse.Namespace, report: dict) -> dict[tuple[str, int], dict]:
+    """What an interrupted measurement of the same thing left in the output file, by model and size."""
+    if not (options.resume and options.output and options.output.exists()):
+        return {}
+    before = json.loads(options.output.read_text())
+    same = all(before[key] == report[key] for key in ("commit", "threads", "processors", "rivals"))
+    if not same:
+        raise BenchError(f"{options.output} is of another commit, setting or rival; leave out --resume, or write to another file (-o)")
+    return {(m["model"], m["bytes"]): m for m in before["models"]}
 
 
 def commit() -> str:
@@ -121,9 +142,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("-m", "--model", type=Path, action="append", required=True, help="model file; may be given again")
     add("--rival", action="append", default=[], metavar="NAME=PATH", help="a llama-bench binary, or llama_cpp[=PYTHON]; may be given again")
     add("--python", default=sys.executable, help="the Python that runs pyggml")
-    add("-p", "--n-prompt", type=ints, default=[512, 128])
-    add("-n", "--n-gen", type=ints, default=[128])
-    add("-d", "--n-depth", type=ints, default=[0])
+    add("--tests", type=lambda text: [Test.parse(name) for name in text.split(",")], metavar="NAMES",
+        help=f"what to measure, by llama-bench's names (default: {EVERYTHING})")
+    add("--quick", action="store_true", help="two rounds of each test, disturbed or not, and few flags of each rival tried once: a look, not a claim")
+    add("--resume", action="store_true", help="go on with what the output file holds")
     add("-t", "--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--rival-threads", type=ints, default=[], help="thread counts that a rival may choose from (default: -t)")
     add("--cpus", help="processors to pin to, as taskset writes them (default: those allowed now)")
@@ -136,7 +158,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--patience", type=float, default=60, help="seconds to wait for a quiet machine before a run")
     add("--timeout", type=float, default=1800, help="seconds a run may take")
     add("-o", "--output", type=Path, help="write everything measured to this JSON file")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.tests = options.tests or [Test.parse(name) for name in EVERYTHING.split(",")]
+    if options.quick:
+        options.pairs, options.keep_disturbed, options.patience, options.cold = 2, True, 0, min(options.cold, 2)
+    return options
 
 
 def main() -> int:

@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--prefix", default="", help="goes before both commands")
     parser.add_argument("--work", default=None, help="folder for the files that are made (default: a temporary one)")
     args = parser.parse_args()
-    print("| type | llama-quantize s | pyggml s | speed ratio (95%) | pairs | verdict | llama-quantize MB | pyggml MB |\n|---|---|---|---|---|---|---|---|")
+    print("| type | llama-quantize s | pyggml s | speed ratio (95%) | pairs | verdict | llama-quantize MB | pyggml MB |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         for kind in args.types:
             target = os.path.join(folder, "out.gguf")

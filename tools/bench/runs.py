@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from contestants import BenchError, Contestant, Test, flag_sets
+from contestants import QUICK_FLAGS, SPEED_FLAGS, BenchError, Contestant, Test, flag_sets
 from pairing import running_order
 from quiet import disturbances, run_watched, wait_until_quiet
 
@@ -38,13 +38,14 @@ class Setting:
 @dataclass(frozen=True)
 class Bench:
     """How anything is run: `prefix` pins a command to processors; seconds to wait for quiet and for a run; whether quiet is required;
-    measurements in one process."""
+    measurements in one process; whether a quick look will do: a sweep tries fewer flags, once, for prompts and for generations."""
 
     prefix: list[str]
     patience: float
     timeout: float
     strict: bool
     repetitions: int
+    quick: bool = False
 
     def run(self, contestant: Contestant, test: Test, model: Path, setting: Setting) -> dict:
         """One fresh process: its rate (tokens per second) with everything that tells whether to believe it."""
@@ -79,7 +80,10 @@ class FlagBook:
     def best(self, bench: Bench, contestant: Contestant, test: Test, model: Path, thread_counts: Sequence[int]) -> Setting:
         """The rival's fastest setting, from the file or from a sweep over its flags and these thread counts."""
         size = model.stat().st_size
+        if bench.quick:
+            test = Test(128, 0) if contestant.in_lockstep(test).n_prompt else Test(0, 32)
         key = f"{contestant.name} ({contestant.identity}): {test.name}, {model.name} ({size} bytes), threads {list(thread_counts)}"
+        key += ", quick" if bench.quick else ""
         if key not in self.entries:
             say(f"sweep of {key}")
             self.entries[key] = self._sweep(bench, contestant, test, model, thread_counts)
@@ -89,9 +93,11 @@ class FlagBook:
 
     @staticmethod
     def _sweep(bench: Bench, contestant: Contestant, test: Test, model: Path, thread_counts: Sequence[int]) -> dict:
-        settings = [Setting(threads, flags) for threads in thread_counts for flags in flag_sets(contestant.help_text)]
+        choices = flag_sets(contestant.help_text, QUICK_FLAGS if bench.quick else SPEED_FLAGS)
+        settings = [Setting(threads, flags) for threads in thread_counts for flags in choices]
         rates, disturbed = dict.fromkeys(map(str, settings), 0.0), []
-        for setting in [*settings, *reversed(settings)]:              # the better of two runs: noise only ever slows down
+        again = [] if bench.quick else list(reversed(settings))
+        for setting in [*settings, *again]:                           # the better of two runs: noise only ever slows down
             run, why = bench.retried(contestant, test, model, setting)
             rates[str(setting)] = max(rates[str(setting)], run["rate"])
             disturbed += [f"{setting}: {reason}" for reason in why]
