@@ -201,23 +201,25 @@ def matvec_kernel(form: Form) -> Any:
                 for other in range(1, WARPS):
                     acc[i] += shared[2 * cells * other + i]
                     acc_b[i] += shared[2 * cells * other + cells + i]
-        for r in range(rows):
-            for n in range(columns):
-                row = row0 + r
-                if lane == r * columns + n and row < m and t0 + n < count:
-                    at = i64(t0 + n) * m + row
-                    y, z = acc[r * columns + n], acc_b[r * columns + n]
-                    if gated:
-                        if with_bias:
-                            y, z = y + bias[row], z + bias_b[row]
-                        y = activation(y, glu) * z
-                    else:
-                        y *= scale
-                        if with_bias:
-                            y += bias[row]
-                        if with_residual:
-                            y += residual[at]
-                    dst[at] = y
+        # lane i finishes sum i: picked in a loop so small that it is unrolled, as an index known late would put the sums into memory
+        y, z = f32(0), f32(0)
+        for i in range(cells):
+            if lane == i:
+                y, z = acc[i], acc_b[i]
+        row, n = row0 + lane // columns, t0 + lane % columns
+        if lane < cells and row < m and n < count:
+            at = i64(n) * m + row
+            if gated:
+                if with_bias:
+                    y, z = y + bias[row], z + bias_b[row]
+                y = activation(y, glu) * z
+            else:
+                y *= scale
+                if with_bias:
+                    y += bias[row]
+                if with_residual:
+                    y += residual[at]
+            dst[at] = y
     return matvec
 
 
@@ -235,13 +237,14 @@ def planes_of(weight: RelaidWeight) -> tuple[Any, ...]:
 
 
 def shape_of(m: int, units: int, columns: int, gated: bool) -> dict[str, int]:
-    """Rows a warp takes, units it fetches ahead, warps that share rows: at most 16 sums a lane, several 16-byte loads on their way."""
-    if columns > 1:
-        rows = 1 if gated or columns == COLUMNS or m < 2 * FULL_WARPS else 2
-        return dict(rows=rows, ahead=2 if columns < COLUMNS and not gated else 1, split=WARPS if m // rows < FULL_WARPS and units >= 64 else 1)
-    rows = 1 if gated or m < 2 * FULL_WARPS else 2
+    """Rows a warp takes, units it fetches ahead, warps that share rows.
+
+    With many columns the activations' way through L1 is what takes time, and rows share it; with one, it is how many loads are on their way.
+    """
+    rows = 1 if gated or m < (FULL_WARPS if columns > 2 else 2 * FULL_WARPS) else 2
     split = WARPS if m // rows < FULL_WARPS and units >= 64 else 1
-    return dict(rows=rows, ahead=2 if units <= 64 * split or rows > 1 or gated else 4, split=split)
+    ahead = 1 if columns > 2 else 2 if rows > 1 or gated or columns > 1 or units <= 64 * split else 4
+    return dict(rows=rows, ahead=ahead, split=split)
 
 
 def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: DeviceView | None, dst: DeviceView, slots: Any, stream: Any,
