@@ -68,7 +68,7 @@ ALL = {
     "matvec F16": lambda: _decoding("F16"),
     "matvec gated Q4_K": lambda: _decoding("Q4_K", "Q4_K"),
     "matvec Q4_K 8 columns": lambda: _decoding("Q4_K", columns=8),
-    "matvec gated Q4_K 8 columns": lambda: _decoding("Q4_K", "Q4_K", columns=8),
+    "matvec gated Q4_K 4 columns": lambda: _decoding("Q4_K", "Q4_K", columns=matvec.GATED_COLUMNS),
     "gemm Q4_K": lambda: _gemm(gemm.Form("Q4_K")),
     "gemm F16": lambda: _gemm(gemm.Form("F16")),
     "attention decode F16 128": lambda: _attention(attention.Form("F16", "F16", 128, 128, True)),

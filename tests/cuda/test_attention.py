@@ -115,3 +115,10 @@ def test_a_cache_type_that_the_gpu_does_not_know_is_refused():
     k = DeviceView(np.zeros(16, np.uint8), "Q5_1", (1, 1, 32))
     with pytest.raises(PyggmlError, match="Q5_1 cannot lie on the GPU"):
         run("store", k, [view(numbers(1, 1, 32)), view(np.zeros(1, np.int32))])
+
+
+def test_heads_too_wide_are_refused():
+    k = DeviceView(np.zeros(264, np.float16), "F16", (1, 1, 264))
+    one = view(np.zeros(1, np.int32))
+    with pytest.raises(PyggmlError, match="heads of 264 and 264 numbers cannot be computed on the GPU"):
+        run("attention", view(np.zeros((1, 264), np.float32)), [view(numbers(1, 1, 264)), k, k, one, one], i=[0, 0], f=[1, 0])

@@ -36,6 +36,7 @@ from pyggml.backends.cuda.prims import (
     warp_any,
 )
 from pyggml.backends.cuda.rope import rope_at
+from pyggml.errors import PyggmlError
 
 WARPS = 4
 ROWS = 16                       # of a warp's tile
@@ -44,6 +45,7 @@ OUT_ROW = 65                    # floats between rows of 64 in shared memory: ro
 SPLIT_CELLS = 256               # a block of decoding takes at least so many cells
 MOST_BLOCKS = 264               # enough blocks for every multiprocessor of a large GPU twice
 MOST_SPLIT = 32
+WIDEST = 256                    # numbers of a head
 LOWEST = np.float32(-1e30)      # a running maximum before any cell: finite, so that no difference is NaN
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
@@ -189,6 +191,13 @@ def attention_kernel(form: Form) -> Any:
             s = softcap * (f32(1) - f32(2) / (exp2(s / softcap * f32(2 * LOG2_E)) + f32(1))) * f32(LOG2_E)
         return s if low <= cell_ and cell_ <= high else LOWEST
 
+    @device
+    def lay_out(acc, h, out, place, keep_a, keep_b):
+        for j in range(8):
+            at = 32 * h + 4 * j
+            out[place + j], out[place + j + 8] = acc[at] * keep_a, acc[at + 1] * keep_a
+            out[place + j + 8 * OUT_ROW], out[place + j + 8 * OUT_ROW + 8] = acc[at + 2] * keep_b, acc[at + 3] * keep_b
+
     @kernel
     def attention(q, keys, plane_k, values, plane_v, cell, first, dst, parts, sums, arrived, heads, kv_heads, cells, window, scale, softcap,
                   slots, slot, limit):
@@ -299,11 +308,15 @@ def attention_kernel(form: Form) -> Any:
                 top_a, top_b = max(top_a, tops[2 * (w * ROWS + g)]), max(top_b, tops[2 * (w * ROWS + g + 8)])
             keep_a, keep_b = exp2(max_a - top_a), exp2(max_b - top_b)
             for h in range(blocks):
-                for j in range(8):
-                    at = 32 * h + 4 * j
-                    place = (warp * ROWS + g) * OUT_ROW + 16 * t + j
-                    out[place], out[place + 8] = acc[at] * keep_a, acc[at + 1] * keep_a
-                    out[place + 8 * OUT_ROW], out[place + 8 * OUT_ROW + 8] = acc[at + 2] * keep_b, acc[at + 3] * keep_b
+                place = (warp * ROWS + g) * OUT_ROW + 16 * t
+                if h == 0:                                      # written out: an index known late would put the sums into memory
+                    lay_out(acc, 0, out, place, keep_a, keep_b)
+                if blocks > 1 and h == 1:
+                    lay_out(acc, 1, out, place, keep_a, keep_b)
+                if blocks > 2 and h == 2:
+                    lay_out(acc, 2, out, place, keep_a, keep_b)
+                if blocks > 3 and h == 3:
+                    lay_out(acc, 3, out, place, keep_a, keep_b)
                 cuda.syncthreads()
                 for i in range(tid, ROWS * 64, 32 * WARPS):
                     row, d = tile * ROWS + (i >> 6), 64 * h + (i & 63)
@@ -451,6 +464,8 @@ def attention(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> No
     elif shape.blocks > 1:
         _nobody[1, 128, stream](arrived)
     scale, softcap = step.f[0], step.f[1]
+    if max(shape.dk, shape.dv) > WIDEST or shape.dk % 8 or shape.dv % 8:
+        raise PyggmlError(f"heads of {shape.dk} and {shape.dv} numbers cannot be computed on the GPU (multiples of 8 up to {WIDEST} can); use -ngl 0")
     form = Form(keys.type, values.type, shape.dk, shape.dv, shape.split, softcap != 0)
     grid = (shape.tiles, shape.kv_heads, shape.blocks) if shape.split else (-(-shape.tiles // WARPS), shape.kv_heads)
     attention_kernel(form)[grid, 32 * WARPS, stream](

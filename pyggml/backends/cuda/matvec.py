@@ -27,6 +27,7 @@ from pyggml.backends.cuda.upload import device_constant
 
 WARPS = 4                       # of a block
 COLUMNS = 8                     # most columns of one launch's tile
+GATED_COLUMNS = 4               # ... with two matrices, whose sums would not fit the registers otherwise
 FULL_WARPS = 132 * 16           # a grid with fewer warps than this leaves a large GPU idle: split K over a block's warps
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
@@ -157,10 +158,10 @@ def matvec_kernel(form: Form) -> Any:
             if gated:
                 q_b = fetch_b(w_b, p1, p2, p3, grid_b, at, here)
             for n in range(columns):
-                x = min(column + n, total - 1)
-                acc[r * columns + n] += times_a(q, act, x, total, units, here, keep)
-                if gated:
-                    acc_b[r * columns + n] += times_b(q_b, act, x, total, units, here, keep)
+                acc[r * columns + n] += times_a(q, act, min(column + n, total - 1), total, units, here, keep)
+            if gated:
+                for n in range(columns):
+                    acc_b[r * columns + n] += times_b(q_b, act, min(column + n, total - 1), total, units, here, keep)
 
     @kernel
     def matvec(w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, m, units,
@@ -186,7 +187,8 @@ def matvec_kernel(form: Form) -> Any:
                 add_unit(acc, acc_b, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first + row0, m - 1 - row0, units, base + 96)
         for i in range(cells):
             acc[i] = warp_sum(acc[i])
-            if gated:
+        if gated:
+            for i in range(cells):
                 acc_b[i] = warp_sum(acc_b[i])
         if split > 1:
             shared = cuda.shared.array(parts, np.float32)
@@ -204,8 +206,10 @@ def matvec_kernel(form: Form) -> Any:
         # lane i finishes sum i: picked in a loop so small that it is unrolled, as an index known late would put the sums into memory
         y, z = f32(0), f32(0)
         for i in range(cells):
-            if lane == i:
-                y, z = acc[i], acc_b[i]
+            y = acc[i] if lane == i else y
+        if gated:
+            for i in range(cells):
+                z = acc_b[i] if lane == i else z
         row, n = row0 + lane // columns, t0 + lane % columns
         if lane < cells and row < m and n < count:
             at = i64(n) * m + row
@@ -258,7 +262,7 @@ def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: D
         prepare(f.act, act_id, x, norm, eps, slots, stream, scratch)
         act = scratch.act
     limit, per_token = math.prod(dst.shape[:-1]), math.prod(dst.shape[1:-1])
-    columns = 1 if ids is not None else min(COLUMNS, 1 << (limit - 1).bit_length())
+    columns = 1 if ids is not None else min(GATED_COLUMNS if up is not None else COLUMNS, 1 << (limit - 1).bit_length())
     shape = shape_of(m, units, columns, up is not None)
     form = Form(weight.type, up.type if up is not None else "", columns=columns, experts=ids is not None, glu=glu, bias=bias is not None,
                 residual=residual is not None, **shape)
