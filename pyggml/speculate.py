@@ -31,7 +31,7 @@ MOST = max(SMALL, 1) - 1        # guesses in one batch: beyond SMALL tokens othe
 @dataclass
 class Draft:
     """Guesses of the tokens that follow, and for guesses drawn at random what each was drawn from. Drafts of one `kind` are right
-    about equally often."""
+    about equally often: for those that were looked up it is how many tokens agreed, otherwise 0."""
 
     tokens: list[int] = field(default_factory=list)
     drawn_from: list[Candidates] | None = None
@@ -170,6 +170,7 @@ class Gate:
 
     MEMORY = 128
     WEIGHT = 2.0            # guesses that the prior is worth
+    GROWTH = 0.12           # what each token adds to a batch, as a share of one alone, until it was measured
     SAMPLES = 5             # batch times that count: the fastest of the last few, so that an interruption is not taken for a cost
 
     def __init__(self, prior: float) -> None:
@@ -181,11 +182,12 @@ class Gate:
     def rate(self, kind: int) -> float:
         """How often guesses of this kind are right."""
         right, n = self._right.get(kind, (0.0, 0.0))
-        return (right + self.WEIGHT * self._prior) / (n + self.WEIGHT)
+        prior = self._prior * (1 - 0.5 ** kind) if kind else self._prior
+        return (right + self.WEIGHT * prior) / (n + self.WEIGHT)
 
     def seconds(self, n: int) -> float:
-        """Of a batch of n tokens; a size that was hardly tried is taken to cost no more than the next smaller one."""
-        return next((min(times) for times in self._batches[n:0:-1] if len(times) > 1), 0.0)
+        """Of a batch of n tokens; that of a size that was hardly tried is taken from the next smaller one."""
+        return next((min(times) * (1 + more * self.GROWTH) for more, times in enumerate(self._batches[n:0:-1]) if len(times) > 1), 0.0)
 
     def best(self, kind: int, most: int) -> int:
         """How many tokens to draft, at most `most`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from pyggml.cli import _options, _text
@@ -17,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-format", choices=("gguf", "dat"), default="gguf", help="dat: llama.cpp's old format (default: %(default)s)")
     parser.add_argument("--process-output", action="store_true", help="also collect for output.weight")
     parser.add_argument("--chunk", "--from-chunk", type=int, default=0, metavar="N", help="leave out the first N chunks of the text")
-    parser.add_argument("--in-file", action="append", default=[], metavar="FILE", help="add what this file knows; repeatable")
+    parser.add_argument("--in-file", action="append", default=[], metavar="FILE",
+                        help="add what this file knows; repeatable, or several with commas between")
     parser.add_argument("-ofreq", "--output-frequency", type=int, default=10, metavar="N", help="save every N chunks (default: %(default)s)")
     parser.add_argument("--save-frequency", type=int, default=0, metavar="N", help="keep a copy FILE.at_N every N chunks (0: none)")
     parser.add_argument("--no-ppl", action="store_true", help="do not compute the text's perplexity on the way")
@@ -28,19 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pyggml.quantize.imatrix import Imatrix
 
+    given = [path for text in args.in_file for path in ([text] if os.path.exists(text) else text.split(","))]
     if args.show_statistics:
-        if len(args.in_file) != 1:
+        if len(given) != 1:
             args.usage_error("--show-statistics needs one file: --in-file FILE")
-        print(statistics(Imatrix.load(args.in_file[0])))
+        print(statistics(Imatrix.load(given[0])))
         return 0
     known = Imatrix()
-    for path in args.in_file:
+    for path in given:
         known.merge(Imatrix.load(path))
     if args.file is None:
-        if not args.in_file:
+        if not given:
             args.usage_error("there is neither a text (-f) nor a file to combine (--in-file)")
         known.save(args.output, args.output_format)
-        _text.say(f"imatrix: combined {len(args.in_file)} files in {args.output}")
+        _text.say(f"imatrix: combined {len(given)} files in {args.output}")
         return 0
     return collect(args, known)
 

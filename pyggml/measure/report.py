@@ -38,8 +38,9 @@ def html(found: Comparison) -> str:
 def _size_against_loss(rows: list[dict[str, Any]]) -> str:
     axes = page.axes()
     axes.errorbar([r["bpw"] for r in rows], [r["kld"][0] for r in rows], yerr=[2 * r["kld"][1] for r in rows], fmt="o", capsize=3)
-    for r in rows:
-        axes.annotate(r["name"], (r["bpw"], r["kld"][0]), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    for i, r in enumerate(sorted(rows, key=lambda r: (r["bpw"], -r["kld"][0]))):        # neighbours: one name above, one below
+        axes.annotate(r["name"], (r["bpw"], r["kld"][0]), textcoords="offset points", xytext=(6, -11 if i % 2 else 5), fontsize=8)
+    axes.margins(x=0.2)
     axes.set(xlabel="bits per weight", ylabel="mean KL divergence (nats, bars: two standard errors)", yscale="log", title="Size against loss")
     axes.grid(alpha=0.3, which="both")
     return page.svg(axes)
@@ -48,7 +49,7 @@ def _size_against_loss(rows: list[dict[str, Any]]) -> str:
 def _spread(found: Comparison) -> str:
     axes = page.axes()
     for f in found.files:
-        kld = np.sort(np.maximum(f.tokens.kld, 1e-9))
+        kld = np.sort(np.maximum(f.tokens.kld, 1e-7))
         keep = np.unique(np.linspace(0, len(kld) - 1, 400).astype(int))
         axes.plot(kld[keep], 100 * keep / max(1, len(kld) - 1), label=f.name)
     axes.set(xlabel="KL divergence of a token (nats)", ylabel="tokens at or below, %", xscale="log", title="Spread over tokens")

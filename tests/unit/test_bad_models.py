@@ -219,13 +219,14 @@ def test_types_of_other_programs(tmp_path, capsys, text):
         return path
 
     path = retype("extra.weight")
-    for command in ("run", "info", "bench", "perplexity"):
+    for command in ("run", "bench", "perplexity"):
         assert cli.main(arguments(command, path, text)) == 0
+    assert cli.main(arguments("info", path, text)) == 1         # it shows the file and says what is odd
     capsys.readouterr()
     path = retype("blk.0.attn_k.weight")
     for command in ("run", "bench", "perplexity"):
         refused(capsys, arguments(command, path, text), "type 777 is unknown")
-    assert cli.main(arguments("info", path, text)) == 0
+    assert cli.main(arguments("info", path, text)) == 1 and "type 777" in capsys.readouterr().out
 
 
 def test_a_model_that_is_cut_short(model, tmp_path, capsys, text):

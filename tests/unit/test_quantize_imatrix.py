@@ -173,6 +173,8 @@ def test_command(source, tmp_path, capsys):
     assert cli.main(["imatrix", "--in-file", out, "--in-file", out, "-o", both, "--output-format", "dat"]) == 0
     a, b = Imatrix.load(out), Imatrix.load(both)
     np.testing.assert_allclose(a.importance("blk.0.attn_q.weight", (1, 256)), b.importance("blk.0.attn_q.weight", (1, 256)), rtol=1e-6)
+    again = str(tmp_path / "again.gguf")
+    assert cli.main(["imatrix", "--in-file", f"{out},{out}", "-o", again]) == 0 and Imatrix.load(again).n_chunks == 8
     assert cli.main(["imatrix", "--show-statistics", "--in-file", out]) == 0
     assert "ffn_down" in capsys.readouterr().out
     assert cli.main(["imatrix", "-m", str(source)]) == 2

@@ -215,7 +215,7 @@ def test_the_gate_measures_single_tokens_first():
     assert decided(gate) == 0
     for _ in range(2):
         gate.tell_batch(1, 1.0)
-    assert decided(gate) == MOST            # nothing is known of batches: try
+    assert 0 < decided(gate) < MOST and 0 < decided(gate, 1) < decided(gate, 4)      # nothing is known of batches: try, not too many
 
 
 @pytest.mark.parametrize(("right", "slope", "expected"), [(0.95, 0.02, {MOST}), (0.05, 0.2, {0}), (0.6, 0.15, {1, 2, 3}), (0.9, 1.0, {0})])

@@ -72,7 +72,7 @@ class Ahead:
         """Logits after `token` at `position`, which is also its cell: float32 (n_vocab), until the next call. None near the cache's end."""
         while self._under_way:
             stretch = self._under_way[0]
-            stretch.done.synchronize()
+            self.device.wait(stretch.done)
             if len(stretch.fed) == 1:
                 stretch.fed += stretch.chosen[:-1].tolist()
             i = position - stretch.start
@@ -128,5 +128,5 @@ class Ahead:
     def stop(self) -> None:
         """Wait for what is under way and forget it."""
         while self._under_way:
-            self._under_way[0].done.synchronize()
+            self.device.wait(self._under_way[0].done)
             self._release()

@@ -184,7 +184,13 @@ class Device:
 
     def synchronize(self) -> None:
         """Wait for everything enqueued."""
-        self.stream.synchronize()
+        with self.active():
+            self.stream.synchronize()
+
+    def wait(self, event: Any) -> None:
+        """Wait for a recorded event."""
+        with self.active():
+            event.synchronize()
 
     def copy_bandwidth(self, n_bytes: int = 512 << 20, times: int = 10) -> float:
         """Bytes read and written a second by copies in its own memory; 0 in the simulator, whose clock means nothing."""
@@ -211,8 +217,14 @@ class Arena:
         if self.nbytes > free:
             raise PyggmlError(f"{what} needs {gib(self.nbytes)} on cuda{device.gpu.index}, where {gib(free)} are free; "
                               "use fewer layers (-ngl), a smaller context (-c) or a smaller -ub")
-        with device.active():
-            self.array = device.cuda.device_array(self.nbytes, np.uint8)
+        try:
+            with device.active():
+                self.array = device.cuda.device_array(self.nbytes, np.uint8)
+        except Exception as error:          # free memory may lie in pieces; Numba's error has no type that the simulator knows
+            if "OUT_OF_MEMORY" not in str(error):
+                raise
+            raise PyggmlError(f"{what} needs {gib(self.nbytes)} in one piece on cuda{device.gpu.index}, which has {gib(free)} free in smaller ones; "
+                              "use fewer layers (-ngl)") from error
         device.allocated += self.nbytes
         device.peak = max(device.peak, device.allocated)
         weakref.finalize(self, _given_back, device, self.nbytes)

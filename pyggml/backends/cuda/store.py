@@ -143,7 +143,7 @@ class _Upload:
 
     def _copy(self, target: Any, source: np.ndarray) -> None:
         turn, self._turn = self._turn, 1 - self._turn
-        self._done[turn].synchronize()                              # the copy that used this buffer last; at once when there was none
+        self.device.wait(self._done[turn])                           # the copy that used this buffer last; at once when there was none
         pinned = self._buffers[turn][:source.size]
         pinned[:] = source
         self.device.upload(target, pinned)
