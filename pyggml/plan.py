@@ -4,7 +4,7 @@
     lower.py    steps with numbered sources; activations quantized once for all matmuls that read them
     levels      steps sorted by depth; a barrier stands only before a level
     memory      values that are never alive at the same level share bytes
-    Draft       all of that, with no memory taken yet
+    Schedule    all of that, with no memory taken yet
     Plan        views and steps of a backend's Program (backends/base.py), inputs and outputs as arrays
 
 What differs between runs (tokens, rows of logits) stays a slot of the program; nothing is planned twice.
@@ -81,7 +81,7 @@ def assign_memory(steps: list[Step], outputs: Sequence[Tensor], size: Callable[[
     return offsets, total
 
 
-class Draft:
+class Schedule:
     """A graph as steps with places in memory, before any memory is taken."""
 
     def __init__(self, wanted: Sequence[Tensor], store: Weights, limits: dict[Symbol, int], fixed: bool = False) -> None:
@@ -120,15 +120,15 @@ class Plan:
                  capture: Sequence[Tensor] = (), fixed: bool = False) -> None:
         self.limits = limits
         wanted = [output, *capture]
-        draft = Draft(wanted, store, limits, fixed)
-        self.steps = draft.steps
+        schedule = Schedule(wanted, store, limits, fixed)
+        self.steps = schedule.steps
         for step in self.steps:
             if step.op == "get_rows" and (table := step.src[0]) is not None and table.op == "weight":
                 store.keep_rows(table.name)
         self.program = program = store.program(len(SYMBOLS))
-        memory = program.memory(draft.nbytes)
+        memory = program.memory(schedule.nbytes)
         leaves = (root(t) for s in self.steps for t in s.reads if root(t).op == "input")
-        placed = program.inputs({t.name: Input(draft.sizes(t), np.int32 if t.type == "I32" else np.float32, slot_of(t.shape)) for t in leaves})
+        placed = program.inputs({t.name: Input(schedule.sizes(t), np.int32 if t.type == "I32" else np.float32, slot_of(t.shape)) for t in leaves})
         self.inputs = {name: host for name, (host, _) in placed.items()}
         views: dict[tuple[int, tuple], int] = {}
 
@@ -139,7 +139,7 @@ class Plan:
                 return program.constant(t.data)
             if t.op == "cache":
                 return t.data.raw
-            return memory[draft.offsets[id(t)]:]
+            return memory[schedule.offsets[id(t)]:]
 
         def view(t: Tensor | None) -> int:
             if t is None:
@@ -149,7 +149,7 @@ class Plan:
             key = (id(source), shape)
             if key not in views:
                 if source.op == "weight":
-                    views[key] = store.view(program, source, pack=id(source) in draft.multiplied)
+                    views[key] = store.view(program, source, pack=id(source) in schedule.multiplied)
                 else:
                     numbers = tuple(limits[d] if isinstance(d, Symbol) else d for d in shape)
                     views[key] = program.view(array(source), source.type, numbers, slot=slot_of(shape))
@@ -159,7 +159,7 @@ class Plan:
         for s in self.steps:
             program.step(s.op, view(s.out), [view(t) for t in s.src], s.i, s.f, sync=s.level != level)
             level = s.level
-        self.output, *self.captured = (program.result(array(root(t)), t.type, draft.sizes(t), slot_of(t.shape)) for t in wanted)
+        self.output, *self.captured = (program.result(array(root(t)), t.type, schedule.sizes(t), slot_of(t.shape)) for t in wanted)
         program.finish(timing)
         self._done = np.zeros((len(self.steps), 2), np.int64)       # bytes and multiplications of each step so far
         self._kinds, self._exact = [""] * len(self.steps), bool(getattr(store, "exact", False))
