@@ -58,7 +58,8 @@ INLINE float squared_error(int n, const float *x, const float *y, const float *w
 
 // FUNCTION from fit_FUNCTION(slab, search, weighted, out) and pack_FUNCTION(x, out, lane, block); plain, given: ggml's weights.
 // A search minimizes the plain squared error, or the weighted one that ggml minimizes: with importance alone, divergence was higher (the
-// factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). `ranked`: ggml searches too, and where its choice has the smaller error, it is taken.
+// factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). `ranked`: ggml searches too, and where its choice
+// has the smaller error, it is taken.
 #define ENCODER_OF(function, name, QK, plain, given, ranked)                                            \
     static void encode_##function(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
         int64_t blocks = rows * (n / QK);                                                               \

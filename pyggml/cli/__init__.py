@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
+    except Exception:               # of a file cut under a reader anything may follow; that it was cut is what helps
         cut = _cut()
         if not cut:
             raise
