@@ -43,8 +43,10 @@ def machine() -> str:
 def isas() -> dict[str, list[str]]:
     """Instruction sets to build with their flags: all that the machine type has, or those named in PYGGML_ISAS (for development)."""
     every = ISAS.get(machine(), {"scalar": []})
-    wanted = os.environ.get("PYGGML_ISAS")
-    return {name: flags for name, flags in every.items() if not wanted or name == "scalar" or name in wanted.split(",")}
+    wanted = os.environ.get("PYGGML_ISAS", "").split(",")
+    if unknown := [name for name in wanted if name and name not in every]:
+        raise SystemExit(f"PYGGML_ISAS names {unknown[0]!r}, which {machine()} does not have; use some of {','.join(every)}")
+    return {name: flags for name, flags in every.items() if wanted == [""] or name == "scalar" or name in wanted}
 
 
 def declarations(*names: str) -> str:
