@@ -20,6 +20,7 @@ static const kernel_table *const tables[] = {
 #undef X
 };
 const kernel_table *kernels = &kernels_scalar;
+int fetch_streams;
 
 // __builtin_cpu_supports checks CPUID and, for AVX and later, that the operating system saves the registers (XGETBV).
 static int supported(const char *isa) {
@@ -47,7 +48,12 @@ static int supported(const char *isa) {
 int pyg_isa_count(void) { return sizeof tables / sizeof *tables; }
 const char *pyg_isa_name(int isa) { return tables[isa]->isa; }
 int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
-void pyg_isa_select(int isa) { kernels = tables[isa]; }
+void pyg_isa_select(int isa) {
+    kernels = tables[isa];
+#if defined __x86_64__
+    fetch_streams = __builtin_cpu_is("intel");
+#endif
+}
 
 static const char *const op_names[] = {
 #define OP(name) #name,

@@ -111,3 +111,6 @@ typedef struct {
 } kernel_table;
 
 extern const kernel_table *kernels;     // the selected ISA's
+// Whether weights that come from memory are asked for a tile ahead, in several streams. On Intel's processors a core reads 1.7 times as
+// fast so (Sapphire Rapids); AMD's read at full speed by themselves.
+extern int fetch_streams;
