@@ -103,6 +103,7 @@ typedef struct {
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
     // many rows at once; search: for the least error that is found, otherwise ggml's choice of scales, which is what `quantize` gives
     void (*encode[N_TYPES])(int64_t rows, int64_t n, const float *src, void *dst, const float *importance, int search);
+    int (*finite)(int64_t n, const float *x);
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact);

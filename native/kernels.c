@@ -34,6 +34,7 @@ const kernel_table CAT(kernels, ISA) = {
     .dequantize = DEQUANTIZE_TABLE,
     .quantize = QUANTIZE_TABLE,
     .encode = ENCODE_TABLE,
+    .finite = finite_floats,
     .dot = DOT_TABLE,
     .row_bytes = row_bytes,
     .act_format = act_format,

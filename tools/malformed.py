@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Malformed GGUF files, and odd ones that are legal: a table of cases, each with what a reader must say.
 
-    python tools/malformed.py FOLDER      writes every case as a file; invalid ones start with "bad_", legal ones with "ok_"
+    python tools/malformed.py FOLDER      writes every case as a file: "bad_" invalid, "ok_" legal, "any_" may be either, but is not to do harm
 
 Files are put together here byte by byte, independent of pyggml's writer. The families follow the ways in which GGUF readers
 have failed: lengths and counts that wrap or allocate, dimensions, alignment, offsets, truncation, text, nesting, byte order.
@@ -32,7 +32,7 @@ class Maker:
 
     def __init__(self, order: str = "<", version: int = 3) -> None:
         self.order, self.version = order, version
-        self.length_code = "I" if version == 1 else "Q"
+        self.length_code, self.prefix = ("I", 4) if version == 1 else ("Q", 8)
 
     def pack(self, codes: str, *values: float) -> bytes:
         return struct.pack(self.order + codes, *values)
@@ -72,7 +72,7 @@ def header_cases() -> Iterator[Case]:
     for n in (0, 1, 3, 4, 5, 7, 8, 12, 16, 20, 23):
         yield Case(f"header_cut_{n}", good[:n], "")._replace(says="bytes" if n else "empty")
     yield Case("magic_lower", b"gguf" + good[4:], "not a GGUF file")
-    yield Case("magic_reversed", b"FUGG" + good[4:], "not a GGUF file")
+    yield Case("magic_reversed", b"FUGG" + good[4:], "magic is backwards")
     for version in (0, 4, 5, 99, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF):
         yield Case(f"version_{version:x}", M.file(magic=b"GGUF" + struct.pack("<I", version))[:8] + good[8:], "version is")
     for n in HUGE:
@@ -178,6 +178,62 @@ def truncation_cases() -> Iterator[Case]:
         yield Case(f"cut_{n}", good[:n], "bytes")
 
 
+# ---- every field at every boundary ----------------------------------------------------------------------------------------------
+
+EVERY_FORM = [Maker(order, version) for order, version in (("<", 1), ("<", 2), ("<", 3), (">", 2), (">", 3))]
+BOUNDARIES = (*range(10), 12, 13, 31, 33, 63, 64, 65, 127, 128, 255, 256, 65535, 65536, 2 ** 24, 2 ** 29, 2 ** 30, 2 ** 31 - 1, 2 ** 31,
+              2 ** 32 - 1, 2 ** 32, 2 ** 32 + 1, 2 ** 48, 2 ** 59, 2 ** 60, 2 ** 61, 2 ** 62, 2 ** 63 - 1, 2 ** 63, 2 ** 63 + 1,
+              2 ** 64 - 32, 2 ** 64 - 8, 2 ** 64 - 1, 2 ** 64 // 24 + 1, 2 ** 64 // 18 + 1)
+
+
+def sample(m: Maker) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A sound file with every kind of value, and its fields: name -> (offset, bytes)."""
+    nested = m.array(ARR, 2, m.array(U8, 2, b"\1\2") + m.array(STR, 1, m.string("q")))
+    values = {"s": (STR, m.string("text")), "n": (U32, m.pack("I", 7)), "b": (BOOL, b"\1"), "d": (F64, bytes(8)),
+              "u": (ARR, m.array(U16, 3, bytes(6))), "f": (ARR, m.array(BOOL, 2, b"\0\1")),
+              "t": (ARR, m.array(STR, 2, m.string("x") + m.string("yz"))), "v": (ARR, nested),
+              "general.alignment": (U32, m.pack("I", 32))}
+    infos = {"a": m.info("a", (8, 2)), "q": m.info("q", (32, 1, 1, 2), T_Q4_0, 64)}
+    data = m.file(tuple(m.kv(key, kind, value) for key, (kind, value) in values.items()), tuple(infos.values()), DATA * 2 + bytes(64))
+    w = m.prefix
+    fields = {"magic": (0, 4), "version": (4, 4), "tensor count": (8, w), "key count": (8 + w, w)}
+    at = 8 + 2 * w
+    for key, (kind, value) in values.items():
+        fields[f"{key}: key length"], fields[f"{key}: type"] = (at, w), (at + w + len(key), 4)
+        at += w + len(key) + 4
+        if kind == ARR:
+            fields[f"{key}: element type"], fields[f"{key}: length"], fields[f"{key}: first"] = (at, 4), (at + 4, w), (at + 4 + w, 4)
+        fields[f"{key}: value"] = (at, min(len(value), w))
+        at += len(value)
+    for name, info in infos.items():
+        n = 2 if name == "a" else 4
+        at += w
+        fields[f"{name}: name length"], fields[f"{name}: n_dims"] = (at - w, w), (at + 1, 4)
+        fields |= {f"{name}: dimension {i}": (at + 5 + w * i, w) for i in range(n)}
+        fields[f"{name}: type"], fields[f"{name}: offset"] = (at + 5 + w * n, 4), (at + 9 + w * n, 8)
+        at += len(info) - w
+    return data, fields
+
+
+def boundary_cases() -> Iterator[Case]:
+    """One field of a sound file at each of its boundaries: refused, or, where the value is as good as another, read."""
+    for m in EVERY_FORM:
+        data, fields = sample(m)
+        for name, (at, width) in fields.items():
+            for value in BOUNDARIES:
+                field = value.to_bytes(8, "little")[:width] if m.order == "<" else value.to_bytes(8, "big")[8 - width:]
+                if value < 256 ** width and field != data[at:at + width]:
+                    yield Case(f"field_v{m.version}{'le' if m.order == '<' else 'be'}_{name.replace(': ', '_').replace(' ', '_')}_{value:x}",
+                               data[:at] + field + data[at + width:])
+
+
+def every_cut() -> Iterator[Case]:
+    for m in EVERY_FORM:
+        data, _ = sample(m)
+        for n in range(9, len(data) - 32 + 4):              # the last tensor has 36 bytes
+            yield Case(f"cut_v{m.version}{'le' if m.order == '<' else 'be'}_{n}", data[:n], "bytes")
+
+
 def foreign_cases() -> Iterator[Case]:
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     for name, data, says in (
@@ -269,7 +325,7 @@ def legal() -> list[Case]:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for prefix, cases in (("bad", invalid()), ("ok", legal())):
+    for prefix, cases in (("bad", invalid() + list(every_cut())), ("ok", legal()), ("any", list(boundary_cases()))):
         for case in cases:
             (folder / f"{prefix}_{case.name}.gguf").write_bytes(case.data)
         print(f"{len(cases)} files {prefix}_*.gguf")

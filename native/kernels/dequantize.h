@@ -38,8 +38,8 @@ BLOCK_TYPES(X)
     static void dequantize_##name(int64_t n, const void *src, float *dst) {                             \
         const char *p = src;                                                                            \
         int64_t k = 0;                                                                                  \
-        if (id == TYPE_f16)             /* the compiler does not take these in vectors by itself */     \
-            for (; k + VL <= n; k += VL, p += VL * sizeof(ctype)) vf_store(dst + k, vf_from_f16(p));    \
+        if (id == TYPE_f16 || id == TYPE_bf16)      /* the compiler does not take these in vectors by itself */ \
+            for (; k + VL <= n; k += VL, p += VL * sizeof(ctype)) vf_store(dst + k, id == TYPE_f16 ? vf_from_f16(p) : vf_from_bf16(p)); \
         for (; k < n; k++, p += sizeof(ctype)) {                                                        \
             ctype v;                                                                                    \
             memcpy(&v, p, sizeof v);                                                                    \

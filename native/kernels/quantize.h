@@ -18,27 +18,19 @@ INLINE float signed_max(int n, const float *x) {
     }
     float high = vf_hmax(up), low = vf_hmax(down);
     if (high != low) return high > low ? high : -low;
-    for (int i = 0; i < n; i++) if (fabsf(x[i]) == high) return x[i];
+    for (int i = 0; high && i < n; i++) if (fabsf(x[i]) == high) return x[i];
     return 0;
 }
-INLINE void range(int n, const float *x, float *min, float *max) {
-    vf low = vf_load(x), high = low;
-    for (int i = VL; i < n; i += VL) {
-        low = vf_min(low, vf_load(x + i));
-        high = vf_max(high, vf_load(x + i));
-    }
-    *min = -vf_hmax(-low);
-    *max = vf_hmax(high);
+// Whether none of n floats is infinite or NaN: what is not finite leaves a NaN when it is taken from itself.
+static int finite_floats(int64_t n, const float *x) {
+    vf sum = {0};
+    int64_t k = 0;
+    for (; k + VL <= n; k += VL) sum += vf_load(x + k) - vf_load(x + k);
+    float rest = 0;
+    for (; k < n; k++) rest += x[k] - x[k];
+    return vf_sum(sum) + rest == 0;
 }
 INLINE float inverse(float d) { return d != 0 ? 1.0f / d : 0.0f; }
-// codes = min(limit, (int)((x - base) * factor + offset))
-INLINE void codes_truncated(int n, const float *x, float base, float factor, float offset, int limit, int8_t *codes) {
-    for (int i = 0; i < n; i += VL) {
-        vi q = vi_trunc((vf_load(x + i) - base) * factor + offset);
-        vi over = q > limit;
-        vi_to_i8(codes + i, (q & ~over) | (over & limit));
-    }
-}
 INLINE void codes_roundf(int n, const float *x, float factor, int8_t *codes) {
     for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_roundf(vf_load(x + i) * factor));
 }
@@ -51,16 +43,96 @@ INLINE void pack_fifth_bits(const int8_t *codes, uint8_t *qh) {
     memcpy(qh, &bits, 4);
 }
 
-// ---- 8 bits: weights and activations -------------------------------------------------------------------------------------------------
-static void quantize_q8_0(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_q8_0 *b = dst;
-    for (int64_t k = 0; k < n; k += 32, b++) {
-        float d = abs_max(32, x + k) / 127;
-        codes_roundf(32, x + k, inverse(d), b->qs);
-        b->d = f32_to_f16(d);
-    }
+// ---- helpers over a slab of VL blocks of 32: what reduces a block to a number is done for all of them at once, a lane each -----------
+enum { SLAB = 32 * VL };
+#define EACH_BLOCK(l) UNROLL(16) for (int l = 0; l < VL; l++)
+#define HALVE(n) UNROLL(8) for (int i = 0; i < n; i++) v[i] = vf_max(vf_zip_low(v[i], v[i + n]), vf_zip_high(v[i], v[i + n]))
+INLINE vf vf_hmax_each(vf v[VL]) {              // lane l: the largest lane of v[l]
+    if (VL > 8) HALVE(VL / 2);
+    if (VL > 4) HALVE(4);
+    HALVE(2);
+    HALVE(1);
+    return v[0];
 }
+#undef HALVE
+INLINE vf vf_inverse(vf d) { return vf_select(d != 0, 1.0f / d, vf_set(0)); }
+INLINE vf abs_max_each(const float *x) {
+    vf m[VL];
+    EACH_BLOCK(l) {
+        m[l] = vf_abs(vf_load(x + 32 * l));
+        for (int i = VL; i < 32; i += VL) m[l] = vf_max(m[l], vf_abs(vf_load(x + 32 * l + i)));
+    }
+    return vf_hmax_each(m);
+}
+INLINE void range_each(const float *x, vf *min, vf *max) {
+    vf up[VL], down[VL];
+    EACH_BLOCK(l) {
+        up[l] = vf_load(x + 32 * l);
+        down[l] = -up[l];
+        for (int i = VL; i < 32; i += VL) {
+            vf v = vf_load(x + 32 * l + i);
+            up[l] = vf_max(up[l], v);
+            down[l] = vf_max(down[l], -v);
+        }
+    }
+    *max = vf_hmax_each(up);
+    *min = -vf_hmax_each(down);
+}
+INLINE vf signed_max_each(const float *x) {
+    vf low, high;
+    range_each(x, &low, &high);
+    vf m = vf_select(high > -low, high, low);
+    vi twice = high == -low;
+    if (vi_sum(twice)) for (int l = 0; l < VL; l++) if (twice[l]) m[l] = signed_max(32, x + 32 * l);
+    return m;
+}
+// (int)((x - base) * factor + offset), at most `limit`
+INLINE vi code_truncated(const float *x, float base, float factor, float offset, int limit) {
+    return vi_min(vi_trunc((vf_load(x) - base) * factor + offset), vi_set(limit));
+}
+INLINE void put_nibbles(const float *x, float base, float factor, float offset, uint8_t *qs) {
+    for (int i = 0; i < 16; i += VL)
+        vi_to_u8(qs + i, code_truncated(x + i, base, factor, offset, 15) | code_truncated(x + i + 16, base, factor, offset, 15) << 4);
+}
+INLINE void put_five_bits(const float *x, float base, float factor, float offset, uint8_t *qs, uint8_t *qh) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; i += VL) {
+        vi low = code_truncated(x + i, base, factor, offset, 31), high = code_truncated(x + i + 16, base, factor, offset, 31);
+        vi_to_u8(qs + i, (low & 15) | (high & 15) << 4);
+        bits |= vi_signs(low << 27) << i | vi_signs(high << 27) << (i + 16);
+    }
+    memcpy(qh, &bits, 4);
+}
+
+// ---- 8 bits: weights and activations -------------------------------------------------------------------------------------------------
+// A formula of two parts: `prepare` gives d (the scale) and m (a minimum, where there is one) of a slab x, lane l for block l;
+// `put` writes block `to` from its floats y with base (m), factor (1 / d), and minimum (m as it is stored).
+#define QUANTIZE_SLABS(name, prepare, put)                                                              \
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
+        (void)importance;                                                                               \
+        block_##name *b = dst;                                                                          \
+        float rest[SLAB] = {0};                                                                         \
+        for (; n > 0; n -= SLAB, x += SLAB, b += VL) {                                                  \
+            if (n < SLAB) x = memcpy(rest, x, n * sizeof(float));                                       \
+            vf d, m = {0};                                                                              \
+            prepare;                                                                                    \
+            float factors[VL], bases[VL];                                                               \
+            f16 scales[VL], minima[VL];                                                                 \
+            vf_store(factors, vf_inverse(d));                                                           \
+            vf_store(bases, m);                                                                         \
+            vf_to_f16(scales, d);                                                                       \
+            vf_to_f16(minima, m);                                                                       \
+            for (int l = 0; l < VL && 32 * l < n; l++) {                                                \
+                block_##name *to = b + l;                                                               \
+                const float *y = x + 32 * l, factor = factors[l], base = bases[l];                      \
+                f16 minimum = minima[l];                                                                \
+                (void)base; (void)minimum;                                                              \
+                to->d = scales[l];                                                                      \
+                put;                                                                                    \
+            }                                                                                           \
+        }                                                                                               \
+    }
+QUANTIZE_SLABS(q8_0, d = abs_max_each(x) / 127, codes_roundf(32, y, factor, to->qs))
 // Sums of four codes each: lane i of codes 4i .. 4i + 3.
 INLINE i32x8 code_sums(const int8_t *codes) {
     i8x32 q;
@@ -94,58 +166,11 @@ static void quantize_q8_K(int64_t n, const float *x, void *dst, const float *imp
 }
 
 // ---- 4 and 5 bits ----------------------------------------------------------------------------------------------------------------------
-static void quantize_q4_0(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_q4_0 *b = dst;
-    for (int64_t k = 0; k < n; k += 32, b++) {
-        int8_t codes[32];
-        float d = signed_max(32, x + k) / -8;
-        codes_truncated(32, x + k, 0, inverse(d), 8.5f, 15, codes);
-        pack_nibbles(codes, b->qs);
-        b->d = f32_to_f16(d);
-    }
-}
-static void quantize_q4_1(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_q4_1 *b = dst;
-    for (int64_t k = 0; k < n; k += 32, b++) {
-        int8_t codes[32];
-        float min, max;
-        range(32, x + k, &min, &max);
-        float d = (max - min) / 15;
-        codes_truncated(32, x + k, min, inverse(d), 0.5f, 15, codes);
-        pack_nibbles(codes, b->qs);
-        b->d = f32_to_f16(d);
-        b->m = f32_to_f16(min);
-    }
-}
-static void quantize_q5_0(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_q5_0 *b = dst;
-    for (int64_t k = 0; k < n; k += 32, b++) {
-        int8_t codes[32];
-        float d = signed_max(32, x + k) / -16;
-        codes_truncated(32, x + k, 0, inverse(d), 16.5f, 31, codes);
-        pack_nibbles(codes, b->qs);
-        pack_fifth_bits(codes, b->qh);
-        b->d = f32_to_f16(d);
-    }
-}
-static void quantize_q5_1(int64_t n, const float *x, void *dst, const float *importance) {
-    (void)importance;
-    block_q5_1 *b = dst;
-    for (int64_t k = 0; k < n; k += 32, b++) {
-        int8_t codes[32];
-        float min, max;
-        range(32, x + k, &min, &max);
-        float d = (max - min) / 31;
-        codes_truncated(32, x + k, min, inverse(d), 0.5f, 31, codes);
-        pack_nibbles(codes, b->qs);
-        pack_fifth_bits(codes, b->qh);
-        b->d = f32_to_f16(d);
-        b->m = f32_to_f16(min);
-    }
-}
+#define FROM_RANGE(top) range_each(x, &m, &d); d = (d - m) / (top)
+QUANTIZE_SLABS(q4_0, d = signed_max_each(x) / -8, put_nibbles(y, 0, factor, 8.5f, to->qs))
+QUANTIZE_SLABS(q4_1, FROM_RANGE(15), to->m = minimum; put_nibbles(y, base, factor, 0.5f, to->qs))
+QUANTIZE_SLABS(q5_0, d = signed_max_each(x) / -16, put_five_bits(y, 0, factor, 16.5f, to->qs, to->qh))
+QUANTIZE_SLABS(q5_1, FROM_RANGE(31), to->m = minimum; put_five_bits(y, base, factor, 0.5f, to->qs, to->qh))
 
 // ---- ternary -----------------------------------------------------------------------------------------------------------------------------
 // Base-3 digits of the weights q[0], q[step], ... (each plus 1), first weight first, as a fraction of 256 rounded up: times 3^n leaves
@@ -166,20 +191,41 @@ INLINE void codes_to_tq2_0(const int8_t *q, block_tq2_0 *b) {
         b->qs[j] = ((p[0] + 1) & 3) | ((p[32] + 1) & 3) << 2 | ((p[64] + 1) & 3) << 4 | ((p[96] + 1) & 3) << 6;
     }
 }
-#define QUANTIZE_TERNARY(name)                                                                          \
-    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
-        (void)importance;                                                                               \
-        block_##name *b = dst;                                                                          \
-        for (int64_t k = 0; k < n; k += 256, b++) {                                                     \
-            int8_t q[256];                                                                              \
-            float d = abs_max(256, x + k);                                                              \
-            codes_roundf(256, x + k, inverse(d), q);                                                    \
-            b->d = f32_to_f16(d);                                                                       \
-            codes_to_##name(q, b);                                                                      \
-        }                                                                                               \
+INLINE vi trit(const float *x, float factor) { return vi_roundf(vf_load(x) * factor) + 1; }
+static void quantize_tq1_0(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_tq1_0 *b = dst;
+    for (; n > 0; n -= 256, x += 256, b++) {
+        int8_t last[16];
+        float d = abs_max(256, x), factor = inverse(d);
+        for (int part = 0; part < 2; part++) {          // 32 bytes of five weights 32 apart, then 16 of five weights 16 apart
+            int step = part ? 16 : 32;
+            const float *y = x + 160 * part;
+            for (int j = 0; j < step; j += VL) {
+                vi v = {0};
+                for (int i = 0; i < 5; i++) v = 3 * v + trit(y + step * i + j, factor);
+                vi_to_u8(b->qs + 32 * part + j, v + ((13 * v + 242) * 4316 >> 20));        // ternary_fraction, with 4316 / 2^20 for 1 / 243
+            }
+        }
+        codes_roundf(16, x + 240, factor, last);
+        for (int j = 0; j < 4; j++) b->qh[j] = ternary_fraction(last + j, 4, 4);
+        b->d = f32_to_f16(d);
     }
-QUANTIZE_TERNARY(tq1_0)
-QUANTIZE_TERNARY(tq2_0)
+}
+static void quantize_tq2_0(int64_t n, const float *x, void *dst, const float *importance) {
+    (void)importance;
+    block_tq2_0 *b = dst;
+    for (; n > 0; n -= 256, x += 256, b++) {
+        float d = abs_max(256, x), factor = inverse(d);
+        for (int half = 0; half < 2; half++)
+            for (int j = 0; j < 32; j += VL) {
+                const float *y = x + 128 * half + j;
+                vi_to_u8(b->qs + 32 * half + j, (trit(y, factor) & 3) | (trit(y + 32, factor) & 3) << 2 | (trit(y + 64, factor) & 3) << 4 |
+                                                (trit(y + 96, factor) & 3) << 6);
+            }
+        b->d = f32_to_f16(d);
+    }
+}
 INLINE void pack_quarters(const int8_t *codes, uint8_t *qs) {          // 64 codes of two bits
     for (int j = 0; j < 16; j++) qs[j] = codes[4 * j] | codes[4 * j + 1] << 2 | codes[4 * j + 2] << 4 | codes[4 * j + 3] << 6;
 }
@@ -263,7 +309,9 @@ static void quantize_f16(int64_t n, const float *x, void *dst, const float *impo
 static void quantize_bf16(int64_t n, const float *x, void *dst, const float *importance) {
     (void)importance;
     bf16 *y = dst;
-    for (int64_t k = 0; k < n; k++) y[k] = f32_to_bf16(x[k]);
+    int64_t k = 0;
+    for (; k + VL <= n; k += VL) vf_to_bf16(y + k, vf_load(x + k));
+    for (; k < n; k++) y[k] = f32_to_bf16(x[k]);
 }
 
 #include "search.h"

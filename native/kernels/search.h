@@ -9,7 +9,6 @@
 
 enum { MAX_BLOCK = 256, MAX_GROUPS = 16 };
 
-INLINE vf vf_inverse(vf d) { return vf_select(d != 0, 1.0f / d, vf_set(0)); }
 INLINE vf vf_half(vf d) { f16 h[VL]; vf_to_f16(h, d); return vf_from_f16(h); }
 INLINE vf vf_half_step(vf d, int step) { return vf_half(d * (1 + 0.6f * 0x1p-10f * step)); }       // the next half float, further from 0 or nearer
 INLINE vf vf_clamp(vf v, float low, float high) { return vf_min(vf_max(v, vf_set(low)), vf_set(high)); }

@@ -45,6 +45,9 @@ static inline vi vi_from_i8(const void *p) { const int8_t *b = p; return (vi){b[
 static inline vi vi_from_u8(const void *p) { const uint8_t *b = p; return (vi){b[0], b[1], b[2], b[3]}; }
 static inline vi vi_from_i16(const void *p) { int16_t b[4]; memcpy(b, p, 8); return (vi){b[0], b[1], b[2], b[3]}; }
 static inline void vi_to_i8(void *p, vi v) { int8_t *b = p; for (int i = 0; i < VL; i++) b[i] = v[i]; }
+static inline void vi_to_u8(void *p, vi v) { uint8_t *b = p; for (int i = 0; i < VL; i++) b[i] = v[i]; }
+static inline vi vi_min(vi a, vi b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
+static inline uint32_t vi_signs(vi v) { uint32_t r = 0; for (int i = 0; i < VL; i++) r |= (uint32_t)(v[i] < 0) << i; return r; }      // bit i: lane i is negative
 
 // acc[lane] += sum over the lane's 4 bytes of w * a.  _u7: w in 0..127;  _s8: w is a signed byte stored plus 128 (see S8_BIAS)
 static inline vi vi_dot_u7(vi acc, vi w, vi a) {

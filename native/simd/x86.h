@@ -36,6 +36,9 @@ static inline vi vi_from_i8(const void *p) { return (vi)_mm512_cvtepi8_epi32(_mm
 static inline vi vi_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(p)); }
 static inline vi vi_from_i16(const void *p) { return (vi)_mm512_cvtepi16_epi32(_mm256_loadu_si256(p)); }
 static inline void vi_to_i8(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
+static inline void vi_to_u8(void *p, vi v) { vi_to_i8(p, v); }
+static inline vi vi_min(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+static inline uint32_t vi_signs(vi v) { return _mm512_movepi32_mask((__m512i)v); }      // bit i: lane i is negative
 // vpdpbusd takes unsigned x signed, so a biased signed byte needs no repair: the caller starts acc at -128 * sum(a)
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
@@ -94,6 +97,12 @@ static inline void vi_to_i8(void *p, vi v) {    // values that fit
     __m128i h = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
     _mm_storel_epi64(p, _mm_packs_epi16(h, h));
 }
+static inline void vi_to_u8(void *p, vi v) {
+    __m128i h = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    _mm_storel_epi64(p, _mm_packus_epi16(h, h));
+}
+static inline vi vi_min(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+static inline uint32_t vi_signs(vi v) { return _mm256_movemask_ps((__m256)v); }
 #if defined DPBUSD
 enum { S8_BIAS = 128, MAC_WHOLE_BYTES = 1 };
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)DPBUSD((__m256i)acc, (__m256i)w, (__m256i)a); }

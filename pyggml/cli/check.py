@@ -9,7 +9,7 @@ from typing import Any
 import pyggml.formats as formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import show
-from pyggml.formats.check import LEVELS, NOTE, Finding
+from pyggml.formats.check import LEVELS, NOTE, Finding, placed
 from pyggml.formats.check import check as findings
 from pyggml.formats.values import printable
 
@@ -54,7 +54,7 @@ def check(path: str, level: str) -> dict[str, Any]:
             found += engine(file)
         for finding in found:
             kind = "errors" if finding.is_error(level) else "notes" if finding.level == NOTE else "warnings"
-            report[kind].append(f"{printable(path)}: {finding.text}")
+            report[kind].append(f"{printable(path)}: {placed(file, finding.text)}")
         report["summary"] = f"{file.format}, {len(file.kv)} keys, {len(file.tensors)} tensors, {show.amount(file.nbytes)}"
     except PyggmlError as error:
         report["errors"].append(str(error))

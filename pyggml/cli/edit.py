@@ -12,7 +12,7 @@ from pyggml.errors import PyggmlError
 from pyggml.formats import keys, show
 from pyggml.formats.edit import Change, Edits, edit
 from pyggml.formats.source import PlainFile
-from pyggml.formats.values import VALUE_TYPE, Typed, printable, typed, value_type
+from pyggml.formats.values import VALUE_TYPE, StringArray, Typed, printable, typed, value_type
 
 HELP = "set, remove and rename metadata keys of a GGUF file"
 
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from-json", metavar="FILE",
                         help="set keys from a JSON object of values, or from what `pyggml info --json --full` prints")
     parser.add_argument("--chat-template-file", metavar="FILE", help="set tokenizer.chat_template to the text of a file")
+    parser.add_argument("--special-token", nargs=2, action="append", default=[], metavar=("NAME", "TOKEN"),
+                        help="set tokenizer.ggml.NAME_token_id (bos, eos, eot, padding, ...) to the number of a token, given by its text")
     parser.add_argument("-o", "--output", metavar="FILE", help="write a changed copy instead")
     parser.add_argument("--dry-run", action="store_true", help="show what would change and change nothing")
     parser.add_argument("--force", action="store_true", help="also write values that make no sense for a known key")
@@ -40,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     values |= dict(assignment(text, file.kv) for text in args.assignments)
     if args.chat_template_file:
         values["tokenizer.chat_template"] = Typed("str", _read(args.chat_template_file))
+    values |= dict(special_token(name, token, file) for name, token in args.special_token)
     rename = dict(_split(text, "--rename OLD=NEW") for text in args.rename)
     del file                            # an open file is not changed in place
     result = edit(args.file, Edits(values, tuple(args.remove), rename, args.force), output=args.output, dry_run=args.dry_run)
@@ -102,6 +105,16 @@ def guess(text: str) -> Typed:
     except ValueError:
         value = text
     return typed(value if isinstance(value, bool | int | float | list) else text)
+
+
+def special_token(name: str, token: str, file: formats.TensorFile) -> tuple[str, Typed]:
+    """Key and value that make the token with this text the special one of this name."""
+    key, tokens = f"tokenizer.ggml.{name}_token_id", file.kv.get("tokenizer.ggml.tokens")
+    if keys.known(key) is None:
+        raise PyggmlError(f"--special-token {printable(name)}: no program knows the key {printable(key)}; set it by its name if it is meant")
+    if not isinstance(tokens, StringArray) or token not in tokens:
+        raise PyggmlError(f'{printable(file.path)}: key "tokenizer.ggml.tokens": has no token {printable(token)!r}')
+    return key, Typed("u32", tokens.index(token))
 
 
 def from_json(path: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 from collections import Counter
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pyggml.formats as formats
 from pyggml.errors import GGUFError, PyggmlError
 from pyggml.formats import shards, show
+from pyggml.formats.keys import missing
 from pyggml.formats.tensorfile import OpaqueType, TensorFile
 from pyggml.formats.values import printable
 
@@ -21,7 +23,9 @@ TEMPLATE = "tokenizer.chat_template"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help="a GGUF file, any part of a split model, or an address (https://..., hf:user/repo/file.gguf)")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--full", action="store_true", help="show long arrays and texts in full")
+    parser.add_argument("--no-tensors", action="store_true", help="with --json: metadata alone")
+    parser.add_argument("--full", "--json-array", action="store_true", help="show long arrays and texts in full")
+    parser.add_argument("--key", action="append", default=[], metavar="KEY", help="print the value of a key alone, in full (repeatable)")
     parser.add_argument("--json", action="store_true", help="print one JSON document with metadata and tensors")
     parser.add_argument("--plot", metavar="PAGE", help="also write a page with size by type and layer, histograms and outliers (extra [plot])")
     parser.add_argument("--chat-template", action="store_true", help="print the chat template alone")
@@ -31,11 +35,13 @@ def run(args: argparse.Namespace) -> int:
     file = opened(args.file)
     if args.chat_template:
         return print_template(file)
+    if args.key:
+        return print_keys(file, args.key)
     if args.plot:
         from pyggml import page
         from pyggml.formats import picture
         page.save(args.plot, picture.html(file))
-    print(show.json_text(as_json(file, args.full)) if args.json else as_text(file, args.tensors, args.full))
+    print(show.json_text(as_json(file, args.full, not args.no_tensors)) if args.json else as_text(file, args.tensors, args.full))
     return unknown_types(file)
 
 
@@ -70,7 +76,17 @@ def print_template(file: TensorFile) -> int:
     return 0
 
 
-def as_json(file: TensorFile, full: bool = False) -> dict[str, Any]:
+def print_keys(file: TensorFile, keys: list[str]) -> int:
+    """The values of keys, each on a line; arrays as JSON."""
+    for key in keys:
+        if key not in file.kv:
+            raise missing(file.path, key, file.kv)
+        value = file.kv.typed_value(key)
+        print(json.dumps(show.json_value(value)) if value.type.endswith("[]") else show.text(value, length=1 << 62))
+    return 0
+
+
+def as_json(file: TensorFile, full: bool = False, tensors: bool = True) -> dict[str, Any]:
     """One document; arrays come with their length and, unless `full`, their first elements only."""
     metadata = {}
     for key in file.kv:
@@ -80,7 +96,7 @@ def as_json(file: TensorFile, full: bool = False) -> dict[str, Any]:
                          "value": show.json_value(value, None if full else show.SHOWN_ITEMS)}
     return {"path": file.path, "format": file.format, "byte_order": "little" if file.order == "<" else "big", "bytes": file.nbytes,
             "alignment": file.alignment, "data_offset": file.data_offset, "warnings": file.warnings, "metadata": metadata,
-            "tensors": [show.json_tensor(t) for t in file.tensors.values()]}
+            **({"tensors": [show.json_tensor(t) for t in file.tensors.values()]} if tensors else {})}
 
 
 def as_text(file: TensorFile, tensors: bool = False, full: bool = False) -> str:

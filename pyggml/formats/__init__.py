@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from pyggml.errors import GGUFError
 from pyggml.formats import ggml, gguf, inplace, shards, sniff
@@ -23,17 +24,17 @@ def open(path: str | os.PathLike[str], *, use_mmap: bool = True, split: bool = T
     """
     if not is_address(os.fspath(path)):
         inplace.recover(path)
-    file = open_source(source_of(path, use_mmap), limits)
+    file = open_source(source_of(path, use_mmap), limits, lambda part: source_of(part, use_mmap))
     if split and shards.is_split(file.kv):
         return shards.join(file, lambda part: open_source(source_of(part, use_mmap), limits))
     return file
 
 
-def open_source(source: Source, limits: gguf.Limits | None = None) -> TensorFile:
-    """The model behind a source of bytes."""
+def open_source(source: Source, limits: gguf.Limits | None = None, open_part: Callable[[str], Source] | None = None) -> TensorFile:
+    """The model behind a source of bytes. open_part: opens the other files of a pre-GGUF model in several."""
     start = bytes(source.head(4096)[:4096])
     if start[:4] in ggml.MAGICS:
-        return ggml.read(source)
+        return ggml.read(source, open_part)
     if not start.startswith(gguf.MAGIC):
         what = sniff.foreign(start, source.size)
         if what:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.formats import keys, numbers, render
+from pyggml.formats import keys, numbers, render, show
 from pyggml.formats.tensorfile import OpaqueType, Tensor, TensorFile
 from pyggml.formats.values import StringArray, printable
 
@@ -40,6 +40,23 @@ def check(file: TensorFile, level: str = "validate") -> list[Finding]:
     return [finding for rule in rules for finding in rule(file)]
 
 
+_NAMED = re.compile(r'(key|tensor) "([^"]*)"')
+
+
+def placed(file: TensorFile, text: str) -> str:
+    """A sentence about a key or tensor of a GGUF file with its place before it; for a missing one, that is where the keys end."""
+    if text.startswith("offset ") or not file.format.startswith("GGUF"):
+        return text
+    keys_at = {printable(key): file.kv.entry(key).start for key in file.kv}
+    end = max((file.kv.entry(key).end for key in file.kv), default=0)
+    match = _NAMED.search(text)
+    if match and match[1] == "tensor":
+        at: int | None = next((t.offset for t in file.tensors.values() if printable(t.name) == match[2]), end)
+    else:
+        at = keys_at.get(match[2], end) if match else next((keys_at[key] for key in sorted(keys_at, key=len, reverse=True) if key in text), None)
+    return text if at is None else f"offset 0x{at:x}: {text}"
+
+
 def structure(file: TensorFile) -> Iterator[Finding]:
     for t in file.tensors.values():
         if isinstance(t.type, OpaqueType):
@@ -50,8 +67,8 @@ def structure(file: TensorFile) -> Iterator[Finding]:
 
 
 def space(file: TensorFile) -> Iterator[Finding]:
-    """Bytes that belong to nothing."""
-    for source in file.sources:
+    """Bytes that belong to nothing; only GGUF says where its tensors lie."""
+    for source in file.sources if file.format.startswith("GGUF") else ():
         tensors = sorted((t for t in file.tensors.values() if t.source is source), key=lambda t: t.offset)
         if not tensors:
             continue
@@ -105,7 +122,7 @@ def metadata(file: TensorFile) -> Iterator[Finding]:
         yield Finding("load", f'key "{printable(arch)}.expert_used_count" is {used}, there are {experts} experts')
     heads, kv_heads = (_number(file, f"{arch}.attention.{name}") for name in ("head_count", "head_count_kv"))
     if heads == 0 or kv_heads == 0 or (heads and kv_heads and heads % kv_heads):
-        yield Finding("load", f"{heads} attention heads cannot share {kv_heads} key-value heads")
+        yield Finding("load", f'key "{printable(arch)}.attention.head_count_kv": {heads} attention heads cannot share {kv_heads} key-value heads')
 
 
 def _text(file: TensorFile, key: str) -> str:
@@ -134,7 +151,7 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
     if model in ("none", "no_vocab"):
         return
     tokens = kv.get(TOKENS)
-    if not isinstance(tokens, StringArray) or not len(tokens):
+    if not isinstance(tokens, StringArray | list) or kv.type(TOKENS) != "str[]" or not len(tokens):
         yield Finding("load", f'key "{TOKENS}" is missing or empty; the tokenizer "{printable(model)}" needs it')
         return
     if len(tokens) > MOST_TOKENS:
@@ -152,16 +169,21 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
         number = _number(file, key)
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and number is not None and number >= len(tokens):
             yield Finding("load", f'key "{printable(key)}" is {number}, there are {len(tokens)} tokens')
-    words = tokens.tolist()
+    words = list(tokens)
     kinds = kv.get("tokenizer.ggml.token_type")
     if model == "llama" and isinstance(kinds, np.ndarray):
-        for i in (kinds == BYTE_TYPE).nonzero()[0]:
-            if i < len(words) and not _BYTE_TOKEN.fullmatch(words[i]):
-                yield Finding("load", f'key "{TOKENS}": byte token {i} is "{printable(words[i])[:40]}"; it must be like <0x0A>')
+        bad = [i for i in (kinds == BYTE_TYPE).nonzero()[0] if i < len(words) and not _BYTE_TOKEN.fullmatch(words[i])]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            yield Finding("load", f'key "{TOKENS}": byte token {bad[0]} is "{printable(words[bad[0]])[:40]}"{more}; it must be like <0x0A>')
     if len(set(words)) < len(words):
         yield Finding(NOTE, f'key "{TOKENS}": {len(words) - len(set(words))} tokens appear more than once')
-    if embedding is not None and len(embedding.shape) == 2 and embedding.shape[0] < len(tokens):
-        yield Finding("load", f'tensor "token_embd.weight" has {embedding.shape[0]} rows for {len(tokens)} tokens')
+    if embedding is not None and len(embedding.shape) == 2:
+        if embedding.shape[0] < len(tokens):
+            yield Finding("load", f'tensor "token_embd.weight" has {embedding.shape[0]} rows for {len(tokens)} tokens')
+        size_key = f"{_text(file, 'general.architecture')}.vocab_size"
+        if size_key in kv and kv[size_key] != embedding.shape[0]:
+            yield Finding(NOTE, f'key "{printable(size_key)}" is {kv[size_key]}, tensor "token_embd.weight" has {embedding.shape[0]} rows')
 
 
 def template(file: TensorFile) -> Iterator[Finding]:
@@ -177,14 +199,15 @@ _LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 def layers(file: TensorFile) -> Iterator[Finding]:
     """The layers that are declared are the layers that are there."""
-    declared = _number(file, f"{_text(file, 'general.architecture')}.block_count")
+    arch = _text(file, "general.architecture")
+    declared = _number(file, f"{arch}.block_count")
     found = {int(m[1]) for name in file.tensors if (m := _LAYER.match(name))}
     if declared is None or not found:
         return
     missing = next((i for i in range(min(declared, max(found) + 2)) if i not in found), None)
     if max(found) >= declared or missing is not None:
         detail = f"layer {missing} has no tensors" if missing is not None else f"there are tensors of layer {max(found)}"
-        yield Finding("load", f"the metadata declares {declared} layers, but {detail}")
+        yield Finding("load", f'key "{printable(arch)}.block_count" declares {declared} layers, but {detail}')
 
 
 # Shapes of a plain decoder, rows first. Names are sizes: E embedding, F feed-forward, Q and K and V rows of the projections, X experts
@@ -222,7 +245,7 @@ def shapes(file: TensorFile) -> Iterator[Finding]:
 
 def _shape_text(t: Tensor, expected: tuple[Any, ...]) -> str:
     by = " x ".join("any" if n is None else str(n) for n in expected)
-    return f'offset 0x{t.offset:x}: tensor "{printable(t.name)}" is {" x ".join(map(str, t.shape))}; the metadata asks for {by}'
+    return f'offset 0x{t.offset:x}: tensor "{printable(t.name)}" is {show.shape(t)}; the metadata asks for {by}'
 
 
 def values(file: TensorFile) -> Iterator[Finding]:

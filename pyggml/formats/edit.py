@@ -7,7 +7,6 @@ and tensor table is held by one text key, PADDING, so that later edits fit.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import struct
@@ -108,9 +107,7 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     remove = set(edits.remove)
     for key in [*remove, *edits.rename]:
         if key not in kv:
-            near = difflib.get_close_matches(key, list(kv), 1)
-            hint = f"; did you mean {printable(near[0])}?" if near else ""
-            raise PyggmlError(f'{printable(file.path)}: key "{printable(key)}" is missing{hint}')
+            raise keys.missing(file.path, key, kv)
     for old, new in edits.rename.items():
         if new in kv and new not in remove and new not in edits.rename:
             raise PyggmlError(f'{printable(file.path)}: key "{printable(new)}" is already there; '

@@ -10,14 +10,17 @@ Always little-endian. What such a file does not say (context length, norm epsilo
 Files up to ggjt 1 kept weights 2i and 2i+1 of a block in one byte, later ones i and i+16; up to ggjt 2 the scales of Q4_0, Q4_1 and
 Q8_0 were f32. Both are brought into today's blocks here; the scales are rounded to f16, which a warning says. The ggml files of the
 format's first day kept the scales of a row apart from its weights and look no different: they come out as noise.
-Models of more than 7 billion weights were several files before ggjt, each with a part of every tensor: such a part is refused.
+Models of more than 7 billion weights were several files before ggjt, NAME, NAME.1, NAME.2 ...: each with the whole header and its part
+of every matrix, some rows of it or some columns. They are opened together.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +41,7 @@ NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_no
 LAYER_NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
                "attention_norm": "attn_norm", "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
                "ffn_norm": "ffn_norm"}
+SPLIT_BY_COLUMNS = ("token_embd", "attn_output", "ffn_down")       # of a model in several files; other matrices are split by rows
 _LAYER = re.compile(r"layers\.(\d{1,4})\.(.+)\.weight")
 
 
@@ -108,6 +112,35 @@ class OldTensor(Tensor):
         return np.ascontiguousarray(blocks).reshape(-1)
 
 
+class JoinedTensor(Tensor):
+    """A matrix whose parts lie in several files, one after the other by rows or side by side (`columns`)."""
+
+    def __init__(self, parts: list[Tensor], columns: bool) -> None:
+        first, self.parts, self.columns = parts[0], parts, columns
+        rows, width = first.shape
+        shape = (rows, width * len(parts)) if columns else (rows * len(parts), width)
+        super().__init__(first.source, first.name, first.type, shape, first.offset, sum(t.nbytes for t in parts))
+
+    @property
+    def mapped(self) -> bool:
+        return False
+
+    @property
+    def stored(self) -> np.ndarray:
+        return np.concatenate([t.stored for t in self.parts])
+
+    def part(self, start: int, n: int) -> np.ndarray:
+        each = self.parts[0].nbytes
+        if not self.columns:
+            spans = ((t, max(0, start - i * each), min(each, start + n - i * each)) for i, t in enumerate(self.parts))
+            return np.concatenate([t.part(a, b - a) for t, a, b in spans if a < b])
+        rows = self.shape[0]
+        row, width = self.nbytes // rows, each // rows              # bytes of a row, and of its part in one file
+        first, last = start // row, -(-(start + n) // row)
+        whole = np.concatenate([t.part(first * width, (last - first) * width).reshape(-1, width) for t in self.parts], 1)
+        return whole.reshape(-1)[start - first * row:][:n]
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------------------
 
 class _Walk:
@@ -147,10 +180,49 @@ class _Sizes:
     n_rot: int
 
 
-def read(source: Source) -> TensorFile:
-    """The llama model behind `source`, with today's names and metadata. GGUFError says what is wrong, or why it cannot be read."""
+class _Part(NamedTuple):
+    """What one file holds."""
+
+    walk: _Walk                             # stands at its end
+    origin: str                             # kind and version
+    sizes: _Sizes
+    file_type: int
+    tokens: list[tuple[bytes, float]]
+    tensors: dict[str, Tensor]
+
+    @property
+    def share(self) -> int:
+        """Of how many files this is one, by the width of its embeddings; 1 where that is no whole number."""
+        embedding = self.tensors.get("token_embd.weight")
+        width = embedding.shape[-1] if embedding is not None and len(embedding.shape) == 2 else self.sizes.n_embd
+        return self.sizes.n_embd // width if self.sizes.n_embd % width == 0 else 1
+
+
+def read(source: Source, open_part: Callable[[str], Source] | None = None) -> TensorFile:
+    """The llama model behind `source`, with today's names and metadata. GGUFError says what is wrong, or why it cannot be read.
+
+    open_part: opens the other files of a model in several by their names; without, a part of one is refused.
+    """
+    first = _read_part(source)
+    parts, tensors = [first], first.tensors
+    if first.share > 1 and open_part is not None:
+        stem = re.sub(r"\.\d{1,2}\Z", "", source.name) if re.search(r"\.[1-9]\d?\Z", source.name) else source.name
+        names = [stem, *(f"{stem}.{i}" for i in range(1, first.share))]
+        parts = [first if name == source.name else _read_part(open_part(name)) for name in names]
+        tensors = {name: _joined(name, parts) for name in parts[0].tensors}
+    first = parts[0]
+    first.walk.where = "model"
+    kv = _metadata(first, tensors)
+    rounded = sum(isinstance(t, OldTensor) and t.rounded for t in first.tensors.values())
+    warnings = [f"{rounded} tensors have scales in f32; today's blocks hold them as f16, rounded to 11 bits"] if rounded else []
+    return TensorFile([p.walk.source for p in parts], metadata(kv), tensors, format=first.origin, alignment=DATA_ALIGNMENT, warnings=warnings)
+
+
+def _read_part(source: Source) -> _Part:
     w = _Walk(source)
-    kind = MAGICS[w.take(4, "magic")]
+    kind = MAGICS.get(w.take(4, "magic"))
+    if kind is None:
+        raise w.fail("the magic of the other parts of the model is not there", 0)
     w.where = f"header of a {kind} file"
     version = 0 if kind == "ggml" else w.u32("version")
     if version not in VERSIONS[kind]:
@@ -162,16 +234,25 @@ def read(source: Source) -> TensorFile:
     tokens = _read_tokens(w, sizes.n_vocab, scores=kind != "ggml")
     tensors: dict[str, Tensor] = {}
     while w.pos < source.size:
-        tensor = _read_tensor(w, kind, version)
+        start, tensor = w.pos, _read_tensor(w, kind, version)
         if tensor is not None:
             if tensor.name in tensors:
-                raise w.fail("the tensor appears twice")
+                raise w.fail("the tensor appears twice", start)
             tensors[tensor.name] = tensor
-    w.where = "model"
-    kv = _metadata(w, sizes, file_type, tokens, tensors, f"{kind} {version}" if version else kind)
-    rounded = sum(isinstance(t, OldTensor) and t.rounded for t in tensors.values())
-    warnings = [f"{rounded} tensors have scales in f32; today's blocks hold them as f16, rounded to 11 bits"] if rounded else []
-    return TensorFile([source], metadata(kv), tensors, format=f"{kind} v{version}" if version else kind, alignment=DATA_ALIGNMENT, warnings=warnings)
+    return _Part(w, f"{kind} v{version}" if version else kind, sizes, file_type, tokens, tensors)
+
+
+def _joined(name: str, parts: list[_Part]) -> Tensor:
+    """The tensor `name` of a model in several files: a vector is whole in each of them, of a matrix each has a part."""
+    first = parts[0].tensors[name]
+    for part in parts:
+        there = part.tensors.get(name)
+        if there is None or (there.type, there.shape) != (first.type, first.shape) or (part.sizes, part.origin) != (parts[0].sizes, parts[0].origin):
+            part.walk.where = f'tensor "{name}"'
+            raise part.walk.fail(f"it is not as in {printable(first.source.name)}; the files are not parts of one model")
+    if len(first.shape) < 2:
+        return first
+    return JoinedTensor([part.tensors[name] for part in parts], any(f".{stem}." in f".{name}" for stem in SPLIT_BY_COLUMNS))
 
 
 def _read_tokens(w: _Walk, n: int, scores: bool) -> list[tuple[bytes, float]]:
@@ -219,25 +300,26 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
     return tensor if tensor.name else None
 
 
-def _metadata(w: _Walk, s: _Sizes, file_type: int, tokens: list[tuple[bytes, float]], tensors: dict[str, Tensor], origin: str) -> dict[str, Typed]:
+def _metadata(part: _Part, tensors: dict[str, Tensor]) -> dict[str, Typed]:
     """The metadata that a GGUF file of this model has."""
+    w, s, origin = part.walk, part.sizes, part.origin
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight", "blk.0.attn_k.weight"):
         if name not in tensors or len(tensors[name].shape) != 2:
             raise w.fail(f'tensor "{name}" is missing or not a matrix; only llama models can be read from {origin} files')
     if tensors["token_embd.weight"].shape[-1] != s.n_embd:
-        raise w.fail(f"its embeddings have {tensors['token_embd.weight'].shape[-1]} of {s.n_embd} values: the file is one of several that make up "
-                     "the model; join them with the program that wrote them, or convert the model again from its source")
-    texts, kinds = zip(*(_token(i, text) for i, (text, _) in enumerate(tokens)), strict=True)
+        raise w.fail(f"its embeddings have {tensors['token_embd.weight'].shape[-1]} of {s.n_embd} values: the file is damaged, or one of several "
+                     "that make up the model; put them beside each other under their old names, NAME, NAME.1 and so on")
+    texts, kinds = zip(*(_token(i, text) for i, (text, _) in enumerate(part.tokens)), strict=True)
     head = s.n_embd // s.n_head
     u32 = {"context_length": CONTEXT, "embedding_length": s.n_embd, "block_count": s.n_layer,
            "feed_forward_length": tensors["blk.0.ffn_gate.weight"].shape[0], "rope.dimension_count": s.n_rot,
            "attention.head_count": s.n_head, "attention.head_count_kv": max(1, tensors["blk.0.attn_k.weight"].shape[0] // head)}
     return {
         "general.architecture": Typed("str", "llama"), "general.description": Typed("str", f"converted from a {origin} file"),
-        "general.file_type": Typed("u32", file_type), **{f"llama.{name}": Typed("u32", value) for name, value in u32.items()},
+        "general.file_type": Typed("u32", part.file_type), **{f"llama.{name}": Typed("u32", value) for name, value in u32.items()},
         "llama.attention.layer_norm_rms_epsilon": Typed("f32", EPSILON),
         "tokenizer.ggml.model": Typed("str", "llama"), "tokenizer.ggml.tokens": Typed("str[]", list(texts)),
-        "tokenizer.ggml.scores": Typed("f32[]", np.array([score for _, score in tokens], "<f4")),
+        "tokenizer.ggml.scores": Typed("f32[]", np.array([score for _, score in part.tokens], "<f4")),
         "tokenizer.ggml.token_type": Typed("i32[]", np.array(kinds, "<i4")),
         **{f"tokenizer.ggml.{name}_token_id": Typed("u32", i) for i, name in enumerate(("unknown", "bos", "eos"))},
     }

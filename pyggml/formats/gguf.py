@@ -131,7 +131,7 @@ class _Cursor:
         if not data:
             self.fail(f"the {what} is empty", start)
         if 0 in data:
-            self.fail(f"the {what} contains a NUL byte", start)
+            self.fail(f"the {what} contains a NUL byte", self.pos + data.index(0))
         try:
             value = data.decode()
         except UnicodeDecodeError as error:

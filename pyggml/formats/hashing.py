@@ -4,10 +4,11 @@ so editing it changes no hash."""
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ class Uuid:
         return str(uuid.UUID(bytes=self._sha1.digest()[:16], version=5))
 
 
-PIECE = 4 << 20             # bytes that go through the hashes together
+PIECE, AHEAD = 2 << 20, 6           # bytes that go through the hashes together; how many such pieces may wait
 ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh64": Xxh64, "sha1": hashlib.sha1, "sha256": hashlib.sha256, "uuid": Uuid}
 WHOLE_ONLY = {"uuid"}
 
@@ -64,23 +65,30 @@ class Digest(NamedTuple):
 def hashes(file: TensorFile, algorithms: list[str], per_tensor: bool = True) -> Iterator[Digest]:
     """Hashes of each tensor (where asked for) and then of the whole; the data is read once.
 
-    While one piece goes through the hashes, each on a thread of its own, the next one is read.
+    Each hash that runs through all tensors has a thread of its own, and so have those of single tensors; none waits for another
+    while the pieces read ahead last.
     """
     whole = {name: ALGORITHMS[name]() for name in algorithms}
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 2 * len(algorithms) + 1)) as pool:
+    single = [name for name in algorithms if per_tensor and name not in WHOLE_ONLY]
+    with ExitStack() as stack:
+        worker = {key: stack.enter_context(ThreadPoolExecutor(1)) for key in [*((name, True) for name in whole), *((name, False) for name in single)]}
+        under_way: deque[list[Future[Any]]] = deque()
+        found: deque[tuple[str, str, Future[str]]] = deque()
         for tensor in file.tensors.values():
-            single = {name: ALGORITHMS[name]() for name in algorithms if per_tensor and name not in WHOLE_ONLY}
-            digests = [*single.values(), *whole.values()]
-            pieces = tensor.pieces(PIECE)
-            ahead = pool.submit(next, pieces, None)
-            while (piece := ahead.result()) is not None:
-                ahead = pool.submit(next, pieces, None)
+            of_tensor = {name: ALGORITHMS[name]() for name in single}
+            for piece in tensor.pieces(PIECE):
                 data = np.ascontiguousarray(piece)
-                waiting = [pool.submit(digest.update, data) for digest in digests[1:]]
-                digests[0].update(data)
-                for done in waiting:
-                    done.result()
-            for name, digest in single.items():
-                yield Digest(name, digest.hexdigest(), tensor.name)
+                under_way.append([worker[name, all_of_it].submit(digest.update, data)
+                                  for all_of_it, digests in ((True, whole), (False, of_tensor)) for name, digest in digests.items()])
+                while len(under_way) > AHEAD:
+                    for done in under_way.popleft():
+                        done.result()
+            found.extend((name, tensor.name, worker[name, False].submit(digest.hexdigest)) for name, digest in of_tensor.items())
+            while found and found[0][2].done():
+                name, of, value = found.popleft()
+                yield Digest(name, value.result(), of)
+        yield from (Digest(name, value.result(), of) for name, of, value in found)
+        for done in (future for futures in under_way for future in futures):
+            done.result()
     for name, digest in whole.items():
         yield Digest(name, digest.hexdigest(), "")

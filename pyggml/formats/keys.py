@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pyggml.errors import PyggmlError
 from pyggml.formats.values import Typed, printable
 
 INT = ("u32",)
@@ -29,7 +32,8 @@ class Known:
         if value.type.startswith(("u", "i", "f")):
             for n in numbers:
                 if not self.low <= n <= self.high:
-                    return f"it is {n}; it must be from {self.low:.10g} to {self.high:.10g}"
+                    bounds = f"from {self.low:.10g} to {self.high:.10g}" if math.isfinite(self.high) else "a number"
+                    return f"it is {n}; it must be {bounds}"
         return ""
 
 
@@ -81,6 +85,13 @@ KNOWN: dict[str, Known] = {
     "*.rope.scaling.factor": Known(FLOAT, 0, 1e9),
     "*.rope.scaling.original_context_length": Known(INT, 0, 2 ** 31 - 1),
 }
+
+
+def missing(path: str, key: str, there: Iterable[str]) -> PyggmlError:
+    """The error of a key that is not there, with the one that was perhaps meant."""
+    near = difflib.get_close_matches(key, list(there), 1)
+    hint = f"; did you mean {printable(near[0])}?" if near else ""
+    return PyggmlError(f'{printable(path)}: key "{printable(key)}" is missing{hint}')
 
 
 def known(key: str) -> Known | None:

@@ -37,7 +37,7 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
     path, count = opened.path, opened.kv[COUNT]
     paths = parts_of(path)
     if len(paths) == 1:
-        raise GGUFError(f'{printable(path)}: key "{COUNT}" says it is one of {count} parts; '
+        raise GGUFError(f'{printable(path)}: offset 0x{opened.kv.entry(COUNT).start:x}: key "{COUNT}" says it is one of {count} parts; '
                         f'name them {part_path("NAME", 1, count)} and so on')
     missing = [p for p in paths if not is_address(p) and not os.path.exists(p)]      # a server says so itself
     if missing:
@@ -48,16 +48,19 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
     for i, file in enumerate(files):
         for key, expected in ((COUNT, len(paths)), (NUMBER, i)):
             if key not in file.kv or file.kv[key] != expected:
-                raise GGUFError(f'{printable(file.path)}: key "{key}" is {file.kv.get(key)}, by the file name it should be {expected}; '
-                                'was the file renamed?')
+                at = file.kv.entry(key).start if key in file.kv else file.table_end
+                raise GGUFError(f'{printable(file.path)}: offset 0x{at:x}: key "{key}" is {file.kv.get(key)}, by the file name it should be '
+                                f'{expected}; was the file renamed?')
         for name, tensor in file.tensors.items():
             if name in tensors:
-                raise GGUFError(f'{printable(file.path)}: tensor "{printable(name)}" is also in {printable(tensors[name].source.name)}')
+                raise GGUFError(f'{printable(file.path)}: offset 0x{tensor.offset:x}: tensor "{printable(name)}" '
+                                f'is also in {printable(tensors[name].source.name)}')
             tensors[name] = tensor
     first = files[0]
     expected = first.kv.get(TENSORS, len(tensors))
     if expected != len(tensors):
-        raise GGUFError(f'{printable(first.path)}: key "{TENSORS}" is {expected}, the parts hold {len(tensors)} tensors')
+        raise GGUFError(f'{printable(first.path)}: offset 0x{first.kv.entry(TENSORS).start:x}: key "{TENSORS}" is {expected}, '
+                        f'the parts hold {len(tensors)} tensors')
     entries = {key: first.kv.entry(key) for key in first.kv if key not in (COUNT, NUMBER, TENSORS)}
     return TensorFile([f.sources[0] for f in files], Metadata(entries, first.kv.decode), tensors, format=first.format,
                       alignment=first.alignment, data_offset=first.data_offset, order=first.order,

@@ -22,6 +22,13 @@ FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"\x93NUMPY", "a numpy array, not a model"),
     (b"ggla", "a LoRA adapter in a format from 2023; convert the adapter again from its source"),
     (b"algg", "a LoRA adapter in a format from 2023; convert the adapter again from its source"),
+    (b"ggml", "a ggml file of 2023 from a big-endian machine; convert the model again from its source"),
+    (b"ggmf", "a ggmf file of 2023 from a big-endian machine; convert the model again from its source"),
+    (b"ggjt", "a ggjt file of 2023 from a big-endian machine; convert the model again from its source"),
+    (b"FUGG", "a GGUF file whose magic is backwards; it was damaged by a program that swaps bytes"),
+    (b"\x7fELF", "a program or library, not a model"),
+    (b"%PDF-", "a PDF document, not a model"),
+    (b"\x89PNG", "a PNG picture, not a model"),
     (b"GGJF", "not a format this version knows; convert the model again from its source"),
 )
 _TEXT = ((b"<!doctype html", "an HTML page, not a model: the download got an error or a login page"),

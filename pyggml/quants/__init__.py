@@ -87,14 +87,13 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
     out = np.empty((*x.shape[:-1], row.row_bytes(n)), np.uint8)
     if out.size == 0:
         return out
-    if row.quantized and not np.isfinite(x).all():
-        where = np.argwhere(~np.isfinite(x))[0]
-        raise PyggmlError(f"cannot quantize {x[tuple(where)]} at index {where.tolist()} to {row}; repair the tensor or keep it in F32")
     groups, importance = _importance(x, imatrix)
     rows = x.reshape(groups, -1, n)
     result = out.reshape(groups, -1, out.shape[-1])
     for g in range(groups):
-        quantize_rows(rows[g], row, usable(None if importance is None else importance[g], search), result[g], search, threads)
+        if not quantize_rows(rows[g], row, usable(None if importance is None else importance[g], search), result[g], search, threads):
+            where = np.argwhere(~np.isfinite(x))[0]
+            raise PyggmlError(f"cannot quantize {x[tuple(where)]} at index {where.tolist()} to {row}; repair the tensor or keep it in F32")
     return out
 
 
@@ -118,22 +117,22 @@ def usable(w: np.ndarray | None, search: bool) -> np.ndarray | None:
     return np.where(w > 0, w, np.float32(1e-6) * w.mean()) if search else w
 
 
-def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool,
-                   threads: int | None) -> None:
-    """Finite x, float32 (rows, n), with importance w (n,) or None into out, uint8 (rows, bytes)."""
+def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool, threads: int | None) -> bool:
+    """x, float32 (rows, n), with importance w (n,) or None into out, uint8 (rows, bytes). False when a blocked type gets what is not finite."""
     n = x.shape[1]
     if lib is not None and not row.user_defined:
         importance = ffi.NULL if w is None else _pointer("float *", w)
-        missing = []
+        found = set()
 
         def work(first: int, last: int) -> None:
-            status = lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance,
-                                      search)
-            if status:
-                missing.append(row)
+            found.add(lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance,
+                                       search, row.quantized))
         _in_chunks(len(x), n, threads, work)
-        if not missing:
-            return
+        if 1 not in found:
+            return 2 not in found
+    if row.quantized and not np.isfinite(x).all():
+        return False
     columns = None if w is None else np.ascontiguousarray(np.broadcast_to(w, x.shape)).reshape(-1, row.block)
     with np.errstate(all="ignore"):
         out[:] = codec(row).encode(x.reshape(-1, row.block), columns).view(np.uint8).reshape(out.shape)
+    return True

@@ -75,5 +75,5 @@ def round_away(x: np.ndarray) -> np.ndarray:
 
 
 def largest(x: np.ndarray) -> np.ndarray:
-    """The value of largest magnitude in each row, with its sign; of two the first. (n, k) -> (n, 1)"""
-    return np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+    """The value of largest magnitude in each row, with its sign; of two the first, and never -0.0. (n, k) -> (n, 1)"""
+    return np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1) + np.float32(0)

@@ -30,7 +30,7 @@ def test_c_knows_the_same_sizes(row):
     written = [np.full(2 * row.bytes + 8, canary, np.uint8) for canary in (0, 255)]
     x = np.linspace(-1, 1, n, dtype=np.float32)
     source = ffi.cast("float *", x.ctypes.data)
-    statuses = [lib.pyg_quantize(row.id, 1, n, source, ffi.cast("void *", w.ctypes.data), ffi.NULL, 0) for w in written]
+    statuses = [lib.pyg_quantize(row.id, 1, n, source, ffi.cast("void *", w.ctypes.data), ffi.NULL, 0, 0) for w in written]
     if statuses == [1, 1]:
         assert not row.quantized
         return

@@ -18,6 +18,7 @@ from type_cases import (  # noqa: F401
 )
 
 from pyggml import quants
+from pyggml.errors import PyggmlError
 from pyggml.types import TYPES, tensor_type
 
 X, IMATRIX = golden("input")["X"], golden("input")["imatrix"]
@@ -38,6 +39,36 @@ def test_formula_types_give_ggmls_bytes(row, isa):  # noqa: F811
     want = ggml_bytes(row.name)
     assert (quants.quantize(X, row) == want).all()
     assert (numpy_encode(row, X, None) == want).all()
+
+
+@every_isa
+@pytest.mark.parametrize("row", [t for t in TYPES if t.name in FORMULA and t.block > 1], ids=str)
+def test_any_number_of_blocks_and_blocks_that_are_odd(row, isa):  # noqa: F811
+    """1 to 35 blocks: all widths of vectors with their rests. Extremes twice with either sign, zeros of either sign, one weight alone."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((35, row.block)).astype(np.float32)
+    x[3] = 0
+    x[4] = -0.0
+    x[5] = 0
+    x[5, -1] = -2
+    x[6, 1], x[6, -2] = -9, 9
+    x[7, 1], x[7, -2] = 9, -9
+    x[8] = 1
+    x[9, 2:4] = x[9].min() - 1
+    want = numpy_encode(row, x, None)
+    for n in range(1, 36):
+        assert (quants.quantize(x[35 - n:].reshape(1, -1), row).reshape(n, -1) == want[35 - n:]).all(), n
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", BLOCKED, ids=str)
+def test_what_is_not_finite_is_refused_wherever_it_is(row, bad):
+    for at in (0, row.block - 1, 300 * row.block - 1):
+        x = np.zeros(300 * row.block, np.float32)
+        x[at] = bad
+        shape = (3, 100 * row.block)
+        with pytest.raises(PyggmlError, match=rf"cannot quantize {bad} at index \[{at // shape[1]}, {at % shape[1]}\] to {row}"):
+            quants.quantize(x.reshape(shape), row)
 
 
 def test_every_formula_type_is_compared():

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import sys
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,31 @@ def test_refused(case, source):
     offset = int(re.search("offset 0x([0-9a-f]+)", message)[1], 16)
     assert offset <= len(case.data)
     assert peak < 16 * len(case.data) + (4 << 20)
+
+
+def test_every_field_at_every_boundary_and_every_cut():
+    """What a file of one changed field holds is read, or refused with a sentence and a place in the file."""
+    read, refused = Counter(), Counter()
+    for form in malformed.EVERY_FORM:
+        formats.open_source(Memory(malformed.sample(form)[0]))
+    for case in malformed.boundary_cases():
+        value = int(case.name.rpartition("_")[2], 16)
+        field = re.sub(r"field_v\d.._|_[0-9a-f]+$", "", case.name)
+        try:
+            file = formats.open_source(Memory(case.data, "x.gguf"))
+        except GGUFError as error:
+            match = re.fullmatch(r"x\.gguf: offset 0x([0-9a-f]+): [^\n]+", str(error))
+            assert match and int(match[1], 16) <= len(case.data), case.name
+            refused[field] += 1
+            continue
+        assert file.kv.typed() is not None and all(t.raw.nbytes == t.nbytes for t in file.tensors.values())
+        read[field] += 1
+        # what says how much there is, or of what, is never believed beyond the file
+        assert value < 2 ** 16 or re.search("value|first", field), case.name
+    for case in malformed.every_cut():
+        with pytest.raises(GGUFError, match=r"x\.gguf: offset 0x[0-9a-f]+: .*" + case.says):
+            formats.open_source(Memory(case.data, "x.gguf"))
+    assert {"magic", "s_key_length", "a_name_length", "a_n_dims", "a_offset", "t_length"} <= set(refused) - set(read)
 
 
 @pytest.mark.parametrize("native", [True, False])

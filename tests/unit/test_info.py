@@ -49,6 +49,20 @@ def test_full_text(model, capsys):
     assert "w999" in out and "x" * 5000 in out
 
 
+def test_one_key(model, capsys):
+    assert run(model, "--key", "general.architecture", "--key", "words", "--key", "nested", "--key", "long", "--key", "general.name") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "llama" and json.loads(lines[1])[999] == "w999" and lines[2] == '[[1, 2], ["a"]]' and lines[3] == "x" * 5000
+    assert lines[4] == r"evil \x1b[31m\u202e\n\x9b name"
+    with pytest.raises(PyggmlError, match='key "word" is missing; did you mean words?'):
+        run(model, "--key", "word")
+
+
+def test_json_of_metadata_alone(model, capsys):
+    run(model, "--json", "--no-tensors")
+    assert "tensors" not in json.loads(capsys.readouterr().out)
+
+
 def test_json(model, capsys):
     run(model, "--json")
     out = capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyggml import cli, formats
-from pyggml.errors import GGUFError
+from pyggml.errors import GGUFError, PyggmlError
 from pyggml.formats import ggml
 from pyggml.formats.source import Memory
 from pyggml.quants import dequantize, quantize
@@ -16,7 +16,7 @@ E, HEADS, KV_HEADS, LAYERS, F, TOKENS = 64, 4, 2, 2, 96, 300
 RNG = np.random.default_rng(3)
 
 
-def weights():
+def weights(F=F):
     kv = E // HEADS * KV_HEADS
     shapes = {"tok_embeddings.weight": (TOKENS, E), "norm.weight": (E,), "output.weight": (TOKENS, E)}
     for i in range(LAYERS):
@@ -44,7 +44,7 @@ def old_blocks(blocks, name, version):
     return np.concatenate([head, body], 1).tobytes()
 
 
-def old_file(kind, version, type_name="F32", magic=None, extra=b"", skip=""):
+def old_file(kind, version, type_name="F32", magic=None, extra=b"", skip="", weights=WEIGHTS):
     row = BY_NAME[type_name]
     out = bytearray(magic or {"ggml": b"lmgg", "ggmf": b"fmgg", "ggjt": b"tjgg"}[kind])
     if kind != "ggml":
@@ -52,7 +52,7 @@ def old_file(kind, version, type_name="F32", magic=None, extra=b"", skip=""):
     out += struct.pack("<7I", TOKENS, E, 256, HEADS, LAYERS, E // HEADS, 0)
     for i, text in enumerate(VOCAB):
         out += struct.pack("<I", len(text)) + text + (b"" if kind == "ggml" else struct.pack("<f", -float(i)))
-    for name, w in {**WEIGHTS, "rope.freqs": np.ones(8, np.float32)}.items():
+    for name, w in {**weights, "rope.freqs": np.ones(8, np.float32)}.items():
         if name == skip:
             continue
         quantized = row.quantized and w.ndim == 2
@@ -145,13 +145,70 @@ def test_scales_are_rounded_and_nothing_else():
     np.testing.assert_array_equal(dequantize(block, "Q4_0"), np.float32(np.float16(0.1)) * (np.tile(np.arange(16), 2) - 8)[None])
 
 
-@pytest.mark.parametrize("kind, version", KINDS[:2])
-def test_a_part_of_a_large_model_is_named(kind, version):
-    data = bytearray(old_file(kind, version))
-    at = 8 if kind == "ggml" else 12                    # n_embd
-    data[at:at + 4] = struct.pack("<I", 2 * E)
-    with pytest.raises(GGUFError, match=f"have {E} of {2 * E} values: the file is one of several"):
-        formats.open_source(Memory(bytes(data)))
+HALVED = weights(F=128)         # whose halves of rows and columns divide into blocks
+BY_COLUMNS = ("tok_embeddings", "attention.wo", "feed_forward.w2")
+
+
+def write_parts(path, kind, version, type_name, n, weights=WEIGHTS):
+    """The model in n files, PATH, PATH.1, ...: vectors in each, matrices cut by rows or columns."""
+    for i in range(n):
+        part = {name: w if w.ndim == 1 else np.split(w, n, any(stem in name for stem in BY_COLUMNS))[i] for name, w in weights.items()}
+        path.with_name(f"{path.name}.{i}" if i else path.name).write_bytes(old_file(kind, version, type_name, weights=part))
+
+
+@pytest.mark.parametrize("opened", ["", ".1"])
+@pytest.mark.parametrize("kind, version", KINDS[:3])
+@pytest.mark.parametrize("type_name", ["F16", "Q4_0"])
+def test_several_files_are_one_model(tmp_path, capsys, kind, version, type_name, opened):
+    path = tmp_path / "old.bin"
+    write_parts(path, kind, version, type_name, 2, HALVED)
+    file = formats.open(f"{path}{opened}")
+    assert [source.name for source in file.sources] == [str(path), f"{path}.1"]
+    assert file.kv["llama.feed_forward_length"] == 128 and file.kv["llama.attention.head_count_kv"] == KV_HEADS
+    for name, w in HALVED.items():
+        t = file[ggml.gguf_name(name)]
+        assert t.shape == w.shape
+        if w.ndim == 2:
+            expected = quantize(w, type_name)
+            np.testing.assert_array_equal(t.raw, expected)
+            for limit in (1, 1000, 1 << 20):
+                np.testing.assert_array_equal(np.concatenate(list(t.pieces(limit))), expected.reshape(-1))
+        else:
+            np.testing.assert_array_equal(t.numpy(), w)
+    assert cli.main(["convert", f"{path}{opened}", str(tmp_path / "new.gguf")]) == 0
+    assert cli.main(["check", "--level", "load", "--strict", str(tmp_path / "new.gguf")]) == 0
+    assert cli.main(["check", "--level", "load", str(path)]) == 0 and cli.main(["hash", str(path)]) == 0
+    assert "unused" not in capsys.readouterr().out
+
+
+def test_four_files(tmp_path):
+    write_parts(tmp_path / "m.bin", "ggmf", 1, "F32", 4)
+    file = formats.open(tmp_path / "m.bin.3", use_mmap=False)
+    assert len(file.sources) == 4
+    for name, w in WEIGHTS.items():
+        np.testing.assert_array_equal(file[ggml.gguf_name(name)].numpy(), w)
+
+
+def test_files_that_do_not_belong_together(tmp_path):
+    path = tmp_path / "old.bin"
+    write_parts(path, "ggmf", 1, "F32", 2)
+    other = path.with_name("old.bin.1")
+    good = other.read_bytes()
+    other.unlink()
+    with pytest.raises(PyggmlError, match=r"old\.bin\.1: cannot open: No such file"):
+        formats.open(path)
+    other.write_bytes(good[:-5])
+    with pytest.raises(GGUFError, match=r"old\.bin\.1: offset 0x[0-9a-f]+: .* the file is incomplete or damaged"):
+        formats.open(path)
+    other.write_bytes(b"GGUF" + good[4:])
+    with pytest.raises(GGUFError, match=r"old\.bin\.1: offset 0x0: .*magic"):
+        formats.open(path)
+    write_parts(tmp_path / "third.bin", "ggmf", 1, "F16", 2)
+    other.write_bytes((tmp_path / "third.bin.1").read_bytes())
+    with pytest.raises(GGUFError, match=r"old\.bin\.1: offset 0x[0-9a-f]+: tensor .* are not parts of one model"):
+        formats.open(path)
+    with pytest.raises(GGUFError, match=f"have {E // 2} of {E} values: the file is damaged, or one of several"):
+        formats.open_source(Memory(path.read_bytes()))
 
 
 @pytest.mark.parametrize("kind, version", KINDS)

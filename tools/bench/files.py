@@ -3,8 +3,8 @@
     python tools/bench/files.py [--size GB] [--folder DIR] [--ggml FOLDER] [--only SECTION]
 
 Times are the smallest of several runs with the file in the page cache; `cp` of the same file is the yardstick for a rewrite. Codecs run on
-one thread, and so do the hashes of one piece of data. --ggml names the folder of libggml-base.so and libggml-cpu.so (the llama_cpp
-package has them in lib/). What is not installed is left out.
+one thread, and through the public functions on all; copying the floats is what memory allows. A hash of one piece of data is one thread. --ggml
+names the folder of libggml-base.so and libggml-cpu.so (the llama_cpp package has them in lib/). What is not installed is left out.
 """
 
 from __future__ import annotations
@@ -86,17 +86,28 @@ def measure_files(path: Path, gigabytes: float) -> None:
         show("gguf-dump, start to finish", smallest(1, lambda i: subprocess.run(dump, stdout=-3)))
     edit(path, Edits({TEMPLATE: "x" * 8000}))
     show("edit the chat template, room is there", smallest(9, lambda i: edit(path, Edits({TEMPLATE: f"{i:08}" * 1000}))))
-    copy = path.with_name("copy.gguf")
-    rewrites, copies = [], []
-    for i in (1, 2, 3):                             # a disk has its moods: both in turn, the best of each
+    long, copy = iter(range(1, 100)), path.with_name("copy.gguf")
+
+    def longer() -> str:
+        """Edit the template to one that does not fit; how that was done."""
+        return edit(path, Edits({TEMPLATE: "y" * 80_000 * next(long)})).method
+
+    def with_sync(command: str) -> float:
         os.sync()                                   # what else waits to be written would be waited for
-        with open(path, "rb"):                      # somebody else has it open: no edit in place
-            rewrites.append(smallest(1, lambda _, i=i: edit(path, Edits({TEMPLATE: "y" * 80_000 * i}))))
+        return smallest(1, lambda i: subprocess.run(command, shell=True, check=True))
+    grown: list[str] = []
+    show("edit the chat template, no room", smallest(5, lambda i: grown.append(longer())))
+    print(f"    ({', '.join(sorted(set(grown)))})")
+    rewrites, fresh, over = [], [], []
+    for _ in range(3):                              # a disk has its moods: all in turn, the best of each
         os.sync()
-        command = f"cp '{path}' '{copy}.new' && sync '{copy}.new' && mv '{copy}.new' '{copy}'"
-        copies.append(smallest(1, lambda i, c=command: subprocess.run(c, shell=True, check=True)))
+        with open(path, "rb"):                      # somebody else has it open: no edit in place
+            rewrites.append(smallest(1, lambda i: longer()))
+        fresh.append(with_sync(f"cp '{path}' '{copy}.new' && sync '{copy}.new' && mv '{copy}.new' '{copy}' && sync '{copy.parent}'"))
+        over.append(with_sync(f"cp '{path}' '{copy}' && sync '{copy}'"))
     show("edit by rewriting, flushed to disk", min(rewrites))
-    show("cp to a new file, flushed to disk, renamed", min(copies))
+    show("cp to a new file, flushed, renamed (the same guarantees)", min(fresh))
+    show("cp over an old file, flushed (half a file if cut off)", min(over))
     if gguf is not None:
         new = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force", "--chat-template", "z" * 80_000, path, copy]
         show("gguf-new-metadata", smallest(1, lambda i: subprocess.run(new, stdout=-3, stderr=-3, check=True)))
@@ -164,24 +175,28 @@ def package(row: TensorType, x: np.ndarray, blocks: np.ndarray) -> tuple[float, 
 
 
 def measure_codecs(folder: Path | None) -> None:
-    """Millions of weights a second, on one thread; in brackets how many times ggml's C and the gguf package."""
+    """Millions of weights a second; in brackets how many times ggml's C on one thread, and the gguf package on one thread and on all."""
     x = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)
     ggml = Ggml(folder) if folder else None
 
-    def cell(ours: float, ggml_time: float, package_time: float) -> str:
-        ratios = [f"{t / ours:.2f}" if t else "-" for t in (ggml_time, package_time)]
-        return f"{x.size / ours / 1e6:>10.0f} ({ratios[0]:>6}, {ratios[1]:>7})"
+    def cell(one: float, all_: float, ggml_time: float, package_time: float) -> str:
+        ratios = [f"{t / ours:.2f}" if t else "-" for t, ours in ((ggml_time, one), (package_time, one), (package_time, all_))]
+        return f"{x.size / one / 1e6:>8.0f} ({ratios[0]:>5},{ratios[1]:>7},{ratios[2]:>7})"
 
-    print(f"{'millions of weights a second (x ggml, x gguf)':<46}\n{'type':<10}{'decode':>27}{'encode':>27}")
+    copied = np.zeros_like(x)
+    once = smallest(9, lambda i: np.copyto(copied, x))
+    print(f"{'millions of weights a second (x ggml, x gguf, all threads x gguf)':<46}   copying floats: {x.size / once / 1e6:.0f}")
+    print(f"{'type':<10}{'decode':>31}{'encode':>31}")
     for row in TYPES:
         if not row.activation or row.name == "F32":
             continue
         blocks = quantize(x, row)
         out = np.zeros_like(blocks)
-        encode, decode = smallest(5, lambda i, r=row: quantize(x, r, threads=1)), smallest(5, lambda i, r=row, b=blocks: dequantize(b, r, threads=1))
+        encode, decode = ([smallest(9, lambda i, t=t, r=row, f=f, a=a: f(a, r, threads=t)) for t in (1, None)]
+                          for f, a in ((quantize, x), (dequantize, blocks)))
         theirs = package(row, x, blocks)
-        print(f"{row.name:<10}{cell(decode, ggml.decode(row, blocks) if ggml else 0, theirs[1])}"
-              f"{cell(encode, ggml.encode(row, x, out) if ggml else 0, theirs[0])}", flush=True)
+        print(f"{row.name:<10}{cell(*decode, ggml.decode(row, blocks) if ggml else 0, theirs[1])}"
+              f"{cell(*encode, ggml.encode(row, x, out) if ggml else 0, theirs[0])}", flush=True)
 
 
 def main() -> None:
