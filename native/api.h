@@ -14,6 +14,7 @@ const char *pyg_op_name(int op);               // names match the op table of py
 const char *pyg_compiler(void);
 
 enum { PYG_SMALL_COLS = 8 };     // up to this many columns a matmul prepares its activations privately, without a barrier
+enum { PYG_ACT_WIDE = 16 };      // an activation format modulo this tells how few columns are prepared, 0: as floats
 
 // ---- A tensor as kernels see it --------------------------------------------------------------------------------------------
 // Dimensions in ggml order: ne[0] is the contiguous one, nb[i] is the distance in bytes between neighbours in dimension i.
@@ -68,8 +69,8 @@ void  pyg_arena_free(char *arena, size_t bytes);
 int   pyg_lock(char *start, size_t bytes);                 // keep these pages in memory once they are touched; 0 or an errno
 
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
-// exact: 1 as floats, 0 as ggml rounds them
-int     pyg_act_format(int type, int packed, int exact);   // how activations are prepared for weights of `type`
+// exact: 1 as floats, 0 as ggml rounds them, or as a matrix unit takes them; fixed: 1 the same rounding for any number of columns
+int     pyg_act_format(int type, int packed, int exact, int fixed);    // how activations are prepared for weights of `type`
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` prepared columns of length k
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none
 

@@ -20,12 +20,14 @@ HEADERS = ("blocks.h", "codebooks.h")       # installed beside the package: the 
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"]
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
 # AVX-VNNI has AVX-512 VNNI's products of 32 bytes under an encoding of its own. For tests on a processor that only has the latter,
 # PYGGML_EVEX_AVXVNNI=1 builds the same source with the other encoding.
 EVEX_AVXVNNI = bool(os.environ.get("PYGGML_EVEX_AVXVNNI"))
 AVXVNNI = [*AVX2, *(["-mavx512vnni", "-mavx512vl"] if EVEX_AVXVNNI else ["-mavxvnni"])]
 ISAS = {        # rising order of preference
-    "x86_64": {"scalar": [], "avx2": AVX2, "avxvnni": AVXVNNI, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]},
+    "x86_64": {"scalar": [], "avx2": AVX2, "avxvnni": AVXVNNI, "avx512": AVX512, "avx512bf16": AVX512BF16,
+               "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]},
     "aarch64": {"scalar": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi"]
@@ -43,8 +45,10 @@ def machine() -> str:
 def isas() -> dict[str, list[str]]:
     """Instruction sets to build with their flags: all that the machine type has, or those named in PYGGML_ISAS (for development)."""
     every = ISAS.get(machine(), {"scalar": []})
-    wanted = os.environ.get("PYGGML_ISAS")
-    return {name: flags for name, flags in every.items() if not wanted or name == "scalar" or name in wanted.split(",")}
+    wanted = os.environ.get("PYGGML_ISAS", "").split(",")
+    if unknown := [name for name in wanted if name and name not in every]:
+        raise SystemExit(f"PYGGML_ISAS names {unknown[0]!r}, which {machine()} does not have; use some of {','.join(every)}")
+    return {name: flags for name, flags in every.items() if wanted == [""] or name == "scalar" or name in wanted}
 
 
 def declarations(*names: str) -> str:

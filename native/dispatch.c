@@ -5,6 +5,10 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined __linux__ && defined __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
 #if defined __linux__ && defined __aarch64__
 #include <sys/auxv.h>
 #include <asm/hwcap.h>
@@ -20,6 +24,19 @@ static const kernel_table *const tables[] = {
 #undef X
 };
 const kernel_table *kernels = &kernels_scalar;
+int fetch_streams;
+
+// AMX with bf16: CPUID says what the processor has; Linux gives a process the tile registers when it asks for them.
+static int matrix_unit(void) {
+#if defined __x86_64__ && defined __linux__
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24, ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE)
+           && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+#else
+    return 0;
+#endif
+}
 
 // __builtin_cpu_supports checks CPUID and, for AVX and later, that the operating system saves the registers (XGETBV).
 static int supported(const char *isa) {
@@ -32,7 +49,9 @@ static int supported(const char *isa) {
                && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
     if (!strcmp(isa, "avxvnni")) return EVEX_AVXVNNI ? vnni : avx2 && __builtin_cpu_supports("avxvnni");
     if (!strcmp(isa, "avx512")) return vnni;
-    if (!strcmp(isa, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
+    int bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    if (!strcmp(isa, "avx512bf16")) return bf16;
+    if (!strcmp(isa, "amx")) return bf16 && matrix_unit();
 #elif defined __aarch64__
 #ifdef __linux__
     unsigned long wanted = HWCAP_ASIMDDP | HWCAP_FPHP | HWCAP_ASIMDHP, has = getauxval(AT_HWCAP);      // a Cortex-A72 has none of them
@@ -47,7 +66,12 @@ static int supported(const char *isa) {
 int pyg_isa_count(void) { return sizeof tables / sizeof *tables; }
 const char *pyg_isa_name(int isa) { return tables[isa]->isa; }
 int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
-void pyg_isa_select(int isa) { kernels = tables[isa]; }
+void pyg_isa_select(int isa) {
+    kernels = tables[isa];
+#if defined __x86_64__
+    fetch_streams = __builtin_cpu_is("intel");
+#endif
+}
 
 static const char *const op_names[] = {
 #define OP(name) #name,
@@ -64,7 +88,7 @@ const char *pyg_compiler(void) {
 #endif
 }
 
-int     pyg_act_format(int type, int packed, int exact) { return kernels->act_format(type, packed, exact); }
+int     pyg_act_format(int type, int packed, int exact, int fixed) { return kernels->act_format(type, packed, exact, fixed); }
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
 

@@ -78,8 +78,9 @@ enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R
 enum { MOE_SOFTMAX, MOE_SIGMOID };
 enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ };
 // Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
-// For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp.
-enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K };
+// For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp. For a matrix unit they are bf16, or a sum of two.
+// A format (attribute of a step) is one of these for few columns, plus ACT_WIDE times one for many where that is another.
+enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT_BF16, ACT_BF16X2, ACT_WIDE = PYG_ACT_WIDE };
 
 // ---- the table one ISA contributes -----------------------------------------------------------------------------------------
 #define PYG_OPS(OP) \
@@ -106,9 +107,12 @@ typedef struct {
     int (*finite)(int64_t n, const float *x);
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
-    int     (*act_format)(int type, int packed, int exact);
+    int     (*act_format)(int type, int packed, int exact, int fixed);
     int64_t (*act_bytes)(int format, int64_t k, int64_t cols);
     int64_t (*pack_bytes)(int type, int64_t rows, int64_t k);
 } kernel_table;
 
 extern const kernel_table *kernels;     // the selected ISA's
+// Whether weights that come from memory are asked for a tile ahead, in several streams. On Intel's processors a core reads 1.7 times as
+// fast so (Sapphire Rapids); AMD's read at full speed by themselves.
+extern int fetch_streams;

@@ -11,6 +11,7 @@
 #include "kernels/act.h"
 #include "kernels/pack.h"
 #include "kernels/tile.h"
+#include "kernels/squares.h"
 #include "kernels/matmul.h"
 #include "kernels/experts.h"
 #include "kernels/rope.h"

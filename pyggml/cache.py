@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pyggml import quants
 from pyggml.errors import PyggmlError
 from pyggml.native import huge_zeros
 from pyggml.types import TensorType, tensor_type
@@ -25,7 +24,9 @@ class CacheTensor:
 
     def write(self, cell: np.ndarray, x: np.ndarray) -> None:
         """Encode x (T, n_kv, head_dim) into the cells `cell` (T)."""
-        rows = quants.quantize(np.ascontiguousarray(x.transpose(1, 0, 2), dtype=np.float32), self.type.name)
+        from pyggml.quants import quantize
+
+        rows = quantize(np.ascontiguousarray(x.transpose(1, 0, 2), dtype=np.float32), self.type.name)
         self.raw[:, cell] = rows.reshape(x.shape[1], x.shape[0], -1)
 
     def cells(self, n: int) -> np.ndarray:
@@ -38,7 +39,9 @@ class CacheTensor:
 
     def read(self) -> np.ndarray:
         """All cells as float32 (n_kv, n_ctx, head_dim)."""
-        return quants.dequantize(self.raw.reshape(-1, self.raw.shape[-1]), self.type.name).reshape(self.shape)
+        from pyggml.quants import dequantize
+
+        return dequantize(self.raw.reshape(-1, self.raw.shape[-1]), self.type.name).reshape(self.shape)
 
 
 def host_tensor(layer: int, name: str, type: TensorType, shape: tuple[int, int, int]) -> CacheTensor:

@@ -95,7 +95,7 @@ class Lowering:
     def format_of(self, weight: Tensor) -> int:
         """How this weight's matmul reads its activations (ACT_* of native/engine.h; 0: as floats)."""
         format = self.store.act_format(weight, self.fixed)
-        self.rounds |= format != 0
+        self.rounds |= lib is not None and format % lib.PYG_ACT_WIDE != 0
         return format
 
     def matmul(self, c: Call) -> None:

@@ -10,9 +10,13 @@
 //             x = d * q,  q = -127 at the value of largest magnitude                               (rounding of ggml's Q8_K)
 //             minus[i] = -(sum of the i-th 16 q), pair16 and pair32 are sums of 16 and 32 q, in order
 //
+//   ACT_BF16  per 32 weights     bf16 x[16][32], always 16 columns, zeros from k on               (a square of simd.h's matrix unit)
+//   ACT_BF16X2                   the same twice: x rounded to bf16, then what was lost, rounded
+//
 // `minus` is what an unsigned weight needs: (w - zero) . q = w . q + zero * minus, the accumulator's start value.
 // ACT_ROW_* is for a few columns against raw weights: each column a row of ggml blocks. Beyond SMALL_COLS columns weights
 // are unpacked into tiles on the fly, and the columns are interleaved as for packed weights (act_layout).
+// With a matrix unit and beyond WIDE_COLS columns, all weights but F32 are unpacked into bf16 (kernels/wide.h).
 #pragma once
 
 typedef struct {
@@ -20,6 +24,7 @@ typedef struct {
     int column_bytes;          // bytes of a block per column
     int interleaved;           // the layout used beyond SMALL_COLS columns
     int row_type;              // ACT_ROW_*: the ggml type of a row
+    int parts;                 // ACT_BF16*: how many bf16 a value is the sum of
 } act_layout_row;
 static const act_layout_row ACT_LAYOUT[] = {
     [ACT_F32]      = {.block = 1, .column_bytes = 4, .interleaved = ACT_F32},
@@ -28,16 +33,36 @@ static const act_layout_row ACT_LAYOUT[] = {
     [ACT_ROW_Q8_0] = {.block = 32, .column_bytes = sizeof(block_q8_0), .interleaved = ACT_A32, .row_type = TYPE_q8_0},
     [ACT_ROW_Q8_1] = {.block = 32, .column_bytes = sizeof(block_q8_1), .interleaved = ACT_A32, .row_type = TYPE_q8_1},
     [ACT_ROW_Q8_K] = {.block = 256, .column_bytes = sizeof(block_q8_K), .interleaved = ACT_A256, .row_type = TYPE_q8_K},
+    [ACT_BF16]     = {.block = MATRIX_DEPTH, .column_bytes = 2 * MATRIX_DEPTH, .parts = 1},
+    [ACT_BF16X2]   = {.block = MATRIX_DEPTH, .column_bytes = 4 * MATRIX_DEPTH, .parts = 2},
 };
+enum { WIDE_COLS = 2 * MATRIX_SIDE };              // up to this many columns the matrix unit does not pay for the unpacking
 
 // The layout that `format` takes for this many columns.
-static int act_layout(int format, int64_t cols) { return cols > SMALL_COLS ? ACT_LAYOUT[format].interleaved : format; }
+static int act_layout(int format, int64_t cols) {
+    if (format >= ACT_WIDE && cols > WIDE_COLS) return format / ACT_WIDE;
+    return cols > SMALL_COLS ? ACT_LAYOUT[format % ACT_WIDE].interleaved : format % ACT_WIDE;
+}
 
-static int64_t act_column_bytes(int layout, int64_t k) { return k / ACT_LAYOUT[layout].block * ACT_LAYOUT[layout].column_bytes; }
+// Columns of a whole column tile.
+static int act_width(int layout) { return ACT_LAYOUT[layout].parts ? MATRIX_SIDE : SMALL_COLS; }
+static int64_t act_tiles(int layout, int64_t cols) { return (cols + act_width(layout) - 1) / act_width(layout); }
 
+static int64_t act_column_bytes(int layout, int64_t k) {
+    const act_layout_row *row = &ACT_LAYOUT[layout];
+    return (k + row->block - 1) / row->block * row->column_bytes;
+}
+
+// Bytes for up to this many columns.
 static int64_t act_bytes(int format, int64_t k, int64_t cols) {
-    int64_t bytes = act_column_bytes(format, k), wide = act_column_bytes(ACT_LAYOUT[format].interleaved, k);
-    return (wide > bytes ? wide : bytes) * cols;
+    const int layouts[] = {format % ACT_WIDE, ACT_LAYOUT[format % ACT_WIDE].interleaved, format / ACT_WIDE};
+    int64_t most = 0;
+    for (int i = 0; i < 2 + (format >= ACT_WIDE); i++) {
+        int64_t across = ACT_LAYOUT[layouts[i]].parts ? act_tiles(layouts[i], cols) * MATRIX_SIDE : cols;
+        int64_t bytes = act_column_bytes(layouts[i], k) * across;
+        if (bytes > most) most = bytes;
+    }
+    return most;
 }
 
 // ---- a piece of one column: up to 256 floats to bytes, then into column n of N -------------------------------------------------
@@ -105,6 +130,25 @@ static void act_a256(const float *x, char *block, int N, int n) {
     put_quads(p.q, 64, dword + 29 * N, N);
 }
 
+// Column n of the squares for `count` values of a column.
+static void act_bf16(const float *x, int count, char *square, int parts, int n) {
+    float last[MATRIX_DEPTH];
+    for (int i = 0; i < count; i += MATRIX_DEPTH, square += parts * MATRIX_SQUARE) {
+        const float *y = x + i;
+        if (count - i < MATRIX_DEPTH) {
+            memset(last, 0, sizeof last);
+            memcpy(last, y, (count - i) * sizeof(float));
+            y = last;
+        }
+        for (int j = 0; j < MATRIX_DEPTH; j += 2 * VL) {
+            char *line = square + 2 * MATRIX_DEPTH * n + 2 * j;
+            vf low = vf_load(y + j), high = vf_load(y + j + VL);
+            vf_store(line, vf_pack_bf16(low, high));
+            if (parts == 2) vf_store(line + MATRIX_SQUARE, vf_pack_bf16(low - vf_from_bf16(line), high - vf_from_bf16(line + 2 * VL)));
+        }
+    }
+}
+
 // ---- columns ---------------------------------------------------------------------------------------------------------------
 typedef struct { const float *weight; float eps; } act_norm;       // weight NULL: x as it is
 
@@ -126,22 +170,23 @@ static void act_column(int layout, const float *x, act_norm norm, int64_t k, cha
         case ACT_F32: for (int j = 0; j < count; j++) ((float *)block)[j * N + n] = y[j]; break;
         case ACT_A32: act_a32(y, count, block, N, n); break;
         case ACT_A256: act_a256(y, block, N, n); break;
+        case ACT_BF16: case ACT_BF16X2: act_bf16(y, count, block, row->parts, n); break;
         default: kernels->quantize[row->row_type](count, y, block, NULL);
         }
     }
 }
 
-static inline int act_tile_cols(int64_t cols, int64_t tile) {
-    int64_t left = cols - tile * SMALL_COLS;
-    return left < SMALL_COLS ? (int)left : SMALL_COLS;
+static inline int act_tile_cols(int layout, int64_t cols, int64_t tile) {
+    int64_t width = act_width(layout), left = cols - tile * width;
+    return (int)(left < width ? left : width);
 }
 
 // One column tile of x (a column is a row of the view x) into its place in `dst`.
 static void act_tile(int layout, const char *const *columns, act_norm norm, int64_t k, char *dst, int N) {
-    int rows = ACT_LAYOUT[layout].row_type != 0;
+    int rows = ACT_LAYOUT[layout].row_type != 0, across = ACT_LAYOUT[layout].parts ? MATRIX_SIDE : N;
     for (int n = 0; n < N; n++) {
         if (rows) act_column(layout, (const float *)columns[n], norm, k, dst + n * act_column_bytes(layout, k), 1, 0);
-        else act_column(layout, (const float *)columns[n], norm, k, dst, N, n);
+        else act_column(layout, (const float *)columns[n], norm, k, dst, across, n);
     }
 }
 
@@ -154,25 +199,26 @@ static act_norm norm_of(const worker *w, const pyg_step *s, int norm_source) {
 static inline const char *column_at(const pyg_view *x, int64_t c) { return row_at(x, c % x->ne[1], c / x->ne[1], 0); }
 
 static void act_view_tile(int layout, const pyg_view *x, act_norm norm, int64_t cols, int64_t tile, char *dst) {
-    const char *columns[SMALL_COLS];
-    int N = act_tile_cols(cols, tile);
-    for (int n = 0; n < N; n++) columns[n] = column_at(x, tile * SMALL_COLS + n);
-    act_tile(layout, columns, norm, x->ne[0], dst + tile * SMALL_COLS * act_column_bytes(layout, x->ne[0]), N);
+    const char *columns[MATRIX_SIDE];
+    const int64_t first = tile * act_width(layout);
+    int N = act_tile_cols(layout, cols, tile);
+    for (int n = 0; n < N; n++) columns[n] = column_at(x, first + n);
+    act_tile(layout, columns, norm, x->ne[0], dst + first * act_column_bytes(layout, x->ne[0]), N);
 }
 
 // prepare: every worker takes column tiles until none is left.
 static void op_prepare(worker *w, const pyg_step *s) {
     const pyg_view *x = view_of(w, s->src[0]);
-    int64_t cols = x->ne[1] * x->ne[2], tiles = (cols + SMALL_COLS - 1) / SMALL_COLS;
+    int64_t cols = x->ne[1] * x->ne[2];
     int layout = act_layout(s->i[1], cols);
-    for (int64_t t; (t = claim(w)) < tiles;) act_view_tile(layout, x, norm_of(w, s, 1), cols, t, view_of(w, s->dst)->data);
+    for (int64_t t; (t = claim(w)) < act_tiles(layout, cols);) act_view_tile(layout, x, norm_of(w, s, 1), cols, t, view_of(w, s->dst)->data);
 }
 
 // mul_mat and its kin, small path: the worker's own copy, kept for the next step with the same act id.
 static const char *act_private(worker *w, const pyg_step *s, int layout, int64_t cols) {
     if (s->i[0] >= 0 && w->act.id == s->i[0] && w->act.format == layout) return w->act.data;
     const pyg_view *x = view_of(w, s->src[1]);
-    for (int64_t t = 0; t * SMALL_COLS < cols; t++) act_view_tile(layout, x, norm_of(w, s, 2), cols, t, w->act.data);
+    for (int64_t t = 0; t < act_tiles(layout, cols); t++) act_view_tile(layout, x, norm_of(w, s, 2), cols, t, w->act.data);
     w->act.id = s->i[0];
     w->act.format = layout;
     return w->act.data;

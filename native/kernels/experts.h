@@ -4,7 +4,7 @@
 // to a chunk's columns. A worker gathers and prepares a batch in its scratch memory and keeps it for the batch's next row tiles.
 #pragma once
 
-enum { BATCH = COLUMN_BLOCK * SMALL_COLS };
+enum { BATCH = MATRIX_UNIT ? WIDE_BLOCK : COLUMN_BLOCK * SMALL_COLS };
 
 typedef struct {
     int64_t experts, pairs, per_token;
@@ -46,9 +46,10 @@ static batch batch_at(const routing *r, int64_t b) {
 static void gather(const pyg_view *x, act_norm norm, int layout, const routing *r, const batch *b, char *acts) {
     const int64_t column_bytes = act_column_bytes(layout, x->ne[0]);
     const int shared = x->ne[2] == 1 && r->pairs != x->ne[1];            // x (T, K): the slots of a token share its column
-    for (int64_t c = 0; c < b->count; c += SMALL_COLS) {
-        const char *columns[SMALL_COLS];
-        const int N = (int)least(SMALL_COLS, b->count - c);
+    const int width = act_width(layout);
+    for (int64_t c = 0; c < b->count; c += width) {
+        const char *columns[MATRIX_SIDE];
+        const int N = (int)least(width, b->count - c);
         for (int n = 0; n < N; n++) {
             int64_t pair = r->order[b->first + c + n];
             columns[n] = column_at(x, shared ? pair / r->per_token : pair);
@@ -63,8 +64,9 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
     char *memory = w->scratch + scratch_tiles(weight, second ? second : weight, s->i[1]);
     const routing r = sort_pairs(ids, weight->ne[2], memory);
     char *acts = memory + routing_bytes(r.experts, r.pairs);
-    job j = {.matrices = second ? 2 : 1, .finish = finish, .to = {view_of(w, s->dst), NULL, NULL}};
-    const chunking c = chunks_of(w, tiles * r.batches, matrix_of(weight, 0, s->i[1]).bytes * j.matrices, 1);
+    job j = {.matrices = second ? 2 : 1, .then = INT64_MAX, .finish = finish, .to = {view_of(w, s->dst), NULL, NULL}};
+    const int most_cols = act_layout(s->i[1], r.pairs);                  // a batch may have fewer, and then another layout
+    const chunking c = chunks_of(w, tiles * r.batches, j.matrices, matrix_of(weight, 0, most_cols).bytes, most_cols, 1);
     const int64_t group = least(c.group, tiles), groups = div_up(tiles, group);
     batch b = {0};
     for (int64_t i, held = -1; (i = claim(w)) < r.batches * groups;) {
@@ -77,8 +79,8 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
             j.to.map = r.order + b.first;
             gather(x, norm_of(w, s, 2), j.layout, &r, &b, acts);
         }
-        int64_t first = i % groups * group, last = least(first + group, tiles), step = j.m[0].packed ? group : 1;
-        for (int64_t t = first; t < last; t += step) run_chunk(w, &j, t, least(t + step, last), acts, b.count, 0, div_up(b.count, SMALL_COLS));
+        int64_t first = i % groups * group, last = least(first + group, tiles), wide = ACT_LAYOUT[j.layout].parts != 0, step = wide || j.m[0].packed ? group : 1;
+        for (int64_t t = first; t < last; t += step) (wide ? run_wide : run_chunk)(w, &j, t, least(t + step, last), acts, b.count, 0, act_tiles(j.layout, b.count));
     }
 }
 

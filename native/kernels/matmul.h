@@ -17,6 +17,7 @@ enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights
 enum { STREAM_BYTES = 512 << 10 };               // for a few columns, where weights come from memory: a stream is slow to start
 enum { RUN_TILES = 8 };                          // tiles of one matrix before the other's: likewise
 enum { PREFETCH_BYTES = 1024 };                  // of the next stream, while this one ends
+enum { WIDE_PAIRS = 8, WIDE_BLOCK = 512, WIDE_STEPS = 16 };        // a matrix unit's chunk: row tiles / 2, columns; its depth at a time
 
 typedef struct {                                 // one matrix of (rows, k): a weight, or one expert's part of it
     const char *raw;                             // its first row in the file
@@ -95,13 +96,20 @@ static const char *make_tile(const matrix *m, int64_t tile, char *scratch) {
 // ---- chunks ------------------------------------------------------------------------------------------------------------------------
 typedef struct { int64_t group, groups, block, blocks; } chunking;        // row tiles per group, column tiles per block, and how many
 
-static chunking chunks_of(const worker *w, int64_t tiles, int64_t bytes, int64_t cols) {
+// tile_bytes: of a tile of each matrix
+static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t tile_bytes, int layout, int64_t cols) {
     chunking c = {.block = COLUMN_BLOCK};
-    int64_t fair = div_up(tiles, 4 * w->nth);                              // a few chunks each, so that the last ones even out
-    int64_t limit = cols <= SMALL_COLS ? STREAM_BYTES : CHUNK_BYTES;
-    c.group = most(least(fair, limit / bytes), div_up(CHUNK_MIN_BYTES, bytes));
+    const int64_t fair = div_up(tiles, 4 * w->nth), bytes = tile_bytes * matrices;     // a few chunks each, so that the last ones even out
+    if (ACT_LAYOUT[layout].parts) {
+        const int per_pair = 2 / matrices;
+        c.block = WIDE_BLOCK / MATRIX_SIDE;
+        c.group = least(div_up(fair, per_pair), WIDE_PAIRS) * per_pair;
+    } else {
+        int64_t limit = cols <= SMALL_COLS && !fetch_streams ? STREAM_BYTES : CHUNK_BYTES;
+        c.group = most(least(fair, limit / bytes), div_up(CHUNK_MIN_BYTES, bytes));
+    }
     c.groups = div_up(tiles, c.group);
-    c.blocks = div_up(div_up(cols, SMALL_COLS), c.block);
+    c.blocks = div_up(act_tiles(layout, cols), c.block);
     return c;
 }
 
@@ -142,7 +150,7 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
 
 // Columns of the result: where column c is stored, and what is added to it. map: which column of dst is meant, or NULL.
 typedef struct { const pyg_view *dst, *residual; const int32_t *map; } target;
-typedef struct { float *to[SMALL_COLS]; const float *residual[SMALL_COLS]; } landing;     // first rows of a column tile's columns
+typedef struct { float *to[2 * MATRIX_SIDE]; const float *residual[2 * MATRIX_SIDE]; } landing;     // first rows of some columns
 
 static landing landing_of(const target *to, int64_t column, int N) {
     landing l = {0};
@@ -153,9 +161,9 @@ static landing landing_of(const target *to, int64_t column, int N) {
     return l;
 }
 
-static void store_tile(const epilogue *e, const landing *l, const float *a, const float *b, int64_t row, int rows, int N) {
-    for (int n = 0; n < N; n++)
-        finish(e, a + n * TILE_ROWS, b + n * TILE_ROWS, row, rows, l->residual[n] ? l->residual[n] + row : NULL, l->to[n] + row);
+static void store_tile(const epilogue *e, const landing *l, const float *a, const float *b, int64_t row, int rows, int first, int N) {
+    for (int n = first; n < first + N; n++, a += TILE_ROWS, b += TILE_ROWS)
+        finish(e, a, b, row, rows, l->residual[n] ? l->residual[n] + row : NULL, l->to[n] + row);
 }
 
 // ---- a few columns against raw rows: ggml's dot product ---------------------------------------------------------------------------------
@@ -171,6 +179,7 @@ static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts
 typedef struct {
     matrix m[2];
     int matrices, layout;
+    int64_t then;                                // the first row tile of the worker's next chunk
     epilogue finish;
     target to;
 } job;
@@ -180,14 +189,24 @@ typedef struct {
 // The first lines of tiles that come next: the processor's own prefetch only sees them when they are there.
 static inline void prefetch_run(const job *j, int matrix_index, int64_t tile) {
     const matrix *m = &j->m[matrix_index];
-    if (!m->packed || tile >= m->tiles) return;
+    if (fetch_streams || !m->packed || tile >= m->tiles) return;
     for (int at = 0; at < PREFETCH_BYTES; at += LINE) __builtin_prefetch(m->packed + tile * m->bytes + at);
+}
+
+// The tile that comes from memory after tile t of matrix i, in a run of tiles start .. end of a chunk that ends with tile last.
+static inline const char *tile_after(const job *j, int i, int64_t t, int64_t start, int64_t end, int64_t last) {
+    if (++t == end) {
+        if (++i < j->matrices) t = start;
+        else if (i = 0, t == last) t = j->then;
+    }
+    return j->m[i].packed && t < j->m[i].tiles ? j->m[i].packed + t * j->m[i].bytes : NULL;
 }
 
 static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
     _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
     const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
     const int by_rows = ACT_LAYOUT[j->layout].row_type != 0;
+    const int from_memory = fetch_streams && cols <= SMALL_COLS;
     const char *made[2] = {NULL, NULL};                      // the one tile of a chunk whose weight is not packed
     for (int i = 0; i < j->matrices; i++) {
         const matrix *m = &j->m[i];
@@ -195,7 +214,7 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
         else if (!by_rows) made[i] = make_tile(m, first_tile, w->scratch + i * tile_scratch(&j->m[0]));
     }
     for (int64_t c = first; c < last; c++) {
-        const int N = act_tile_cols(cols, c);
+        const int N = act_tile_cols(j->layout, cols, c);
         const char *a = acts + c * SMALL_COLS * column_bytes;
         const landing at = landing_of(&j->to, c * SMALL_COLS, N);
         for (int64_t start = first_tile; start < last_tile; start += RUN_TILES) {
@@ -207,32 +226,104 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
                     if (i == 0) for (int n = 0; n < N; n++) __builtin_prefetch(at.to[n] + t * TILE_ROWS, 1);
                     if (t == end - 1) prefetch_run(j, i + 1 < j->matrices ? i + 1 : 0, i + 1 < j->matrices ? start : end);
                     if (by_rows) row_tile(m, t, j->layout, a, N, sums);
-                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, sums);
+                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, sums,
+                                           from_memory ? tile_after(j, i, t, start, end, last_tile) : NULL);
                 }
             }
             for (int64_t t = start; t < end; t++)
-                store_tile(&j->finish, &at, out[0][t - start], out[1][t - start], t * TILE_ROWS, tile_rows(&j->m[0], t), N);
+                store_tile(&j->finish, &at, out[0][t - start], out[1][t - start], t * TILE_ROWS, tile_rows(&j->m[0], t), 0, N);
         }
     }
+}
+
+// ---- many columns through a matrix unit ------------------------------------------------------------------------------------------
+// A chunk is pairs of row tiles (or of gate and up) x pairs of column tiles. Along k it goes WIDE_STEPS squares at a time: the weights of
+// all pairs are unpacked for that depth and stay in the second-level cache, those of a column pair in the first. Sums wait in scratch.
+typedef struct { char *weights, *made; float *sums; int64_t bytes; } wide_memory;
+
+static wide_memory wide_layout(char *base, const matrix *m) {
+    wide_memory at = {.weights = base};
+    at.sums = (float *)(at.weights + 2 * WIDE_PAIRS * WIDE_STEPS * 2 * MATRIX_SQUARE);
+    at.made = (char *)(at.sums + WIDE_PAIRS * 2 * TILE_ROWS * WIDE_BLOCK);
+    at.bytes = at.made - base + (m->packed ? 0 : tile_bytes(m->tile, WIDE_STEPS * MATRIX_DEPTH));
+    return at;
+}
+
+// `steps` squares of row tile t, from square `start` on.
+static void make_squares(const matrix *m, int64_t t, int64_t start, int64_t steps, int parts, char *made, char *to) {
+    const char *tile = m->packed + t * m->bytes;
+    int64_t k = m->k;
+    if (!m->packed) {
+        const int64_t at = start * MATRIX_DEPTH;
+        k = least(steps * MATRIX_DEPTH, k - at);
+        PACKERS[m->type](m->raw + t * TILE_ROWS * m->row_stride + row_bytes(m->type, at), m->row_stride, tile_rows(m, t), k, made);
+        tile = made;
+        start = 0;
+    }
+    for (int64_t i = 0; i < steps; i++, to += parts * MATRIX_SQUARE) SQUARES[m->tile](tile, k, start + i, to);
+}
+
+static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
+    const wide_memory at = wide_layout(w->scratch, &j->m[0]);
+    const int parts = ACT_LAYOUT[j->layout].parts, per_pair = 2 / j->matrices;
+    const int64_t square = parts * MATRIX_SQUARE, k = j->m[0].k, steps = div_up(k, MATRIX_DEPTH), columns = act_column_bytes(j->layout, k) * MATRIX_SIDE;
+    const int64_t pairs = div_up(last_tile - first_tile, per_pair);
+    for (int i = 0; i < j->matrices; i++)
+        if (j->m[i].packed) pack_tiles(&j->m[i], first_tile, last_tile);
+    matrix_begin();
+    for (int64_t start = 0; start < steps; start += WIDE_STEPS) {
+        const int64_t depth = least(WIDE_STEPS, steps - start), whole = start + depth == steps;
+        for (int64_t p = 0; p < 2 * pairs; p++) {
+            const int64_t t = first_tile + p / j->matrices;
+            if (t < last_tile) make_squares(&j->m[p % j->matrices], t, start, depth, parts, at.made, at.weights + p * WIDE_STEPS * square);
+        }
+        for (int64_t c = first; c < last; c += 2) {
+            const char *a[2] = {acts + c * columns + start * square, acts + least(c + 1, last - 1) * columns + start * square};
+            const int N = (int)least(2 * MATRIX_SIDE, cols - c * MATRIX_SIDE);
+            landing to = {0};
+            if (whole) to = landing_of(&j->to, c * MATRIX_SIDE, N);
+            for (int64_t p = 0; p < pairs; p++) {
+                const char *b[2] = {at.weights + 2 * p * WIDE_STEPS * square, at.weights + (2 * p + 1) * WIDE_STEPS * square};
+                float *sums = at.sums + ((c - first) / 2 * WIDE_PAIRS + p) * 4 * TILE_ROWS * MATRIX_SIDE;
+                if (parts == 1) matrix_block(1, a, b, depth, sums, start == 0);
+                else matrix_block(2, a, b, depth, sums, start == 0);
+                if (!whole) continue;
+                for (int i = 0; i < per_pair; i++) {
+                    const int64_t t = first_tile + p * per_pair + i;
+                    if (t == last_tile) break;
+                    for (int n = 0; n < N; n += MATRIX_SIDE) {
+                        const float *x = sums + (2 * n + i * MATRIX_SIDE) * TILE_ROWS;
+                        store_tile(&j->finish, &to, x, x + MATRIX_SIDE * TILE_ROWS, t * TILE_ROWS, tile_rows(&j->m[0], t), n, (int)least(MATRIX_SIDE, N - n));
+                    }
+                }
+            }
+        }
+    }
+    matrix_end();
 }
 
 // mul_mat, or glu_mat with its second weight.
 static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogue finish, const pyg_view *residual) {
     const pyg_view *dst = view_of(w, s->dst), *weight = view_of(w, s->src[0]);
-    const int64_t cols = dst->ne[1] * dst->ne[2], col_tiles = div_up(cols, SMALL_COLS);
-    const int layout = act_layout(s->i[1], cols);
-    job j = {.matrices = second ? 2 : 1, .layout = layout, .finish = finish, .to = {dst, residual, NULL}};
+    const int64_t cols = dst->ne[1] * dst->ne[2];
+    const int layout = act_layout(s->i[1], cols), wide = ACT_LAYOUT[layout].parts != 0;
+    const int64_t col_tiles = act_tiles(layout, cols);
+    job j = {.matrices = second ? 2 : 1, .layout = layout, .then = INT64_MAX, .finish = finish, .to = {dst, residual, NULL}};
     j.m[0] = matrix_of(weight, 0, layout);
     if (second) j.m[1] = matrix_of(second, 0, layout);
     const int64_t tiles = j.m[0].tiles;
-    const chunking c = chunks_of(w, tiles, j.m[0].bytes * j.matrices, cols);
+    const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols);
     const char *acts = NULL;
-    for (int64_t i; (i = claim(w)) < c.groups * c.blocks;) {
+    const int ahead = fetch_streams && cols <= SMALL_COLS;     // the next chunk is claimed before this one, to be fetched at its end
+    for (int64_t i = claim(w), next = 0; i < c.groups * c.blocks; i = next) {
+        if (ahead) j.then = least(next = claim(w), c.groups) * c.group;
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
         // a tile made in scratch is made for all columns of the block at once: row tiles outside
-        int64_t last = least((g + 1) * c.group, tiles), step = j.m[0].packed ? c.group : 1;
-        for (int64_t t = g * c.group; t < last; t += step) run_chunk(w, &j, t, least(t + step, last), acts, cols, b * c.block, least((b + 1) * c.block, col_tiles));
+        int64_t last = least((g + 1) * c.group, tiles), step = wide || j.m[0].packed ? c.group : 1;
+        for (int64_t t = g * c.group; t < last; t += step)
+            (wide ? run_wide : run_chunk)(w, &j, t, least(t + step, last), acts, cols, b * c.block, least((b + 1) * c.block, col_tiles));
+        if (!ahead) next = claim(w);
     }
 }
 
@@ -250,8 +341,10 @@ static void op_glu_mat(worker *w, const pyg_step *s) {
 
 // Private memory for the tiles of a step whose weights are not packed; the columns may be few or many.
 static int64_t scratch_tiles(const pyg_view *first, const pyg_view *second, int format) {
-    matrix a = matrix_of(first, 0, ACT_LAYOUT[format].interleaved), b = matrix_of(second, 0, ACT_LAYOUT[format].interleaved);
-    return (a.packed ? 0 : tile_scratch(&a)) + (b.packed ? 0 : tile_scratch(&b));
+    const int few = ACT_LAYOUT[format % ACT_WIDE].interleaved;
+    matrix a = matrix_of(first, 0, few), b = matrix_of(second, 0, few);
+    const int64_t tiles = (a.packed ? 0 : tile_scratch(&a)) + (b.packed ? 0 : tile_scratch(&b));
+    return format < ACT_WIDE ? tiles : most(tiles, most(wide_layout(NULL, &a).bytes, wide_layout(NULL, &b).bytes));
 }
 
 static int64_t scratch_mul_mat(const pyg_plan *plan, const pyg_step *s) {

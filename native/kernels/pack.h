@@ -82,14 +82,18 @@ static int64_t pack_bytes(int type, int64_t rows, int64_t k) {
 }
 
 // How activations are prepared for weights of a type: interleaved for tiles, ggml's own blocks for raw rows (see act.h).
-static int act_format(int type, int packed, int exact) {
+// Where a matrix unit is used and `fixed` does not forbid two roundings, also for many columns; F16 weights keep their bits in two parts.
+static int act_format(int type, int packed, int exact, int fixed) {
     enum { ROW_none = ACT_F32, ROW_q8_0 = ACT_ROW_Q8_0, ROW_q8_1 = ACT_ROW_Q8_1, ROW_q8_K = ACT_ROW_Q8_K };
     static const int8_t rows[N_TYPES] = {
 #define X(id, name, qk, span, zero, codes, min, act) [id] = ROW_##act,
         BLOCK_TYPES(X)
 #undef X
     };                                                       // plain numbers: ACT_F32
-    return exact ? ACT_F32 : packed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
+    if (exact) return ACT_F32;
+    const int few = packed || fixed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
+    if (!MATRIX_UNIT || fixed || type == TYPE_f32) return few;
+    return few + ACT_WIDE * (type == TYPE_f16 ? ACT_BF16X2 : ACT_BF16);
 }
 
 // ---- quads: 16 weights of one row as bytes, four quads, from the file's blocks (i: which 16 of the block) -------------------------

@@ -5,7 +5,8 @@
 // are compile-time constants in every instance, and each branch on them disappears.
 #pragma once
 
-typedef void tile_fn(const char *w, const char *a, int64_t k, float *out);
+// next: the tile that comes after this one from memory, or NULL
+typedef void tile_fn(const char *w, const char *a, int64_t k, float *out, const char *next);
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns.
@@ -30,12 +31,20 @@ enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8, FLOAT_PHASES = VL ==
 #endif
 
 // With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself.
-// One pass asks for what lies a little ahead, several share out the next tile; one or two columns keep up without.
-enum { AHEAD_BYTES = 2048 };
-INLINE void fetch_ahead(const pass_shape s, const int64_t tile, const int bytes, const char *w) {
-    if (s.N <= 2) return;
-    w += s.count == 1 ? AHEAD_BYTES : tile;
-    EACH(line, (bytes + LINE - 1) / LINE) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
+// Where the driver names the next tile (see fetch_streams), that is asked for in FETCH_STREAMS streams, each the same way along its
+// part of the tile: one core then has twice as many lines under way as with one stream. Otherwise one pass asks for what lies a
+// little ahead, several share out the next tile; one or two columns keep up without.
+enum { AHEAD_BYTES = 2048, FETCH_STREAMS = 4 };
+typedef struct { const char *start, *next; int64_t bytes; } fetch_plan;        // this tile, the next one, the bytes of each
+INLINE void fetch_ahead(const pass_shape s, const fetch_plan f, const char *w, const int bytes) {
+    if (f.next) {
+        const char *at = f.next + (w - f.start) / FETCH_STREAMS;
+        EACH(stream, FETCH_STREAMS) if (stream % s.count == s.index)
+            EACH(line, (bytes / FETCH_STREAMS + LINE - 1) / LINE) __builtin_prefetch(at + stream * (f.bytes / FETCH_STREAMS) + LINE * line);
+    } else if (s.N > 2) {
+        w += s.count == 1 ? AHEAD_BYTES : f.bytes;
+        EACH(line, (bytes + LINE - 1) / LINE) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
+    }
 }
 
 // Line t of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows; nibbles: its nibble line t or t - 4.
@@ -100,8 +109,9 @@ INLINE vf scale_32(const tile_type d, const char *w, int v) {
 }
 
 // ---- blocks of 32 x ACT_A32 ------------------------------------------------------------------------------------------------------
-INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
+    const fetch_plan ahead = {w, next, k / 32 * tile_block_bytes(d)};
     const int half = TILE_ROWS * 2, lane = VL * 2;
     vf f[PASS_ACC];
     EACH(i, vecs * cols) f[i] = vf_set(0);
@@ -111,7 +121,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
             vi start = needs_start(d) ? vi_set4_shift(a + 4 * (2 * N + s.n0 + n), d.zero) : vi_set(0);
             EACH(v, vecs) c[v * cols + n] = start;
         }
-        fetch_ahead(s, k / 32 * tile_block_bytes(d), tile_block_bytes(d), w);
+        fetch_ahead(s, ahead, w, tile_block_bytes(d));
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
         dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
@@ -130,8 +140,9 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
 // Sub-block sums meet their integer scales in integers, so a block rounds once. Where the sums of two sub-blocks fit in 16 bits
 // they meet both scales in one product.
 INLINE int sums_fit_i16(const tile_type d) { return !d.codebook && (127 << (d.zero ? d.zero : d.bits)) * d.sub <= INT16_MAX; }
-INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
+    const fetch_plan ahead = {w, next, k / 256 * tile_block_bytes(d)};
     const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
     const int quads = d.sub / 4;                             // per sub-block
     const int share = (tile_block_bytes(d) / LINE + pairs - 1) / pairs * LINE;      // of a block, to fetch ahead with each pair
@@ -143,7 +154,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
         EACH(i, vecs * cols) sum[i] = vi_set(0);
         UNROLL(1) for (int p = 0; p < pairs; p++) {
             vi first[PASS_ACC];
-            fetch_ahead(s, k / 256 * tile_block_bytes(d), share, w + p * share);
+            fetch_ahead(s, ahead, w + p * share, share);
             EACH(side, 2) {                                     // the two sub-blocks whose scales lie side by side
                 const char *lines = planes + (d.sub == 32 ? 2 * p + side : p) * planes_bytes(d);
                 const char *quad = q + (2 * p + side) * quads * 4 * N;
@@ -193,7 +204,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
 }
 
 // ---- codes with a float scale per 16, for either activation format ------------------------------------------------------------------
-INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {    // never from memory
     const int N = s.N, vecs = s.vecs, cols = s.cols, layout = d.block == 32 ? ACT_A32 : ACT_A256, dwords = d.block == 32 ? 3 : 29;
     vf f[PASS_ACC];
     EACH(i, vecs * cols) f[i] = vf_set(0);
@@ -227,15 +238,16 @@ INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, con
 INLINE vf float_line(const tile_type d, const char *p) {
     return d.id == TYPE_f32 ? vf_load(p) : d.id == TYPE_f16 ? vf_from_f16(p) : vf_from_bf16(p);
 }
-INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
+    const fetch_plan ahead = {w, next, k * tile_block_bytes(d)};
     // a narrow pass needs independent sums to hide the latency of fma; as many in a wide one, for a column must not depend on its neighbours
-    const int phases = FLOAT_PHASES, step = tile_block_bytes(d);
+    const int phases = FLOAT_PHASES, step = tile_block_bytes(d), share = FETCH_STREAMS * LINE;
     vf f[FLOAT_PHASES][FLOAT_ACC];
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
-        fetch_ahead(s, k * step, phases * step, w);
+        if ((w - ahead.start) % share < phases * step) fetch_ahead(s, ahead, w, share);
         EACH(p, phases) {
             vf x[TILE_VECS];
             EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
@@ -255,27 +267,30 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
 }
 
 // ---- instances: a function per type and number of columns ---------------------------------------------------------------------------
-INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
-    if (d.block == 1) pass_1(d, s, w, a, k, out);
+INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
+    if (d.block == 1) pass_1(d, s, w, a, k, out, next);
     else if (d.scales == SCALES_F32) pass_codes(d, s, w, a, k, out);
-    else if (d.block == 32) pass_32(d, s, w, a, k, out);
-    else pass_256(d, s, w, a, k, out);
+    else if (d.block == 32) pass_32(d, s, w, a, k, out, next);
+    else pass_256(d, s, w, a, k, out, next);
 }
-INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out) {
+INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
     const int vecs = N * TILE_VECS <= acc ? TILE_VECS : 1, rest = N % acc;
     const int across = (N + acc - 1) / acc, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
         const int index = v / vecs * across;
-        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, (pass_shape){N, v, vecs, n, acc, index + n / acc, count}, w, a, k, out);
-        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, index + across - 1, count}, w, a, k, out);
+        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, (pass_shape){N, v, vecs, n, acc, index + n / acc, count}, w, a, k, out, next);
+        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, index + across - 1, count}, w, a, k, out, next);
     }
 }
 
 #define ALL_TILES(T) FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
-#define INSTANCE(name, n) static void tile_##name##_##n(const char *w, const char *a, int64_t k, float *out) { passes_##name(n, w, a, k, out); }
+#define INSTANCE(name, n) \
+    static void tile_##name##_##n(const char *w, const char *a, int64_t k, float *out, const char *next) { passes_##name(n, w, a, k, out, next); }
 #define T(name, ...) \
-    SPECIALIZED void passes_##name(const int N, const char *w, const char *a, int64_t k, float *out) { passes(TILE_TYPES[TYPE_##name], N, w, a, k, out); } \
+    SPECIALIZED void passes_##name(const int N, const char *w, const char *a, int64_t k, float *out, const char *next) { \
+        passes(TILE_TYPES[TYPE_##name], N, w, a, k, out, next); \
+    } \
     INSTANCE(name, 1) INSTANCE(name, 2) INSTANCE(name, 3) INSTANCE(name, 4) INSTANCE(name, 5) INSTANCE(name, 6) INSTANCE(name, 7) INSTANCE(name, 8)
 ALL_TILES(T)
 #undef T

@@ -34,7 +34,7 @@ INLINE u8x32 u8x32_set(int x) { return (uint8_t)x - (u8x32){0}; }
 #define IN_REGISTER(v) (void)(v)
 #endif
 
-#if defined ISA_avx2 || defined ISA_avxvnni || defined ISA_avx512 || defined ISA_avx512bf16
+#if defined ISA_avx2 || defined ISA_avxvnni || defined ISA_avx512 || defined ISA_avx512bf16 || defined ISA_amx
 #include "x86.h"
 #elif defined ISA_neon
 #include "arm.h"
@@ -178,5 +178,22 @@ INLINE vf vf_pack_bf16(vf low, vf high) {       // neighbours pair up: low[0] an
 INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd * b.odd
     acc = vf_fma((vf)((vi)a << 16), (vf)((vi)b << 16), acc);
     return vf_fma((vf)((vi)a & (int32_t)0xffff0000), (vf)((vi)b & (int32_t)0xffff0000), acc);
+}
+#endif
+
+// ---- a matrix unit: products of bf16 in squares of 16 --------------------------------------------------------------------------------
+// A square is 1 KB: of activations 16 columns x 32 k, of weights [k / 2][16 rows][2 k], of sums float [column][row].
+//   matrix_begin(), matrix_end()      around products, in each thread
+//   matrix_block(parts, a, b, steps, c, fresh)
+//       c[i][j] (+)= sum over steps of a[i] x b[j], i and j in 0 .. 1, in c[0][0], c[0][1], c[1][0], c[1][1]; fresh: from zero.
+//       The squares of a step follow those of the one before. parts 2: a value is the sum of two bf16, the higher one in the first
+//       of two squares; the product of the lower ones is left out.
+enum { MATRIX_SIDE = 16, MATRIX_DEPTH = 32, MATRIX_SQUARE = 1024 };
+#ifndef MATRIX_UNIT
+enum { MATRIX_UNIT = 0 };
+INLINE void matrix_begin(void) {}
+INLINE void matrix_end(void) {}
+INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, float *c, int fresh) {
+    (void)parts, (void)a, (void)b, (void)steps, (void)c, (void)fresh;
 }
 #endif

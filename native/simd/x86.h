@@ -1,8 +1,12 @@
-// AVX2 and AVX-VNNI (8 lanes), AVX-512 with VNNI (16 lanes).
+// AVX2 and AVX-VNNI (8 lanes), AVX-512 with VNNI (16 lanes), the matrix unit of AMX.
 #pragma once
 #include <immintrin.h>
 static inline float f16_to_f32(f16 h) { return _cvtsh_ss(h.bits); }
 static inline f16 f32_to_f16(float f) { return (f16){_cvtss_sh(f, 0)}; }
+
+#if defined ISA_avx512 || defined ISA_avx512bf16 || defined ISA_amx
+#define SIMD_512
+#endif
 
 // A build may have the 32-byte form of vpdpbusd under either of its encodings: see PYGGML_EVEX_AVXVNNI in build.py.
 #if defined __AVXVNNI__
@@ -13,7 +17,7 @@ static inline f16 f32_to_f16(float f) { return (f16){_cvtss_sh(f, 0)}; }
 #define DPWSSD(c, w, a) _mm256_dpwssd_epi32(c, w, a)
 #endif
 
-#if defined ISA_avx512 || defined ISA_avx512bf16
+#if defined SIMD_512
 enum { VL = 16, S8_BIAS = 128 };
 typedef float   vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -154,7 +158,7 @@ INLINE i32x8 dot_biased(u8x32 w, int zero, i8x32 a) {
     return (i32x8)_mm256_madd_epi16(d, _mm256_set1_epi16(1));
 }
 #endif
-#if defined ISA_avx512 || defined ISA_avx512bf16
+#if defined SIMD_512
 INLINE u8x32 u8x32_mask(uint32_t bits) { return (u8x32)_mm256_movm_epi8(bits); }
 #else
 INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
@@ -188,7 +192,7 @@ INLINE u8x32 u8x32_lookup(const int8_t *table, u8x32 index) {       // 16 entrie
 
 // ---- lanes repeated and swapped, for attention ------------------------------------------------------------------------------
 // vf_repeat(p, n): the n floats at p, again and again;  vf_swap(v, n): lane i gets lane i ^ n.  n is a constant power of two.
-#if defined ISA_avx512 || defined ISA_avx512bf16
+#if defined SIMD_512
 enum { VREGS = 32 };
 static inline __attribute__((always_inline)) vf vf_repeat(const float *p, int n) {
     if (n == 1) return (vf)_mm512_set1_ps(*p);
@@ -225,5 +229,55 @@ static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
     if (n == 1) return (vf)_mm256_permute_ps((__m256)v, 0xb1);
     if (n == 2) return (vf)_mm256_permute_ps((__m256)v, 0x4e);
     return (vf)_mm256_permute2f128_ps((__m256)v, (__m256)v, 1);
+}
+#endif
+
+// ---- matrix products of bf16 (AMX) ----------------------------------------------------------------------------------------------
+#if defined ISA_amx
+#define MATRIX_UNIT 1
+INLINE void matrix_begin(void) {                // the tile registers of this thread: eight of 16 lines of 64 bytes
+    const struct { uint8_t palette, start, none[14]; uint16_t line[16]; uint8_t lines[16]; } __attribute__((aligned(64))) shape = {
+        .palette = 1, .line = {64, 64, 64, 64, 64, 64, 64, 64}, .lines = {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("" : : "r"(&shape) : "memory");        // gcc 12 does not know that the next line reads it
+    _tile_loadconfig(&shape);
+}
+INLINE void matrix_end(void) { _tile_release(); }           // until then a context switch saves 8 KB more
+
+INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, float *c, int fresh) {
+    const char *a0 = a[0], *a1 = a[1], *b0 = b[0], *b1 = b[1];
+    __asm__ volatile("" : : : "memory");                    // nor that tile loads read memory
+    if (fresh) {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+        _tile_loadd(0, c, 64); _tile_loadd(1, c + 256, 64); _tile_loadd(2, c + 512, 64); _tile_loadd(3, c + 768, 64);
+    }
+    for (int64_t i = 0; i < steps; i++, a0 += 1024 * parts, a1 += 1024 * parts, b0 += 1024 * parts, b1 += 1024 * parts) {
+        _tile_loadd(6, b0, 64);
+        if (parts == 2) {                                   // high weights x low activations
+            _tile_loadd(4, a0 + 1024, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b1, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a1 + 1024, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_loadd(4, a0, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (parts == 1) _tile_loadd(7, b1, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a1, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        if (parts == 2) {                                   // low weights x high activations
+            _tile_loadd(6, b0 + 1024, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(7, b1 + 1024, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64); _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64);
 }
 #endif

@@ -88,7 +88,7 @@ class WeightStore:
 
     def act_format(self, weight: Tensor, fixed: bool) -> int:
         """How activations are prepared for this weight (ACT_* of native/engine.h); `fixed`: as for a packed one, whatever the batch."""
-        return lib.pyg_act_format(tensor_type(weight.type).id, fixed or self.packed_bytes(weight) > 0, self.exact)
+        return lib.pyg_act_format(tensor_type(weight.type).id, self.packed_bytes(weight) > 0, self.exact, fixed)
 
     def act_bytes(self, format: int, k: int, columns: int) -> int:
         """Bytes of activations prepared in a step of their own: columns of k values."""

@@ -9,11 +9,10 @@ Exit status: 0 done; 1 something is wrong with the input; 2 wrong usage; 130 int
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import importlib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ USAGE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141
 
 def commands() -> dict[str, str]:
     """Every command with its line of help, read from the modules' text without importing them."""
+    import ast
+
     found = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         line = next(line for line in path.read_text().splitlines() if line.startswith("HELP = "))
@@ -96,6 +97,10 @@ def _open_streams() -> None:
             setattr(sys, stream, open(os.devnull, mode))        # noqa: SIM115  (open as long as the process)
 
 
+def _is_command(name: str) -> bool:
+    return re.fullmatch("[a-z][a-z-]*", name) is not None and (Path(__file__).parent / f"{name.replace('-', '_')}.py").exists()
+
+
 def _dispatch(name: str, argv: list[str]) -> int:
     if name in ("-h", "--help", "help"):
         print(overview(), end="")
@@ -103,9 +108,10 @@ def _dispatch(name: str, argv: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"pyggml {__version__}")
         return 0
-    known = commands()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
+    if not _is_command(name):
+        import difflib
+
+        near = difflib.get_close_matches(name, commands(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"pyggml: {name!r} is not a command{hint}\n\n{overview()}" if name else overview(), end="", file=sys.stderr)
         return USAGE

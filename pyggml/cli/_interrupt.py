@@ -4,8 +4,8 @@ call busy for seconds; so a thread waits for the byte that the C-level handler w
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -18,11 +18,11 @@ def on_interrupt(cancel: Callable[[], None]) -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def watch() -> None:
-        while signals := reader.recv(64):
+        while signals := os.read(reader, 64):
             if signal.SIGINT in signals:
                 interrupted.set()
                 cancel()
@@ -35,7 +35,7 @@ def on_interrupt(cancel: Callable[[], None]) -> Iterator[threading.Event]:
 
     watcher = threading.Thread(target=watch, name="pyggml-interrupt", daemon=True)
     old_handler = signal.signal(signal.SIGINT, first)
-    old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher.start()
     try:
         yield interrupted
@@ -43,6 +43,6 @@ def on_interrupt(cancel: Callable[[], None]) -> Iterator[threading.Event]:
         done.set()
         signal.set_wakeup_fd(old_wakeup)
         signal.signal(signal.SIGINT, old_handler)
-        writer.close()                  # ends the watcher
+        os.close(writer)                # ends the watcher
         watcher.join()
-        reader.close()
+        os.close(reader)

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import signal
 import stat
 import struct
@@ -175,7 +174,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
     try:
         with orderly_end(), locked(target) as old:
             remove_stale(folder, name)
-            unique = f"{resume}.{_boot()}.part" if resume else f"{os.getpid()}.{secrets.token_hex(4)}.tmp"
+            unique = f"{resume}.{_boot()}.part" if resume else f"{os.getpid()}.{os.urandom(4).hex()}.tmp"
             temporary = os.path.join(folder, f".{name}.{unique}")
             there = os.stat(temporary).st_blocks * 512 if resume and os.path.exists(temporary) else 0
             check_room(target, size - there)
@@ -289,7 +288,7 @@ def _boot() -> str:
     """A name for the time since the machine was started; unique where the system does not tell."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip().replace("-", "")[:16]
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def _remove_parts(folder: str, name: str, resume: str) -> None:

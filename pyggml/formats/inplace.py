@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import signal
 import struct
@@ -87,8 +86,14 @@ def replace_start(path: str | os.PathLike[str], fd: int, old: np.ndarray, new: b
         return True
 
 
+def _digest(data: bytes) -> bytes:
+    import hashlib  # 3 ms that every opened file would pay
+
+    return hashlib.sha256(data).digest()
+
+
 def _write_undo(target: str, numbers: bytes, old: bytes) -> None:
-    digest = hashlib.sha256(numbers + old).digest()
+    digest = _digest(numbers + old)
     fd = os.open(undo_path(target), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         _write_at(fd, _MAGIC + numbers + digest + old, 0)
@@ -114,7 +119,7 @@ def _undo(target: str, fd: int) -> None:
     if len(record) >= _RECORD.size:
         magic, size, inserted, first, length, digest = _RECORD.unpack_from(record)
         old = record[_RECORD.size:]
-        if magic == _MAGIC and len(old) == length and hashlib.sha256(record[8:40] + old).digest() == digest:
+        if magic == _MAGIC and len(old) == length and _digest(record[8:40] + old) == digest:
             now = os.fstat(fd).st_size
             if now not in (size, size + inserted):
                 raise GGUFError(f"{printable(target)}: an edit of this file was interrupted, and the file was changed since; "

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from pyggml.errors import ModelError
 from pyggml.tokenizers.base import StreamDecoder, Tokenizer
-from pyggml.tokenizers.bpe import ByteBPE, GemmaBPE
-from pyggml.tokenizers.spm import SentencePiece
-from pyggml.tokenizers.unigram import Unigram
-from pyggml.tokenizers.wordpiece import WordPiece
 
 __all__ = ["MODELS", "StreamDecoder", "Tokenizer", "load"]
 
-MODELS: dict[str, type[Tokenizer]] = {"llama": SentencePiece, "gpt2": ByteBPE, "gemma4": GemmaBPE, "bert": WordPiece, "t5": Unigram}
+# tokenizer.ggml.model -> module and class; imported when asked for, as some bring large packages with them
+MODELS = {"llama": "spm SentencePiece", "gpt2": "bpe ByteBPE", "gemma4": "bpe GemmaBPE", "bert": "wordpiece WordPiece", "t5": "unigram Unigram"}
 
 
 def load(kv: Mapping[str, Any], path: str = "") -> Tokenizer:
@@ -29,7 +27,7 @@ def _load(kv: Mapping[str, Any]) -> Tokenizer:
     model = kv.get("tokenizer.ggml.model")
     if model is None:
         raise ModelError("tokenizer.ggml.model is missing: the file has no tokenizer; convert the model again, or use a file that has one")
-    kind = MODELS.get(model) if isinstance(model, str) else None
-    if kind is None:
+    if not isinstance(model, str) or model not in MODELS:
         raise ModelError(f"tokenizer.ggml.model is {model!r}, a kind of tokenizer that pyggml does not know; it knows {', '.join(MODELS)}")
-    return kind(kv)
+    module, kind = MODELS[model].split()
+    return getattr(importlib.import_module(f"pyggml.tokenizers.{module}"), kind)(kv)

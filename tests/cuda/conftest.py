@@ -1,15 +1,27 @@
-"""Everything here runs in Numba's simulator, in a process of its own: Numba decides once, when it is imported, whether its GPU is a
-simulated one. `NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda` runs it, and so does tests/unit/test_cuda.py; otherwise nothing is
-collected here.
+"""Everything here runs without a GPU, in a process of its own, in one of two ways:
+
+    NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda      kernels as Python, in Numba's simulator
+    PYGGML_PTX=8.0 python -m pytest tests/cuda              kernels as the PTX that they are compiled to, on the machine of tests/cuda/ptx
+
+tests/unit/test_cuda.py does both. Otherwise nothing is collected here: Numba decides once, when it is imported, whether its GPU is real.
 """
 
+import gc
 import os
 
-if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
-    collect_ignore_glob = ["*"]
-else:
+if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     import lanes
 
     from pyggml.backends.cuda import prims
 
+    collect_ignore = ["test_ptx_machine.py"]
     lanes.install(prims)
+elif "PYGGML_PTX" in os.environ:
+    import on_machine
+
+    collect_ignore = ["test_decode.py", "test_gpu_script.py"]       # whole models
+    major, minor = os.environ["PYGGML_PTX"].split(".")
+    on_machine.install((int(major), int(minor)))
+    gc.disable()                            # compiling makes millions of small objects that stay
+else:
+    collect_ignore_glob = ["*"]

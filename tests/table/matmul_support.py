@@ -9,8 +9,9 @@ from pyggml.native import lib
 from pyggml.quants import dequantize
 from pyggml.types import tensor_type
 
-ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K = range(6)
-SMALL_COLS = 8
+ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT_BF16, ACT_BF16X2 = range(8)
+ACT_WIDE = lib.PYG_ACT_WIDE
+SMALL_COLS, WIDE_COLS = 8, 32
 EPS = 1e-5
 
 
@@ -38,11 +39,26 @@ def random_blocks(name: str, rows: int, k: int, rng: np.random.Generator) -> np.
     return raw
 
 
+def act_layout(fmt: int, columns: int) -> int:
+    """The layout of this many columns."""
+    return fmt // ACT_WIDE if fmt >= ACT_WIDE and columns > WIDE_COLS else fmt % ACT_WIDE
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to the nearest bf16, ties to even."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return (bits + np.uint32(0x7fff) + (bits >> 16 & 1) & np.uint32(0xffff0000)).view(np.float32).astype(np.float64)
+
+
 def rounded(x: np.ndarray, fmt: int) -> np.ndarray:
     """Activations (T, K) as a format keeps them, in float64."""
     x = x.astype(np.float32)
+    fmt = act_layout(fmt, len(x))
     if fmt == ACT_F32:
         return x.astype(np.float64)
+    if fmt in (ACT_BF16, ACT_BF16X2):
+        high = bf16(x)
+        return high if fmt == ACT_BF16 else high + bf16(x - high.astype(np.float32))
     if fmt in (ACT_A256, ACT_ROW_Q8_K):
         blocks = x.reshape(len(x), -1, 256)
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -80,7 +96,16 @@ class Weight:
         if layout == "packed":
             self.packed = np.zeros(n * lib.pyg_pack_bytes(self.id, rows, k), np.uint8)
             self.ready = np.zeros(n * -(-rows // 16), np.uint8)
-        self.format = lib.pyg_act_format(self.id, int(self.packed is not None), int(layout == "exact"))
+        self.exact = layout == "exact"
+
+    @property
+    def format(self) -> int:
+        """How the instruction set in use takes the activations of this weight."""
+        return lib.pyg_act_format(self.id, int(self.packed is not None), int(self.exact), 0)
+
+    def seen(self, columns: int) -> np.ndarray:
+        """The weight as that many columns meet it."""
+        return bf16(self.dense) if act_layout(self.format, columns) == ACT_BF16 else self.dense
 
     def view(self, program: Program, release: bool = False) -> int:
         return program.view(self.raw, self.name, self.shape, packed=self.packed, ready=self.ready, release=release)

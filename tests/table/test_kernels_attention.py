@@ -34,7 +34,7 @@ HEADS = [(1, 1, 64), (8, 1, 64), (4, 4, 32), (6, 2, 80), (14, 2, 64), (8, 2, 96)
 
 
 def bound(isa: str, cache_type: str, coarse: int) -> float:
-    return BF16_DOT if isa == "avx512bf16" and cache_type != "F32" and (coarse or cache_type == "BF16") else EXACT
+    return BF16_DOT if isa in ("avx512bf16", "amx") and cache_type != "F32" and (coarse or cache_type == "BF16") else EXACT
 
 
 class Case:

@@ -30,6 +30,27 @@ def test_in_the_simulator():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+PTX = {                                             # capability and tests, by process: two work side by side
+    "9.0": ["test_attention.py", "test_gemm.py"],
+    "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py"],
+    "7.5": ["test_gemm.py", "-k", "every_epilogue and F16"],        # other matrix instructions, and no copies behind the kernel's back
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="compiling for a GPU needs it: pip install 'pyggml[cuda]'")
+def test_the_ptx_of_every_kernel():
+    """tests/cuda once more, with kernels as they are compiled for GPUs, on the machine of tests/cuda/ptx."""
+    started = []
+    for capability, (first, *others) in PTX.items():
+        environment = {**os.environ, "PYGGML_PTX": capability, "NUMBA_ENABLE_CUDASIM": "0"}
+        files = [str(TESTS / "cuda" / name) if name.endswith(".py") else name for name in (first, *others)]
+        started.append(subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-x", *files], env=environment, text=True, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT))
+    for process in started:
+        out, _ = process.communicate()
+        assert process.returncode == 0, out[-6000:]
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Set what the driver finds: machine(gpus, why there is none, whether numba-cuda is installed)."""

@@ -43,7 +43,7 @@ def measure(name: str, rows: int, k: int, cols: int, threads: int, memory: int, 
     size = lib.pyg_pack_bytes(kind, rows, k)
     copies = max(1, min(64, (memory << 20) // size)) if cols <= 8 else 1
     raw = weights(name, rows, k, rng)
-    fmt = lib.pyg_act_format(kind, 1, 0)
+    fmt = lib.pyg_act_format(kind, 1, 0, 0)
     program, pool = Program(), Pool(threads)
     x, y = rng.standard_normal((cols, k)).astype(np.float32), np.zeros((cols, rows), np.float32)
     xv, yv = program.view(x), program.view(y)

@@ -231,7 +231,7 @@ def attention_kernel(form: Form) -> Any:
             stop = min(stop, start + each - 1)
 
         q_regs = cuda.local.array(q_local, np.uint32)
-        q_waiting = cuda.shared.array(q_shared, np.uint32)      # word i of a lane; each lane reads only what it wrote (or another the same)
+        q_waiting = cuda.shared.array(q_shared, np.uint32)      # word i of a lane
         q_mine = lane if split else lane + warp * q_words * 32
         k_regs = cuda.local.array(k_words, np.uint32)
         v_regs = cuda.local.array(v_words, np.uint32)
@@ -245,6 +245,8 @@ def attention_kernel(form: Form) -> Any:
                     q_waiting[q_mine + 32 * (8 * c + i)], q_waiting[q_mine + 32 * (8 * c + 4 + i)] = a[i], b[i]
                 else:
                     q_regs[8 * c + i], q_regs[8 * c + 4 + i] = a[i], b[i]
+        if wide and split:
+            cuda.syncthreads()                          # the warps wrote the same words
         for i in range(n_acc):
             acc[i] = 0
         max_a, max_b, sum_a, sum_b = LOWEST, LOWEST, f32(0), f32(0)

@@ -206,7 +206,7 @@ def gemm_kernel(form: Form) -> Any:
 
     @kernel
     def gemm(w, o1, o2, o3, grid, act, act_row, list_, offsets, share, dst, bias, residual, scale, m, k, groups, slots, slot, per_token, limit):
-        shared = cuda.shared.array(shared_halves, np.float16)
+        shared = cuda.shared.array(shared_halves, np.float16, 16)       # aligned for copies of 16 bytes
         tid = cuda.threadIdx.x
         lane, warp = tid & 31, tid >> 5
         m0, n0 = i32(cuda.blockIdx.x) * bm, i32(cuda.blockIdx.y) * bn

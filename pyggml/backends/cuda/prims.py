@@ -24,6 +24,9 @@ if SIMULATED:
     i32, u32, i64, f32 = np.int32, np.uint32, np.int64, np.float32
 else:
     from numba import types
+    from numba.cuda.core import config as cuda_config
+
+    cuda_config.CUDA_LOW_OCCUPANCY_WARNINGS = 0         # small grids are meant: a warning for each would reach the user
 
     i32, u32, i64, f32 = types.int32, types.uint32, types.int64, types.float32
 
