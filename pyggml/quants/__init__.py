@@ -18,7 +18,10 @@ from pyggml.types import TensorType, tensor_type
 
 __all__ = ["CODECS", "Codec", "codec", "dequantize", "quantize", "register"]
 
-_CHUNK = 1 << 20         # weights handed to one worker at a time
+_CHUNK = 1 << 19         # weights handed to one worker at a time
+_pool: list[ThreadPoolExecutor] = []        # the helpers of _in_chunks, once there were any; gone after a fork, as threads are
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.clear)
 
 
 def _pointer(kind: str, array: np.ndarray):
@@ -33,9 +36,19 @@ def _in_chunks(rows: int, per_row: int, threads: int | None, work) -> None:
     if threads <= 1:
         work(0, rows)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda i: work(i, min(rows, i + step)), starts):
-            pass
+    if not _pool or _pool[0]._max_workers < threads - 1:
+        _pool[:] = [ThreadPoolExecutor(threads - 1, "pyggml-quants")]
+    chunks = iter(starts)
+
+    def take() -> None:
+        for i in chunks:
+            work(i, min(rows, i + step))
+    helpers = [_pool[0].submit(take) for _ in range(threads - 1)]
+    try:
+        take()
+    finally:
+        for helper in helpers:
+            helper.result()
 
 
 def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, threads: int | None = None) -> np.ndarray:

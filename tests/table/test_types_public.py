@@ -85,3 +85,13 @@ def test_without_the_extension_numpy_does_the_same():
     out = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True).stdout
     errors = {name: float(error) for name, error in map(str.split, out.splitlines())}
     assert len(errors) == 5 and errors["Q8_0"] < 0.02 and max(errors.values()) < 1
+
+
+def test_threads_after_a_fork():
+    """The helpers of large arrays are threads, which a child process does not have: it makes its own."""
+    x = np.random.default_rng(0).standard_normal((1024, 1024), np.float32)
+    want = quants.quantize(x, "Q8_0", threads=3)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(not np.array_equal(quants.quantize(x, "Q8_0", threads=3), want)))
+    assert os.waitpid(pid, 0)[1] == 0
