@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     expected = manifest(args.check) if args.check else {}
     if args.check and not chosen:
         chosen = [name for name in ALGORITHMS if any(algorithm == name for algorithm, _ in expected)]
+    args.no_layer |= bool(expected) and not any(tensor for _, tensor in expected)      # a manifest of the whole model alone
     file = formats.open(args.file, use_mmap=False)
     found = hashes(file, chosen or [DEFAULT], not args.no_layer)
     if args.check:

@@ -154,16 +154,22 @@ def test_force(model):
     assert formats.open(model).kv["general.name"] == 5
 
 
+ENDS = [signal.SIGINT, signal.SIGTERM]
+
+
 def in_child(work):
     """Run `work()` in a child process; returns its id. Exit status 0, or 1 with a traceback when it raises."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)      # an interrupt waits until the child is where it can be caught
     pid = os.fork()
     if pid == 0:
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
             work()
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
     return pid
 
 
@@ -309,7 +315,7 @@ def test_two_writers_at_once(model):
     assert [p.name for p in model.parent.iterdir()] == ["m.gguf"]
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", ENDS)
 def test_interrupts_at_random_times(model, end):
     good = contents(model)
     names = {"model"}
@@ -360,6 +366,19 @@ def test_command(model, tmp_path, capsys):
     out = capsys.readouterr().out
     for line in ("~ n: (u32) 5 -> (u32) 6", "- last = (f32) 1.5", "+ x = (u64) 7", "~ words => terms", "10 keys changed"):
         assert line in out or (line == "10 keys changed" and "11 keys changed" in out)
+
+
+def test_special_token_by_its_text(tmp_path, capsys):
+    path = tmp_path / "m.gguf"
+    formats.write(path, {"tokenizer.ggml.tokens": ["<s>", "a", "</s>"], "tokenizer.ggml.eos_token_id": 0})
+    assert run(path, "--special-token", "eos", "</s>", "--special-token", "bos", "<s>") == 0
+    assert formats.open(path).kv["tokenizer.ggml.eos_token_id"] == 2 and formats.open(path).kv.type("tokenizer.ggml.bos_token_id") == "u32"
+    for name, token, says in (("eos", "b", "has no token 'b'"), ("oes", "a", "no program knows the key tokenizer.ggml.oes_token_id")):
+        with pytest.raises(PyggmlError, match=says):
+            run(path, "--special-token", name, token)
+    formats.write(path, {"a": 1})
+    with pytest.raises(PyggmlError, match="tokenizer.ggml.tokens"):
+        run(path, "--special-token", "eos", "a")
 
 
 def test_json_goes_round(model, tmp_path, capsys):

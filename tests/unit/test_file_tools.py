@@ -73,6 +73,8 @@ def test_hash_check(model, tmp_path, capsys):
     formats.write(model, KV, {"norm": WEIGHTS["norm"]})
     status, lines, _ = run(capsys, "hash", model, "--sha256", "-c", manifest)
     assert status == 1 and any("blk.0.w  -  Missing" in line for line in lines)
+    manifest.write_text("\n".join(run(capsys, "hash", model, "--no-layer")[1]))
+    assert run(capsys, "hash", model, "-c", manifest)[:2] == (0, [f"{manifest.read_text()}  -  Ok"])
     manifest.write_text("what is this")
     assert run(capsys, "hash", model, "-c", manifest)[0] == 1
 

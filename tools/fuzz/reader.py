@@ -94,7 +94,11 @@ def run(seconds: float, runs: int, seed: int) -> int:
     grown: list[bytes] = []                     # accepted inputs, from which deeper ones are made
     start, done, accepted = time.monotonic(), 0, 0
     print(f"seed {seed}, {len(pool)} inputs to start from", flush=True)
+    said = start
     while done < runs and time.monotonic() - start < seconds:
+        if time.monotonic() - said > 60:
+            said = time.monotonic()
+            print(f"{done} inputs so far", flush=True)
         for _ in range(1000):
             data = mutate(rng.choice(grown if grown and rng.random() < 0.3 else pool), pool, rng)
             try:
