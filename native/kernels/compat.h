@@ -3,8 +3,10 @@
 #pragma once
 
 // How much an error in a weight counts. Without importance by the weight's size, with it by importance * sqrt(a mean square + x^2).
-typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE } plain_weights;
+// MEAN_AND_SQUARE and OF_ONES, as with an importance of one, are for codebooks only (pack_grids.h).
+typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_ONES } plain_weights;
 typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK } importance_weights;
+INLINE vf vf_weight(vf importance, vf square, vf x) { return importance * vf_sqrt(square + x * x); }
 
 // t->x is filled, t->w holds the importance if there is one. row: the mean square of each block's row.
 INLINE void weigh(plain_weights plain, importance_weights given, int weighted, vf row, int n, const vf *x, vf *w) {
@@ -13,7 +15,7 @@ INLINE void weigh(plain_weights plain, importance_weights given, int weighted, v
     for (int i = 0; i < n; i++) square += x[i] * x[i];
     square = given == WITH_ROW ? row : square * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
     for (int i = 0; i < n; i++) {
-        if (weighted) w[i] *= vf_sqrt(square + x[i] * x[i]);
+        if (weighted) w[i] = vf_weight(w[i], square, x[i]);
         else if (plain == EQUAL) w[i] = vf_set(1);
         else if (plain == SQUARE) w[i] = x[i] * x[i];
         else if (plain == MAGNITUDE) w[i] = vf_abs(x[i]);
@@ -42,8 +44,10 @@ static candidates tenths_around(int n) {
     return c;
 }
 
-// Integers s and a scale d for x >= 0 (n values): the best of nine scales, then single integers are moved while that helps.
-INLINE void positive_multipliers(int n, float most, const vf *x, const vf *w, vf *d, vf *s) {
+INLINE vf in_a_byte(vf l) { return l + vf_select(l < 0, vf_set(256), vf_set(0)); }      // where ggml keeps codes: a negative one grows
+// Integers s for x >= 0 (n values; where few are negative, as in ggml), and their scale: the best of nine scales, then single integers are
+// moved while that helps.
+INLINE vf positive_multipliers(int n, float most, const vf *x, const vf *w, vf *s) {
     vf top = {0}, least = {0}, factor = {0}, lx = {0}, ll = {0};
     for (int i = 0; i < n; i++) top = vf_max(top, x[i]);
     vi some = top >= 1e-15f;
@@ -52,7 +56,7 @@ INLINE void positive_multipliers(int n, float most, const vf *x, const vf *w, vf
         int tenth = k == 0 ? 0 : k <= 4 ? k - 5 : k - 4;
         vf f = (most + 0.1f * tenth) * inverse_top, scale = vf_inverse(f), error = {0};
         for (int i = 0; i < n; i++) {
-            vf e = x[i] - scale * vf_min(vf_round(f * x[i]), vf_set(most));
+            vf l = vf_round(f * x[i]), e = x[i] - scale * (k ? vf_min(l, vf_set(most)) : in_a_byte(l));
             error += w[i] * e * e;
         }
         vi better = (error < least) | vi_set(-(k == 0));
@@ -63,6 +67,7 @@ INLINE void positive_multipliers(int n, float most, const vf *x, const vf *w, vf
         s[i] = vf_min(vf_round(factor * x[i]), vf_set(most));
         lx += w[i] * x[i] * s[i];
         ll += w[i] * s[i] * s[i];
+        s[i] = in_a_byte(s[i]);
     }
     for (int sweep = 0; sweep < 5; sweep++) {
         for (int i = 0; i < n; i++) {
@@ -70,12 +75,12 @@ INLINE void positive_multipliers(int n, float most, const vf *x, const vf *w, vf
             vi possible = (other_lx > 0) & (other_ll > 0);
             vf l = vf_min(vf_round(x[i] * other_ll / other_lx), vf_set(most)), new_lx = other_lx + wx * l, new_ll = other_ll + w[i] * l * l;
             vi better = possible & (l != s[i]) & (new_lx * new_lx * ll > lx * lx * new_ll);
-            vf_keep(better, &s[i], l);
+            vf_keep(better, &s[i], in_a_byte(l));
             vf_keep(better, &lx, new_lx);
             vf_keep(better, &ll, new_ll);
         }
     }
-    *d = vf_half(vf_select(ll > 0, lx / ll, vf_set(0)));
+    return vf_select(ll > 0, lx / ll, vf_set(0));
 }
 // The scale of n values on -4 .. 3 under the weights x^2: the top on -4, then single codes are moved while that helps.
 INLINE vf scale_by_moves(int n, const vf *x) {
@@ -116,8 +121,8 @@ INLINE void compat_scaled_affine(float top, float most, affine_candidates c, mea
     }
     if (weighted) {
         group_weights(groups, n, w, sw);
-        positive_multipliers(groups, most, scale, sw, &out->d, out->s);
-        positive_multipliers(groups, most, minimum, sw, &out->dmin, out->m);
+        out->d = vf_half(positive_multipliers(groups, most, scale, sw, out->s));
+        out->dmin = vf_half(positive_multipliers(groups, most, minimum, sw, out->m));
     } else {
         out->d = nearest_multipliers(groups, most, 0, most, scale, out->s);
         out->dmin = nearest_multipliers(groups, most, 0, most, minimum, out->m);

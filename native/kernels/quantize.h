@@ -319,6 +319,8 @@ static void quantize_bf16(int64_t n, const float *x, void *dst, const float *imp
 #include "encode.h"
 #include "grids.h"
 #include "encode_grids.h"
+#include "compat_grids.h"
+#include "pack_grids.h"
 
 // Types that a formula defines unless their scales are searched, and types whose scales always are; see encode.h.
 #define FORMULA_TYPES(X) X(q4_0) X(q4_1) X(q5_0) X(q5_1) X(q8_0) X(tq1_0) X(tq2_0) X(mxfp4) X(nvfp4) X(q2_0)

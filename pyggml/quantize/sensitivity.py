@@ -24,6 +24,7 @@ PROBES = ("Q2_K", "Q4_K", "Q6_K")
 BUDGET = 10e12           # multiplications to spend: a minute or two on two cores
 MOST_CHUNKS = 16
 CONTEXT = 8              # an eighth of a chunk is there for context alone, the rest is scored
+CODEBOOK = ("IQ1", "IQ2", "IQ3")
 SAMPLE = 1 << 18         # weights of a tensor whose errors are taken for all of them
 
 
@@ -61,7 +62,7 @@ def measure(job: Job, names: Sequence[str], yardstick: Yardstick, types: Sequenc
             progress: Progress | None = None) -> dict[str, list[Option]]:
     """What every one of `types` would cost each of the tensors `names`. Progress counts tensors."""
     found = {}
-    with Encoder(n_threads or None, search=False) as encoder:        # every type of every tensor: the quick search ranks them as well
+    with Encoder(n_threads or None, search=False) as encoder:        # ggml's choices rank types as well as a search does, in a third of the time
         for i, name in enumerate(names):
             tell(progress, i, len(names), name)
             found[name] = _options(job, name, types, probes, encoder, yardstick)
@@ -99,7 +100,8 @@ def sampled_errors(tensor: Any, rows: Mapping[str, TensorType], importance: np.n
         columns = importance[matrix] if importance is not None else None
         for name, row in rows.items():
             check(weights, row, tensor, matrix * per_matrix)
-            difference = decode(quants.quantize(weights, row, columns, threads=n_threads), row) - weights
+            quickest = row.name.startswith(CODEBOOK)         # for these the search is the quicker one
+            difference = decode(quants.quantize(weights, row, columns, search=quickest, threads=n_threads), row) - weights
             by_column = np.einsum("rc,rc->c", difference, difference, dtype=np.float64)
             errors[name] += float(by_column.sum() if columns is None else by_column @ columns)
     return errors

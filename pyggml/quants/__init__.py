@@ -83,9 +83,9 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
 
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
     (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
-    search: look for the least squared error; with an imatrix weighted as ggml weighs it, by importance * sqrt(mean square + x^2) (Q6_K, the
-    formula types and the codebook types: by importance). Otherwise scales are ggml's choice, and so, for all but the codebook types
-    (IQ1, IQ2, IQ3), is every byte but for a rare tie.
+    search: look for the least squared error; with an imatrix weighted as ggml weighs it, by importance * sqrt(mean square + x^2) (Q6_K and
+    the formula types: by importance). Codebook types (IQ1, IQ2, IQ3) also take back what least squares shrinks. Otherwise scales are
+    ggml's choice, and so is every byte but for a rare tie.
     The bytes do not depend on `threads`.
     PyggmlError when a row is not a whole number of blocks, or when a value is not finite (a blocked type cannot hold it).
     """
