@@ -62,7 +62,8 @@ def print_text(keys: list[KeyChange], changes: list[TensorChange], total: int, a
     if not keys and not changes:
         print("no difference" + (" in metadata and tensor list" if args.metadata else ""))
     else:
-        print(f"\n{len(keys)} keys and {len(changes)} tensors differ; {total - len([c for c in changes if c.a])} tensors are equal")
+        differ = f"{len(keys)} key{'s' * (len(keys) != 1)} and {len(changes)} tensor{'s' * (len(changes) != 1)} differ"
+        print(f"\n{differ}; {total - len([c for c in changes if c.a])} tensors are equal")
 
 
 def describe(value: Typed) -> str:
