@@ -61,7 +61,7 @@ static float compat_magnitudes(const grid_type *type, const grid *g, const float
         }
     }
     if (scale < 0)
-        for (int k = 0; k < n / 8; k++) c->minus[k] = ~c->minus[k];
+        for (int k = 0; k < 4; k++) c->minus[k] = ~c->minus[k];
     return fabsf(scale);
 }
 
