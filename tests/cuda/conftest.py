@@ -1,25 +1,32 @@
-"""Everything here runs without a GPU, in a process of its own, in one of two ways:
+"""Everything here runs without a GPU, in a process of its own, in one of three ways:
 
     NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda      kernels as Python, in Numba's simulator
     PYGGML_PTX=8.0 python -m pytest tests/cuda              kernels as the PTX that they are compiled to, on the machine of tests/cuda/ptx
+    PYGGML_PTX=driver python -m pytest tests/cuda           the same under a fake driver, so that all above the driver is real too
 
-tests/unit/test_cuda.py does both. Otherwise nothing is collected here: Numba decides once, when it is imported, whether its GPU is real.
+tests/unit/test_cuda.py does all. Otherwise nothing is collected here: Numba decides once, when it is imported, whether its GPU is real.
 """
 
 import gc
 import os
+from pathlib import Path
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     import lanes
 
     from pyggml.backends.cuda import prims
 
-    collect_ignore = ["test_ptx_machine.py"]
+    collect_ignore = ["test_ptx_machine.py", "test_driver.py"]
     lanes.install(prims)
+elif os.environ.get("PYGGML_PTX") == "driver":
+    import fake_driver
+
+    DRIVER = fake_driver.install()
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_driver.py"]
 elif "PYGGML_PTX" in os.environ:
     import on_machine
 
-    collect_ignore = ["test_decode.py", "test_gpu_script.py"]       # whole models
+    collect_ignore = ["test_decode.py", "test_gpu_script.py", "test_driver.py"]       # whole models
     major, minor = os.environ["PYGGML_PTX"].split(".")
     on_machine.install((int(major), int(minor)))
     gc.disable()                            # compiling makes millions of small objects that stay

@@ -30,9 +30,10 @@ def test_in_the_simulator():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-PTX = {                                             # capability and tests, by process: two work side by side
+PTX = {                                             # capability (or the fake driver) and tests, by process, side by side
     "9.0": ["test_attention.py", "test_gemm.py"],
     "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py"],
+    "driver": ["test_driver.py"],
     "7.5": ["test_gemm.py", "-k", "every_epilogue and F16"],        # other matrix instructions, and no copies behind the kernel's back
 }
 

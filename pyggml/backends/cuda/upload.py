@@ -21,6 +21,7 @@ def device_constant(name: Any, make: Any) -> Any:
     key = (0 if SIMULATED else cuda.get_current_device().id, name)
     if key not in _tables:
         _tables[key] = cuda.to_device(np.ascontiguousarray(make()))
+        cuda.synchronize()                  # it goes through the default stream, for which the device's own does not wait
     return _tables[key]
 
 
