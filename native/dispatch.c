@@ -20,7 +20,7 @@ static const kernel_table *const tables[] = {
 #undef X
 };
 const kernel_table *kernels = &kernels_scalar;
-int fetch_streams;
+int fetch_streams, slow_bf16;
 
 // __builtin_cpu_supports checks CPUID and, for AVX and later, that the operating system saves the registers (XGETBV).
 static int supported(const char *isa) {
@@ -51,7 +51,7 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    fetch_streams = __builtin_cpu_is("intel");
+    fetch_streams = slow_bf16 = __builtin_cpu_is("intel");
 #endif
 }
 
