@@ -24,7 +24,7 @@ static const kernel_table *const tables[] = {
 #undef X
 };
 const kernel_table *kernels = &kernels_scalar;
-int fetch_streams;
+int fetch_streams, slow_bf16;
 
 // AMX with bf16: CPUID says what the processor has; Linux gives a process the tile registers when it asks for them.
 static int matrix_unit(void) {
@@ -69,7 +69,7 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    fetch_streams = __builtin_cpu_is("intel");
+    fetch_streams = slow_bf16 = __builtin_cpu_is("intel");
 #endif
 }
 

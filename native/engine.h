@@ -7,6 +7,7 @@
 
 enum { TILE_ROWS = 16 };                // rows interleaved in the R16 layout
 enum { SMALL_COLS = PYG_SMALL_COLS };
+enum { LINE = 64 };                     // bytes that come from memory together, and a vector line of R16
 
 typedef struct {                        // the activations this worker prepared last (see kernels/act.h)
     int32_t id;                         // step attribute ACT_ID they were prepared for; -1 none
@@ -113,6 +114,10 @@ typedef struct {
 } kernel_table;
 
 extern const kernel_table *kernels;     // the selected ISA's
-// Whether weights that come from memory are asked for a tile ahead, in several streams. On Intel's processors a core reads 1.7 times as
-// fast so (Sapphire Rapids); AMD's read at full speed by themselves.
-extern int fetch_streams;
+// What the processor likes, beyond its instruction set. fetch_streams: weights that come from memory are asked for a tile ahead, in
+// several streams; on Intel's processors a core reads 1.7 times as fast so (Sapphire Rapids), AMD's read at full speed by themselves.
+// slow_bf16: a vector's dot products of bf16 take longer than the same in floats (five times an FMA on Sapphire Rapids, once on Zen 4).
+extern int fetch_streams, slow_bf16;
+
+// Whether a worker claims its next chunk before it begins with one, to fetch from there at its end: where there are plenty to share out.
+static inline int claims_early(const worker *w, int64_t chunks) { return fetch_streams && chunks >= 4 * w->nth; }

@@ -97,6 +97,8 @@ class Model:
 
         key = (repack, exact)
         if key not in self._stores:
+            if not self._stores:
+                self.file.read_ahead()
             self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16, lock=self._lock)
         return self._stores[key]
 

@@ -89,8 +89,8 @@ class Lowering:
 
     @property
     def coarse(self) -> int:
-        """Whether attention may round products to bf16: never where results must not depend on how tokens are batched."""
-        return int(self.rounds and not self.fixed)
+        """Whether attention may round products to bf16."""
+        return int(self.rounds)
 
     def format_of(self, weight: Tensor) -> int:
         """How this weight's matmul reads its activations (ACT_* of native/engine.h; 0: as floats)."""

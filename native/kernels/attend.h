@@ -26,6 +26,24 @@ typedef struct {
     int32_t  lo_min, lo_max, hi_min, hi_max;
 } query_group;
 
+// Cells of the next tile as they lie in memory, asked for bit by bit while this tile is at work.
+typedef struct { const char *at, *end; } memory_ahead;
+typedef struct {
+    int      first, cells;              // cells first .. first + cells - 1
+    int64_t  words, padded;             // of a K row; of a V row
+    float   *k, *v;                     // k (cells, words), v (cells or pairs of cells, padded)
+    float   *scores;                    // (TILE_CELLS, GROUP_VECS * VL)
+    memory_ahead ahead[2];              // keys and values of the tile that comes next
+    int64_t  ahead_part;                // bytes of each to ask for at a time
+} kv_tile;
+enum { AHEAD_PARTS = 32 };              // of a tile: for each PANEL of its cells several times, so that there is always room for more lines
+INLINE void fetch_cells(kv_tile *t, int64_t bytes) {
+    for (int i = 0; i < 2; i++) {
+        memory_ahead *m = &t->ahead[i];
+        for (const char *end = m->end - m->at < bytes ? m->end : m->at + bytes; m->at < end; m->at += LINE) __builtin_prefetch(m->at);
+    }
+}
+
 INLINE int group_lanes(const query_group *g) { return g->vecs * VL; }
 // Between a row's own words (or d) and their places in q (or out): `rep` together in every group_lanes.
 INLINE void scatter_row(const query_group *g, int row, int64_t n, const float *words, float *to) {
@@ -87,9 +105,13 @@ INLINE void tile_scores_chained(int V, int REP, int pair, const query_group *g, 
 }
 
 // S (cells rounded up to PANEL, lanes)
-INLINE void tile_scores(int V, int REP, int pair, const query_group *g, const float *k, int64_t words, int cells, float *S) {
+INLINE void tile_scores(int V, int REP, int pair, const query_group *g, kv_tile *t, int cells) {
+    const float *k = t->k;
+    const int64_t words = t->words;
+    float *S = t->scores;
     if (g->chains > 1) { tile_scores_chained(V, REP, pair, g, k, words, cells, S); return; }
     for (int c = 0; c < cells; c += PANEL) {
+        fetch_cells(t, t->ahead_part);
         vf acc[PANEL * GROUP_VECS] = {{0}};
         panel(PANEL, V, REP, pair, k + c * words, words, REP, g->q, 1, words / REP, acc);
         #pragma GCC unroll 16
@@ -98,7 +120,9 @@ INLINE void tile_scores(int V, int REP, int pair, const query_group *g, const fl
 }
 
 // S -> P relative to the new running maximum; `rescale` is what the old sums must be multiplied with.
-INLINE void tile_softmax(int V, int pair, query_group *g, float *S, int c0, int cells, int masked, float softcap, vf *rescale) {
+INLINE void tile_softmax(int V, int pair, query_group *g, kv_tile *t, int cells, int masked, float softcap, vf *rescale) {
+    float *S = t->scores;
+    const int c0 = t->first;
     for (int v = 0; v < V; v++) {
         vi lo = vi_load(g->lo + v * VL), hi = vi_load(g->hi + v * VL);
         vf old = vf_load(g->max + v * VL), max = old, sum = {0};
@@ -111,6 +135,7 @@ INLINE void tile_softmax(int V, int pair, query_group *g, float *S, int c0, int 
         }
         if (pair && cells % 2) vf_store(S + (cells * V + v) * VL, vf_set(-INFINITY));
         for (int c = 0; c < cells; c += 1 + pair) {
+            if (c % PANEL == 0) fetch_cells(t, t->ahead_part);
             vf p = vf_exp2_below(vf_load(S + (c * V + v) * VL) - max, pair);
             sum += p;
             if (pair) {
@@ -137,26 +162,22 @@ INLINE void tile_output(int J, int V, int REP, int pair, query_group *g, const f
     for (int i = 0; i < J * V; i++) vf_store(out + i * VL, acc[i]);
 }
 
-typedef struct {
-    int      first, cells;              // cells first .. first + cells - 1
-    int64_t  words, padded;             // of a K row; of a V row
-    float   *k, *v;                     // k (cells, words), v (cells or pairs of cells, padded)
-    float   *scores;                    // (TILE_CELLS, GROUP_VECS * VL)
-} kv_tile;
-
-INLINE void attend_shape(int V, int REP, int pair, query_group *g, const kv_tile *t, int masked, float softcap) {
+INLINE void attend_shape(int V, int REP, int pair, query_group *g, kv_tile *t, int masked, float softcap) {
     vf rescale[GROUP_VECS];
     int cells = t->first + t->cells - 1 > g->hi_max ? g->hi_max - t->first + 1 : t->cells;      // the rest nobody sees
-    tile_scores(V, REP, pair, g, t->k, t->words, cells, t->scores);
-    tile_softmax(V, pair, g, t->scores, t->first, cells, masked, softcap, rescale);
+    tile_scores(V, REP, pair, g, t, cells);
+    tile_softmax(V, pair, g, t, cells, masked, softcap, rescale);
     int64_t d = 0, n = pair ? (cells + 1) / 2 : cells;
-    for (; d + PANEL * REP <= t->padded; d += PANEL * REP) tile_output(PANEL, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
+    for (; d + PANEL * REP <= t->padded; d += PANEL * REP) {
+        fetch_cells(t, 2 * t->ahead_part);
+        tile_output(PANEL, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
+    }
     for (; d + PANEL / 2 * REP <= t->padded; d += PANEL / 2 * REP) tile_output(PANEL / 2, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
     for (; d < t->padded; d += REP) tile_output(1, V, REP, pair, g, t->v, t->padded, t->scores, n, d, rescale);
 }
 
 // One group against one tile; tiles that no row sees are skipped.
-INLINE void attend_group(int pair, query_group *g, const kv_tile *t, float softcap) {
+INLINE void attend_group(int pair, query_group *g, kv_tile *t, float softcap) {
     if (t->first > g->hi_max || t->first + t->cells <= g->lo_min) return;
     int masked = t->first < g->lo_max || t->first + t->cells - 1 > g->hi_min;
     if (g->vecs == GROUP_VECS) { attend_shape(GROUP_VECS, 1, pair, g, t, masked, softcap); return; }
@@ -168,8 +189,8 @@ INLINE void attend_group(int pair, query_group *g, const kv_tile *t, float softc
     case 16: if (VL >= 16) attend_shape(1, 16, pair, g, t, masked, softcap); break;
     }
 }
-static void attend_floats(query_group *g, const kv_tile *t, float softcap) { attend_group(0, g, t, softcap); }
-static void attend_pairs(query_group *g, const kv_tile *t, float softcap) { attend_group(1, g, t, softcap); }
+static void attend_floats(query_group *g, kv_tile *t, float softcap) { attend_group(0, g, t, softcap); }
+static void attend_pairs(query_group *g, kv_tile *t, float softcap) { attend_group(1, g, t, softcap); }
 
 // ---- cache rows as a tile wants them ----------------------------------------------------------------------------------------------
 // Lanes i .. i + VL of a row of floats of any width; `type` is a constant.

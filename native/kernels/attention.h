@@ -19,7 +19,7 @@ typedef struct {                        // a step's operands, read once
     const int32_t  *cell, *first;
     int64_t         tokens, share, kv_heads, D, window, words, padded;      // share: query heads per KV head
     float           scale, softcap;
-    int             pair, parts;        // parts: how a score's sum is cut (shape_group)
+    int             pair, parts, tile;  // parts: how a score's sum is cut (shape_group); tile: cells converted together, up to TILE_CELLS
 } attention_args;
 
 typedef struct {                        // private memory of one unit of work
@@ -47,7 +47,7 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
 }
 
 // bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
-// asks for them with `coarse`. An F32 cache is always read in full.
+// asks for them with `coarse`, which a processor that is slow at them takes for leave only. An F32 cache is always read in full.
 static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse, int fixed) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
     int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
@@ -56,8 +56,9 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s, 
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
-        .pair = NATIVE_BF16 && !any_f32 && (coarse || all_bf16),
+        .pair = NATIVE_BF16 && !slow_bf16 && !any_f32 && (coarse || all_bf16),
     };
+    a.tile = TILE_CELLS;
     a.parts = fixed ? lanes_per_row((int)a.share) : 0;
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
     return a;
@@ -142,6 +143,7 @@ INLINE void load_keys(const attention_args *a, attention_memory *m, int type, in
     const char *cell = row_at(a->k, m->tile.first, kv_head, 0);
     float *to = m->tile.k;
     for (int c = 0; c < m->tile.cells; c++, cell += a->k->nb[1], to += a->words) {
+        if (c % PANEL == 0) fetch_cells(&m->tile, m->tile.ahead_part);
         const char *row = through ? float_row(a->k->type, a->D, 2 * a->padded, cell, m->row) : cell;
         key_row(type, a->pair, a->words, row, to);
     }
@@ -150,6 +152,7 @@ INLINE void load_values(const attention_args *a, attention_memory *m, int type, 
     const char *cell = row_at(a->v, m->tile.first, kv_head, 0);
     float *to = m->tile.v;
     for (int left = m->tile.cells; left > 0; left -= 1 + a->pair, cell += (1 + a->pair) * a->v->nb[1], to += a->padded) {
+        if (left % PANEL == 0) fetch_cells(&m->tile, m->tile.ahead_part);
         const char *row = cell, *next = cell;           // an odd last cell pairs with itself: its partner's probability is 0
         if (a->pair && left > 1) next += a->v->nb[1];
         if (through) {
@@ -177,10 +180,26 @@ INLINE void load_tile(const attention_args *a, attention_memory *m, int64_t kv_h
     }
 }
 
-INLINE void attend_cells(const attention_args *a, attention_memory *m, int64_t kv_head, int64_t n_groups, int64_t from, int64_t end) {
-    for (int64_t c = from; c < end; c += TILE_CELLS) {
-        load_tile(a, m, kv_head, (int)c, (int)(end - c < TILE_CELLS ? end - c : TILE_CELLS));
+// Where tile c of a KV head lies, for fetch_cells; a negative head: nowhere.
+INLINE void look_ahead(const attention_args *a, kv_tile *t, int64_t kv_head, int64_t c, int64_t end) {
+    const pyg_view *cache[2] = {a->k, a->v};
+    const int64_t cells = end - c < a->tile ? end - c : a->tile;
+    for (int i = 0; i < 2; i++) {
+        const char *at = fetch_streams && kv_head >= 0 ? row_at(cache[i], c, kv_head, 0) : NULL;
+        t->ahead[i] = (memory_ahead){at, at ? at + cells * cache[i]->nb[1] : NULL};
+    }
+    t->ahead_part = round_up(a->tile * a->k->nb[1] / AHEAD_PARTS, LINE);
+}
+
+// then_head, then: where the worker goes on afterwards, at a KV head and a cell (-1: it does not)
+INLINE void attend_cells(const attention_args *a, attention_memory *m, int64_t kv_head, int64_t n_groups, int64_t from, int64_t end,
+                         int64_t then_head, int64_t then) {
+    for (int64_t c = from; c < end; c += a->tile) {
+        const int last = c + a->tile >= end;
+        look_ahead(a, &m->tile, last ? then_head : kv_head, last ? then : c + a->tile, last ? then + a->tile : end);
+        load_tile(a, m, kv_head, (int)c, (int)(end - c < a->tile ? end - c : a->tile));
         for (int64_t i = 0; i < n_groups; i++) (a->pair ? attend_pairs : attend_floats)(&m->groups[i], &m->tile, a->softcap);
+        fetch_cells(&m->tile, INT64_MAX);
     }
 }
 
@@ -207,7 +226,7 @@ static void op_attention(worker *w, const pyg_step *s) {
         int64_t kv_head = chunk / runs, run = runs - 1 - chunk % runs;      // a head's longest runs first
         int64_t t0 = m.run_start[run], t1 = m.run_start[run + 1], n = cut_groups(&a, &m, t0, t1, m.state);
         for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t0, kv_head, NULL, 0, 0);
-        attend_cells(&a, &m, kv_head, n, first_of_its(&a, t0, TILE_CELLS), a.cell[t1 - 1] + 1);
+        attend_cells(&a, &m, kv_head, n, first_of_its(&a, t0, a.tile), a.cell[t1 - 1] + 1, -1, 0);
         for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t0, kv_head);
     }
 }
@@ -268,6 +287,7 @@ static void merge_splits(const attention_args *a, attention_memory *m, const cel
 
 static void op_attention_step(worker *w, const pyg_step *s) {
     attention_args a = attention_shape(w->plan->views, s, s->i[3], 1);
+    if (!a.pair) a.tile = TILE_CELLS / 2;               // so that its floats and what is asked for ahead stay in the first-level cache
     cell_splits p = split_cells(&a);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, w->scratch, a.tokens * a.share, a.tokens, 0);
@@ -275,16 +295,20 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     // what the workers hand each other lies in worker 0's scratch: the steps before and after this one are behind barriers,
     // because this one reads q, k, v and the next reads its result
     float *states = (float *)(w->team[0].scratch + used);
-    for (int64_t chunk; (chunk = claim(w)) < a.kv_heads * p.count;) {
+    const int64_t chunks = a.kv_heads * p.count;
+    const int early = claims_early(w, chunks);
+    for (int64_t chunk = claim(w), next = 0; chunk < chunks; chunk = early ? next : claim(w)) {
+        if (early) next = claim(w);
+        const int64_t then_head = early && next < chunks ? next / p.count : -1, then = p.from + next % p.count * p.length;
         int64_t kv_head = chunk / p.count, from = p.from + chunk % p.count * p.length, end = from + p.length;
         if (end > p.end) end = p.end;
         store_cells(w, s, &a, &m, kv_head, from, end);
         float *state = p.count > 1 ? states + chunk * state_size : m.state;
-        for (int64_t t = 0, next; t < a.tokens; t = next) {
-            next = run_end(&a, t, a.tokens);
-            int64_t n = cut_groups(&a, &m, t, next, state), lo = first_of_its(&a, t, TILE_CELLS), hi = a.cell[next - 1] + 1;
+        for (int64_t t = 0, end_of_run; t < a.tokens; t = end_of_run) {
+            end_of_run = run_end(&a, t, a.tokens);
+            int64_t n = cut_groups(&a, &m, t, end_of_run, state), lo = first_of_its(&a, t, a.tile), hi = a.cell[end_of_run - 1] + 1;
             for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t, kv_head, view_of(w, s->src[7]), s->i[1], s->i[2]);
-            attend_cells(&a, &m, kv_head, n, lo > from ? lo : from, hi < end ? hi : end);
+            attend_cells(&a, &m, kv_head, n, lo > from ? lo : from, hi < end ? hi : end, then_head, then);
             if (p.count == 1)
                 for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t, kv_head);
             else

@@ -8,7 +8,16 @@
 INLINE i8x32 i8x32_load(const void *p) { i8x32 v; memcpy(&v, p, 32); return v; }
 INLINE f32x8 group_scale(const float *scale, int span, int g) { return span == GROUP ? f32x8_set(scale[g]) : f32x8_pair(scale + 2 * g); }
 
-// The loop over blocks: four at a time, each into its own sum, so that additions do not wait for one another.
+// The loop over blocks: four at a time, each into its own sum, so that additions do not wait for one another. And over DOT_ROWS
+// rows, `stride` bytes apart, that share the work on the activations and come from memory as so many streams.
+enum { DOT_ROWS = 4 };
+// Asks for the same place in the next DOT_ROWS rows, a line at a time; step: bytes of a row that one round of the loop reads.
+INLINE void fetch_rows(const char *weights, int64_t stride, int64_t at, const int step) {
+    if (!fetch_streams || at % LINE >= step) return;
+    for (int r = 0; r < DOT_ROWS; r++)
+        for (int line = 0; line < step || line == 0; line += LINE) __builtin_prefetch(weights + (DOT_ROWS + r) * stride + at + line);
+}
+typedef void rows_fn(int64_t n, const char *weights, int64_t stride, const void *activations, float *out);
 #define DOT_LOOP(name, QK, act, PER_BLOCK)                                                              \
     static float dot_##name(int64_t n, const void *weights, const void *activations) {                  \
         const block_##name *b = weights;                                                                \
@@ -21,6 +30,18 @@ INLINE f32x8 group_scale(const float *scale, int span, int g) { return span == G
             for (int u = 0; u < 4; u++) acc[u] = dot_block_##name(b + u, a + u * (PER_BLOCK), acc[u], &mins); \
         for (; k < n; k += QK, b++, a += PER_BLOCK) acc[0] = dot_block_##name(b, a, acc[0], &mins);     \
         return f32x8_sum((acc[0] + acc[1]) + (acc[2] + acc[3])) + mins;                                 \
+    }                                                                                                   \
+    static void rows_##name(int64_t n, const char *weights, int64_t stride, const void *activations, float *out) { \
+        const block_##act *a = activations;                                                             \
+        f32x8 acc[DOT_ROWS] = {{0}, {0}, {0}, {0}};                                                     \
+        float mins[DOT_ROWS] = {0};                                                                     \
+        for (int64_t i = 0; i < n / QK; i++, a += PER_BLOCK) {                                          \
+            fetch_rows(weights, stride, i * sizeof(block_##name), sizeof(block_##name));                \
+            UNROLL(4)                                                                                   \
+            for (int r = 0; r < DOT_ROWS; r++)                                                          \
+                acc[r] = dot_block_##name((const block_##name *)(weights + r * stride) + i, a, acc[r], mins + r); \
+        }                                                                                               \
+        for (int r = 0; r < DOT_ROWS; r++) out[r] = f32x8_sum(acc[r]) + mins[r];                        \
     }
 
 // One activation block per 32 weights.
@@ -94,6 +115,21 @@ BLOCK_TYPES(X)
             sum += to_float(v) * a[k];                                                                  \
         }                                                                                               \
         return sum;                                                                                     \
+    }                                                                                                   \
+    static void rows_##name(int64_t n, const char *weights, int64_t stride, const void *activations, float *out) { \
+        const float *a = activations;                                                                   \
+        vf acc[DOT_ROWS] = {{0}, {0}, {0}, {0}};                                                        \
+        int64_t k = 0;                                                                                  \
+        for (; k + VL <= n; k += VL) {                                                                  \
+            fetch_rows(weights, stride, k * sizeof(ctype), VL * sizeof(ctype));                         \
+            UNROLL(4)                                                                                   \
+            for (int r = 0; r < DOT_ROWS; r++)                                                          \
+                acc[r] = vf_fma(load(weights + r * stride + k * sizeof(ctype)), vf_load(a + k), acc[r]); \
+        }                                                                                               \
+        for (int r = 0; r < DOT_ROWS; r++) {                                                            \
+            out[r] = vf_sum(acc[r]);                                                                    \
+            if (k < n) out[r] += dot_##name(n - k, weights + r * stride + k * sizeof(ctype), a + k);    \
+        }                                                                                               \
     }
 DOT_PLAIN(f32, float, vf_load, )
 DOT_PLAIN(f16, f16, vf_from_f16, f16_to_f32)
@@ -105,3 +141,10 @@ DOT_PLAIN(bf16, bf16, vf_from_bf16, bf16_to_f32)
 #define ENTRY_q8_K(id, name) [id] = dot_##name,
 #define DOT_ENTRY(id, name, QK, SPAN, ZERO, SIGN, MIN, act) ENTRY_##act(id, name)
 #define DOT_TABLE {BLOCK_TYPES(DOT_ENTRY) [TYPE_f32] = dot_f32, [TYPE_f16] = dot_f16, [TYPE_bf16] = dot_bf16}
+
+#define ROWS_none(id, name)
+#define ROWS_q8_0(id, name) [id] = rows_##name,
+#define ROWS_q8_1(id, name) [id] = rows_##name,
+#define ROWS_q8_K(id, name) [id] = rows_##name,
+#define ROWS_ENTRY(id, name, QK, SPAN, ZERO, SIGN, MIN, act) ROWS_##act(id, name)
+static rows_fn *const DOTS_OF_ROWS[N_TYPES] = {BLOCK_TYPES(ROWS_ENTRY) [TYPE_f32] = rows_f32, [TYPE_f16] = rows_f16, [TYPE_bf16] = rows_bf16};

@@ -170,7 +170,11 @@ static void store_tile(const epilogue *e, const landing *l, const float *a, cons
 static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts, int N, float *out) {
     const char *row = m->raw + tile * TILE_ROWS * m->row_stride;
     int64_t column = act_column_bytes(layout, m->k);
-    for (int r = 0; r < tile_rows(m, tile); r++)
+    const int rows = tile_rows(m, tile);
+    int r = 0;
+    for (; r + DOT_ROWS <= rows; r += DOT_ROWS)
+        for (int n = 0; n < N; n++) DOTS_OF_ROWS[m->type](m->k, row + r * m->row_stride, m->row_stride, acts + n * column, out + n * TILE_ROWS + r);
+    for (; r < rows; r++)
         for (int n = 0; n < N; n++) out[n * TILE_ROWS + r] = kernels->dot[m->type](m->k, row + r * m->row_stride, acts + n * column);
 }
 
@@ -314,16 +318,15 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
     const int64_t tiles = j.m[0].tiles;
     const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols);
     const char *acts = NULL;
-    const int ahead = fetch_streams && cols <= SMALL_COLS;     // the next chunk is claimed before this one, to be fetched at its end
-    for (int64_t i = claim(w), next = 0; i < c.groups * c.blocks; i = next) {
-        if (ahead) j.then = least(next = claim(w), c.groups) * c.group;
+    const int early = cols <= SMALL_COLS && claims_early(w, c.groups);
+    for (int64_t i = claim(w), next = 0; i < c.groups * c.blocks; i = early ? next : claim(w)) {
+        if (early) j.then = least(next = claim(w), c.groups) * c.group;
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
         // a tile made in scratch is made for all columns of the block at once: row tiles outside
         int64_t last = least((g + 1) * c.group, tiles), step = wide || j.m[0].packed ? c.group : 1;
         for (int64_t t = g * c.group; t < last; t += step)
             (wide ? run_wide : run_chunk)(w, &j, t, least(t + step, last), acts, cols, b * c.block, least((b + 1) * c.block, col_tiles));
-        if (!ahead) next = claim(w);
     }
 }
 

@@ -49,7 +49,6 @@ typedef struct {
 #define CODES256_TILES(T) T(codes256, .bits = 8, .zero = 7, .sub = 16, .scales = SCALES_F32)
 enum { TYPE_codes32 = N_TYPES, TYPE_codes256, N_TILES };
 
-enum { LINE = 64 };
 static const tile_type TILE_TYPES[N_TILES] = {
 #define T(name, ...) [TYPE_##name] = {.id = TYPE_##name, .block = 1, __VA_ARGS__},
     FLOAT_TILES(T)

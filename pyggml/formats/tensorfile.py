@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pyggml.errors import PyggmlError
-from pyggml.formats.source import Source
+from pyggml.formats.source import MappedFile, Source
 from pyggml.formats.values import Typed, printable
 from pyggml.types import BY_NAME, REMOVED, TensorType
 
@@ -227,6 +227,12 @@ class TensorFile:
         """To be called after looking at views of a mapped file: GGUFError when a part was gone from the file by then (it read as zeros)."""
         for source in self.sources:
             source.verify()
+
+    def read_ahead(self) -> None:
+        """Let the system begin to read what is mapped, because all of it will be used."""
+        for source in self.sources:
+            if isinstance(source, MappedFile):
+                source.read_ahead()
 
     def advise(self, tensor: Tensor, advice: int) -> None:
         """madvise the pages of a mapped tensor: mmap.MADV_WILLNEED before use, MADV_DONTNEED to give them back. No-op without a map.

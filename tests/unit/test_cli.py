@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_engine
@@ -122,6 +123,13 @@ def test_import_is_light():
     assert not heavy & set(done.stdout.split()), done.stderr
     done = python("-c", "import sys, pyggml.cli; pyggml.cli.main(['--help']); print(*sorted(sys.modules))")
     assert not heavy & set(done.stdout.split()), done.stderr
+
+
+def test_run_imports_what_it_uses():
+    line = ["run", str(Path(__file__).parents[2] / "models" / "books6m-q8_0.gguf"), "-p", "It was", "-n", "1"]
+    done = python("-c", f"import sys, pyggml.cli; pyggml.cli.main({line!r}); print(*sorted(sys.modules))")
+    heavy = {"numpy.ma", "jinja2", "regex", "numba", "socket", "hashlib", "pyggml.quants", "concurrent.futures"}
+    assert done.stdout and not heavy & set(done.stdout.split()), done.stderr
 
 
 def test_public_names_exist():

@@ -1,6 +1,7 @@
 """Where bytes come from: what is not a regular file is named, and a file that changes under a reader is noticed, not crashed on."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -61,3 +62,18 @@ def test_descriptors_are_given_back(model):
         for _ in range(20):
             formats.open(model, use_mmap=use_mmap)["w"].raw.sum()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_reading_ahead_asks_for_the_whole_file(model, monkeypatch):
+    from pyggml.formats import source
+    asked, done = [], threading.Event()
+
+    def advise(fd, at, n, advice):
+        asked.append((at, n))
+        if at + n >= os.stat(model).st_size:
+            done.set()
+    monkeypatch.setattr(source, "READ_AHEAD", 1 << 20)
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    formats.open(model).read_ahead()
+    assert done.wait(10)
+    assert asked == [(at, 1 << 20) for at in range(0, os.stat(model).st_size, 1 << 20)]
