@@ -77,7 +77,7 @@ void pool_barrier(worker *w);
 enum { GLU_SILU, GLU_GELU, GLU_RELU };
 enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
 enum { MOE_SOFTMAX, MOE_SIGMOID };
-enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ };
+enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ, PEAK_MATRIX };
 // Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
 // For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp. For a matrix unit they are bf16, or a sum of two.
 // A format (attribute of a step) is one of these for few columns, plus ACT_WIDE times one for many where that is another.

@@ -31,7 +31,7 @@ const kernel_table CAT(kernels, ISA) = {
 #undef OP
     },
     .scratch = {[OP_mul_mat] = scratch_mul_mat, [OP_glu_mat] = scratch_mul_mat, [OP_mul_mat_id] = scratch_mul_mat_id, [OP_glu_mat_id] = scratch_mul_mat_id,
-                [OP_attention] = scratch_attention, [OP_attention_step] = scratch_attention_step, [OP_moe_route] = scratch_moe_route},
+                [OP_attention] = scratch_attention, [OP_attention_step] = scratch_attention_step, [OP_moe_route] = scratch_moe_route, [OP_peak] = scratch_peak},
     .dequantize = DEQUANTIZE_TABLE,
     .quantize = QUANTIZE_TABLE,
     .encode = ENCODE_TABLE,

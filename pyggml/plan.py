@@ -221,7 +221,7 @@ class StepTime(NamedTuple):
     ns: int
     bytes: int          # read and written
     macs: int           # multiplications ...
-    kind: str           # ... of "int8" or "float", "" where they are not the point
+    kind: str           # ... of "int8", "float" or "bf16", "" where they are not the point
 
 
 def label(step: Step) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pyggml.native import huge_zeros
+from pyggml.native import huge_zeros, lib
 from pyggml.types import tensor_type
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Bytes read and written, multiplications, and what multiplies: "int8", "float" or "" where that is not the point."""
+    """Bytes read and written, multiplications, and what multiplies: "int8", "float", "bf16" (a matrix unit) or "" where that is not the point."""
 
     bytes: int
     macs: int
@@ -45,6 +45,8 @@ def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, ex
         read = sum(nbytes(w) for w in weights) * used // experts
         others = sum(nbytes(t) for t in (step.out, *step.src) if t is not None and all(t is not w for w in weights))
         kind = "int8" if tensor_type(weights[0].type).quantized and not exact else "float"
+        if lib and step.i[1] >= lib.PYG_ACT_WIDE and columns > experts * lib.PYG_WIDE_COLS:
+            kind = "bf16"
         return Work(read + others, len(weights) * out[-1] * weights[0].sizes[-1] * columns, kind)
     if step.op in ("attention", "attention_step"):
         heads, keys = size(step.src[0])[1:], step.src[1]  # type: ignore[arg-type]
@@ -68,10 +70,11 @@ class Peaks(NamedTuple):
     read: float
     int8: float
     floats: float
+    bf16: float
 
     def least(self, w: Work) -> tuple[float, str]:
         """The seconds that work takes at best, and what the limit is then: "memory" or "compute"."""
-        compute = w.macs / (self.int8 if w.kind == "int8" else self.floats) if w.kind else 0.0
+        compute = w.macs / {"int8": self.int8, "float": self.floats, "bf16": self.bf16}[w.kind] if w.kind else 0.0
         return max((w.bytes / self.read, "memory"), (compute, "compute"))
 
 
@@ -99,5 +102,5 @@ def measure_peaks(n_threads: int | None = None, runs: int = 5) -> Peaks:
             rates.append(float(done.sum(dtype=np.float64)) / (time.perf_counter() - start))
         return max(rates)
 
-    int8, floats, read = (best(kind) for kind in range(3))
-    return Peaks(read, int8, floats)
+    int8, floats, read, bf16 = (best(kind) for kind in range(4))
+    return Peaks(read, int8, floats, bf16 or floats)

@@ -36,7 +36,7 @@ static const act_layout_row ACT_LAYOUT[] = {
     [ACT_BF16]     = {.block = MATRIX_DEPTH, .column_bytes = 2 * MATRIX_DEPTH, .parts = 1},
     [ACT_BF16X2]   = {.block = MATRIX_DEPTH, .column_bytes = 4 * MATRIX_DEPTH, .parts = 2},
 };
-enum { WIDE_COLS = 2 * MATRIX_SIDE };              // up to this many columns the matrix unit does not pay for the unpacking
+enum { WIDE_COLS = PYG_WIDE_COLS };                // up to this many columns the matrix unit does not pay for the unpacking
 
 // The layout that `format` takes for this many columns.
 static int act_layout(int format, int64_t cols) {

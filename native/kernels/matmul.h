@@ -17,7 +17,7 @@ enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights
 enum { STREAM_BYTES = 512 << 10 };               // for a few columns, where weights come from memory: a stream is slow to start
 enum { RUN_TILES = 8 };                          // tiles of one matrix before the other's: likewise
 enum { PREFETCH_BYTES = 1024 };                  // of the next stream, while this one ends
-enum { WIDE_PAIRS = 8, WIDE_BLOCK = 512, WIDE_STEPS = 16 };        // a matrix unit's chunk: row tiles / 2, columns; its depth at a time
+enum { WIDE_PAIRS = 8, WIDE_BLOCK = 512, WIDE_STEPS = 64 };        // a matrix unit's chunk: row tiles / 2, columns; its depth at a time
 
 typedef struct {                                 // one matrix of (rows, k): a weight, or one expert's part of it
     const char *raw;                             // its first row in the file
@@ -242,7 +242,7 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
 
 // ---- many columns through a matrix unit ------------------------------------------------------------------------------------------
 // A chunk is pairs of row tiles (or of gate and up) x pairs of column tiles. Along k it goes WIDE_STEPS squares at a time: the weights of
-// all pairs are unpacked for that depth and stay in the second-level cache, those of a column pair in the first. Sums wait in scratch.
+// all pairs are unpacked for that depth and stay in the second-level cache with the columns of a pair. Sums that are not whole wait in scratch.
 typedef struct { char *weights, *made; float *sums; int64_t bytes; } wide_memory;
 
 static wide_memory wide_layout(char *base, const matrix *m) {
@@ -288,7 +288,7 @@ static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_t
             if (whole) to = landing_of(&j->to, c * MATRIX_SIDE, N);
             for (int64_t p = 0; p < pairs; p++) {
                 const char *b[2] = {at.weights + 2 * p * WIDE_STEPS * square, at.weights + (2 * p + 1) * WIDE_STEPS * square};
-                float *sums = at.sums + ((c - first) / 2 * WIDE_PAIRS + p) * 4 * TILE_ROWS * MATRIX_SIDE;
+                float *sums = at.sums + (depth == steps ? 0 : ((c - first) / 2 * WIDE_PAIRS + p) * 4 * TILE_ROWS * MATRIX_SIDE);
                 if (parts == 1) matrix_block(1, a, b, depth, sums, start == 0);
                 else matrix_block(2, a, b, depth, sums, start == 0);
                 if (!whole) continue;

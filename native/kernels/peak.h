@@ -29,6 +29,13 @@ static void peak_read(const char *x, int64_t bytes) {
     PEAK_USE(sum);
 }
 
+static void peak_matrix(char *memory) {            // all squares in the first-level cache
+    const char *a[2] = {memory, memory + 4 * MATRIX_SQUARE}, *b[2] = {memory + 8 * MATRIX_SQUARE, memory + 12 * MATRIX_SQUARE};
+    matrix_begin();
+    for (int i = 0; i < PEAK_ROUNDS / 4; i++) matrix_block(1, a, b, 4, (float *)(memory + 16 * MATRIX_SQUARE), 1);
+    matrix_end();
+}
+
 // dst: what each chunk did, multiplications or bytes. src: chunks of bytes.
 static void op_peak(worker *w, const pyg_step *s) {
     const pyg_view *dst = view_of(w, s->dst), *src = view_of(w, s->src[0]);
@@ -38,7 +45,12 @@ static void op_peak(worker *w, const pyg_step *s) {
         switch (s->i[0]) {
         case PEAK_INT8: peak_int8(src->data); *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL * 4; break;
         case PEAK_FLOAT: peak_float(src->data); *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL; break;
+        case PEAK_MATRIX:                            // a block of four squares has 32 * 32 sums, no matrix unit does nothing
+            peak_matrix(w->scratch);
+            *done = MATRIX_UNIT * (float)PEAK_ROUNDS * 4 * MATRIX_SIDE * MATRIX_SIDE * MATRIX_DEPTH;
+            break;
         case PEAK_READ: peak_read(x, src->ne[0]); *done = (float)src->ne[0]; break;
         }
     }
 }
+static int64_t scratch_peak(const pyg_plan *plan, const pyg_step *s) { (void)plan, (void)s; return 20 * MATRIX_SQUARE; }

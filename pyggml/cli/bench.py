@@ -213,12 +213,13 @@ def operations(test: Test, model: Any, args: argparse.Namespace, running: list[A
     peaks = measure_peaks(context.pool.n_threads)
     copied = context.copy_bandwidth()
     if copied:                                          # layers on a GPU: what limits those is its memory
-        peaks = peaks._replace(read=copied, int8=math.inf, floats=math.inf)
+        peaks = peaks._replace(read=copied, int8=math.inf, floats=math.inf, bf16=math.inf)
     rows = []
     for op in spent:
         least, limit = peaks.least(Work(op.bytes, op.macs, op.kind))
         rows.append({**op._asdict(), "share_of_peak": 1e9 * least / op.ns, "limit": limit,
-                     "peak_read": peaks.read, "peak_int8": None if copied else peaks.int8, "peak_float": None if copied else peaks.floats})
+                     "peak_read": peaks.read, "peak_int8": None if copied else peaks.int8, "peak_float": None if copied else peaks.floats,
+                     "peak_bf16": None if copied else peaks.bf16})
     return rows
 
 
@@ -289,8 +290,8 @@ def print_ops(test: Test, ops: list[dict[str, Any]], file: Any) -> None:
     if ops:
         peak = ops[0]
         best = f"the GPU copies {peak['peak_read'] / 1e9:.0f} GB/s" if peak["peak_int8"] is None else (
-            f"this machine: reads {peak['peak_read'] / 1e9:.1f} GB/s, multiplies {peak['peak_int8'] / 1e9:.0f} G int8 and "
-            f"{peak['peak_float'] / 1e9:.0f} G float a second")
+            f"this machine: reads {peak['peak_read'] / 1e9:.1f} GB/s, multiplies {peak['peak_int8'] / 1e9:.0f} G int8, "
+            f"{peak['peak_float'] / 1e9:.0f} G float and {peak['peak_bf16'] / 1e9:.0f} G bf16 a second")
         print(f"{best}\n"
               f"{'time':>13} {'share':>7} {'GB/s':>7} {'GMAC/s':>7}  of the limit   operation", file=file)
     for op in ops:

@@ -407,13 +407,13 @@ def test_bench_measures_evaluation_alone(monkeypatch, capsys):
 @pytest.fixture
 def peaks(monkeypatch):
     from pyggml import roofline
-    monkeypatch.setattr(roofline, "measure_peaks", lambda n_threads: roofline.Peaks(10e9, 20e9, 5e9))
+    monkeypatch.setattr(roofline, "measure_peaks", lambda n_threads: roofline.Peaks(10e9, 20e9, 5e9, 5e9))
 
 
 def test_bench_ops(capsys, peaks):
     cli.main(["bench", "fake", "-r", "1", "-p", "0", "-n", "2", "--ops"])
     out = capsys.readouterr().out
-    assert "tg2: 0.00 ms in operations" in out and "reads 10.0 GB/s, multiplies 20 G int8 and 5 G float a second" in out
+    assert "tg2: 0.00 ms in operations" in out and "reads 10.0 GB/s, multiplies 20 G int8, 5 G float and 5 G bf16 a second" in out
     # two tokens, 1500 ns each with 6000 bytes and 12000 multiplications: 4 GB/s and 8 GMAC/s, of 10 and 20
     assert "0.003 ms  83.3 %    4.00     8.0   40 % memory   mul_mat          blk.*.ffn_up.weight" in " ".join(out.split("\n"))
     row = bench_json(capsys, "-p", "0", "-n", "2", "--ops")[0]

@@ -64,6 +64,7 @@ def test_a_prompt_and_sequences(model):
 def test_peaks(model):
     peaks = measure_peaks(1, runs=1)
     assert min(peaks) > 1e8
-    assert Peaks(10.0, 20.0, 5.0).least(Work(100, 100, "int8")) == (10.0, "memory")
-    assert Peaks(10.0, 20.0, 5.0).least(Work(100, 100, "float")) == (20.0, "compute")
-    assert Peaks(10.0, 20.0, 5.0).least(Work(50, 0, "")) == (5.0, "memory")
+    assert Peaks(10.0, 20.0, 5.0, 2.0).least(Work(100, 100, "bf16")) == (50.0, "compute")
+    assert Peaks(10.0, 20.0, 5.0, 50.0).least(Work(100, 100, "int8")) == (10.0, "memory")
+    assert Peaks(10.0, 20.0, 5.0, 50.0).least(Work(100, 100, "float")) == (20.0, "compute")
+    assert Peaks(10.0, 20.0, 5.0, 50.0).least(Work(50, 0, "")) == (5.0, "memory")
