@@ -69,7 +69,8 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    fetch_streams = slow_bf16 = __builtin_cpu_is("intel");
+    slow_bf16 = __builtin_cpu_is("intel");
+    fetch_streams = slow_bf16 && strncmp(kernels->isa, "avx2", 4) && strncmp(kernels->isa, "avxvnni", 7);     // loops of 32 bytes gain nothing
 #endif
 }
 
