@@ -70,7 +70,7 @@ void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
     slow_bf16 = __builtin_cpu_is("intel");
-    fetch_streams = slow_bf16 && strncmp(kernels->isa, "avx2", 4) && strncmp(kernels->isa, "avxvnni", 7);     // loops of 32 bytes gain nothing
+    fetch_streams = slow_bf16 && kernels->lanes == 16;          // loops of 32 bytes gain nothing
 #endif
 }
 

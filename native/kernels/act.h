@@ -16,7 +16,7 @@
 // `minus` is what an unsigned weight needs: (w - zero) . q = w . q + zero * minus, the accumulator's start value.
 // ACT_ROW_* is for a few columns against raw weights: each column a row of ggml blocks. Beyond SMALL_COLS columns weights
 // are unpacked into tiles on the fly, and the columns are interleaved as for packed weights (act_layout).
-// With a matrix unit and beyond WIDE_COLS columns, all weights but F32 are unpacked into bf16 (kernels/wide.h).
+// With a matrix unit and beyond WIDE_COLS columns, all weights but F32 are unpacked into bf16 (squares.h).
 #pragma once
 
 typedef struct {

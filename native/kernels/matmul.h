@@ -188,8 +188,6 @@ typedef struct {
     target to;
 } job;
 
-// Row tiles [first_tile, last_tile) x column tiles [first, last) of `cols` columns. A column tile stays in the first-level cache
-// while the weights pass, and the results of neighbouring row tiles fall on neighbouring cache lines.
 // The first lines of tiles that come next: the processor's own prefetch only sees them when they are there.
 static inline void prefetch_run(const job *j, int matrix_index, int64_t tile) {
     const matrix *m = &j->m[matrix_index];
@@ -206,6 +204,8 @@ static inline const char *tile_after(const job *j, int i, int64_t t, int64_t sta
     return j->m[i].packed && t < j->m[i].tiles ? j->m[i].packed + t * j->m[i].bytes : NULL;
 }
 
+// Row tiles [first_tile, last_tile) x column tiles [first, last) of `cols` columns. A column tile stays in the first-level cache
+// while the weights pass, and the results of neighbouring row tiles fall on neighbouring cache lines.
 static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
     _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
     const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
