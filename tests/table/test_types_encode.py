@@ -106,7 +106,8 @@ def energy(w: np.ndarray | None) -> np.ndarray:
 def test_without_search_the_error_is_ggmls_to_four_digits(row, w, isa):  # noqa: F811
     theirs, ours = ggml_error(row, w), squared_error(row, quants.quantize(X, row, w), X, w)
     assert abs(ours.sum() / theirs.sum() - 1) < 5e-5
-    near = np.abs(ours - theirs) <= 2e-3 * theirs + NEGLIGIBLE * energy(w)               # single rows: a tie may fall either way
+    tie = 1e-2 if row.name in CODEBOOKS else 2e-3                # single rows: a tie may fall either way, and moves more in a codebook
+    near = np.abs(ours - theirs) <= tie * theirs + NEGLIGIBLE * energy(w)
     if row.name.startswith("IQ1"):
         near[[9, 15]] = True               # a constant and a ramp: of splits that are equally good rounding chooses one
     assert near.all()
