@@ -9,6 +9,7 @@ tests/unit/test_cuda.py does all. Otherwise nothing is collected here: Numba dec
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
@@ -23,6 +24,15 @@ elif os.environ.get("PYGGML_PTX") == "driver":
 
     DRIVER = fake_driver.install()
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_driver.py"]
+
+    def pytest_sessionfinish(exitstatus):
+        DRIVER.exitstatus = exitstatus
+
+    def pytest_unconfigure():
+        """Ends the process at once: at a usual end the bindings' destructors call the driver, whose functions have gone with the interpreter."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(DRIVER.exitstatus)
 elif "PYGGML_PTX" in os.environ:
     import on_machine
 
