@@ -7,6 +7,7 @@
 // A token's bits do not depend on how many tokens attention_step gets at once: a score's sum is cut as for one token alone, and tiles
 // and splits begin at multiples of their lengths from the sequence's first cell, so that what other tokens see beyond adds zeros.
 #include "attend.h"
+#include "attend_squares.h"
 
 enum {
     UNIT_ROWS = 256,                    // rows that share the conversion of a tile
@@ -20,6 +21,7 @@ typedef struct {                        // a step's operands, read once
     int64_t         tokens, share, kv_heads, D, window, words, padded;      // share: query heads per KV head
     float           scale, softcap;
     int             pair, parts, tile;  // parts: how a score's sum is cut (shape_group); tile: cells converted together, up to TILE_CELLS
+    int             squares;            // attention goes through a matrix unit
 } attention_args;
 
 typedef struct {                        // private memory of one unit of work
@@ -47,7 +49,8 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
 }
 
 // bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
-// asks for them with `coarse`, which a processor that is slow at them takes for leave only. An F32 cache is always read in full.
+// asks for them with `coarse`, which a processor that is slow at them takes for leave only. An F32 cache is always read in full. A matrix
+// unit has them from `attention`, but where bits are `fixed`: it does not add as attention_step does.
 static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse, int fixed) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
     int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
@@ -56,8 +59,10 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s, 
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
-        .pair = NATIVE_BF16 && !slow_bf16 && !any_f32 && (coarse || all_bf16),
     };
+    const int rounds = !any_f32 && (coarse || all_bf16);
+    a.pair = NATIVE_BF16 && !slow_bf16 && rounds;
+    a.squares = MATRIX_UNIT && !fixed && rounds;
     a.tile = TILE_CELLS;
     a.parts = fixed ? lanes_per_row((int)a.share) : 0;
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
@@ -212,28 +217,83 @@ INLINE void write_group(const attention_args *a, const query_group *g, int64_t t
     }
 }
 
-// ---- attention -----------------------------------------------------------------------------------------------------------------------
+// ---- one unit through a matrix unit --------------------------------------------------------------------------------------------------
 INLINE int64_t unit_tokens(const attention_args *a) { return a->share < UNIT_ROWS ? UNIT_ROWS / a->share : 1; }
+INLINE int64_t square_layout(square_memory *m, const attention_args *a, char *base) {
+    uintptr_t at = (uintptr_t)base;
+    const int64_t rows = round_up(unit_tokens(a) * a->share, BLOCK_ROWS), padded = round_up(a->D, MATRIX_DEPTH);
+    m->steps = padded / MATRIX_DEPTH;
+    m->q = take(&at, rows * padded * 2);
+    m->out = take(&at, rows * padded * sizeof(float));
+    m->sum = take(&at, rows * VL * sizeof(float));
+    m->max = take(&at, rows * sizeof(float));
+    m->lo = take(&at, rows * sizeof(int32_t));
+    m->hi = take(&at, rows * sizeof(int32_t));
+    m->k = take(&at, TILE_CELLS * padded * 2);
+    m->v = take(&at, TILE_CELLS * padded * 2);
+    for (int i = 0; i < 2; i++) {
+        m->p[i] = take(&at, TILE_CELLS * BLOCK_ROWS * 2);
+        m->scores[i] = take(&at, TILE_CELLS * BLOCK_ROWS * sizeof(float));
+    }
+    m->blocks = take(&at, rows / BLOCK_ROWS * sizeof *m->blocks);
+    m->seeing = take(&at, rows / BLOCK_ROWS * sizeof *m->seeing);
+    m->rows = take(&at, MATRIX_SIDE * padded * sizeof(float));
+    m->zeros = take(&at, padded * sizeof(float));
+    return (int64_t)(at - (uintptr_t)base);
+}
+static void attend_squares(const attention_args *a, square_memory *m, int64_t kv_head, int64_t t0, int64_t t1) {
+    const int64_t rows = (t1 - t0) * a->share, end = a->cell[t1 - 1] + 1;
+    const float scale = a->softcap > 0.0f ? a->scale / a->softcap : a->scale * LOG2_E;
+    for (int64_t r = 0, t = t0; t < t1; t++)
+        for (int64_t i = 0; i < a->share; i++, r++)
+            load_query(m, r, (const float *)row_at(a->q, kv_head * a->share + i, t, 0), a->D, scale, first_visible(a, t), a->cell[t]);
+    int blocks = 0;
+    for (int64_t r = 0; r < rows; r += BLOCK_ROWS) m->blocks[blocks++] = block_at(m, r, rows);
+    memset(m->out, 0, blocks * BLOCK_ROWS * m->steps * MATRIX_DEPTH * sizeof(float));
+    for (int64_t c = first_of_its(a, t0, TILE_CELLS); c < end; c += TILE_CELLS) {
+        m->first = (int)c;
+        load_squares(a->k, a->D, kv_head, end - c, m, 0);
+        load_squares(a->v, a->D, kv_head, end - c, m, 1);
+        attend_tile(m, blocks, a->softcap);
+    }
+    for (int64_t r = 0, t = t0; t < t1; t++)
+        for (int64_t i = 0; i < a->share; i++, r++)
+            store_result(m, r, a->D, (float *)row_at(a->dst, t, 0, 0) + (kv_head * a->share + i) * a->D);
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------------------------
+static void attend_run(const attention_args *a, attention_memory *m, int64_t kv_head, int64_t t0, int64_t t1) {
+    int64_t n = cut_groups(a, m, t0, t1, m->state);
+    for (int64_t i = 0; i < n; i++) load_group(a, m, &m->groups[i], t0, kv_head, NULL, 0, 0);
+    attend_cells(a, m, kv_head, n, first_of_its(a, t0, a->tile), a->cell[t1 - 1] + 1, -1, 0);
+    for (int64_t i = 0; i < n; i++) write_group(a, &m->groups[i], t0, kv_head);
+}
 
 static void op_attention(worker *w, const pyg_step *s) {
     attention_args a = attention_shape(w->plan->views, s, s->i[1], s->i[2]);
     attention_memory m;
-    attention_layout(&m, &a, w->scratch, unit_tokens(&a) * a.share, 1, a.tokens);
-    int64_t runs = 0;
+    square_memory q;
+    int64_t used = attention_layout(&m, &a, w->scratch, a.squares ? 0 : unit_tokens(&a) * a.share, 1, a.tokens), runs = 0;
     for (int64_t t = 0; t < a.tokens; t = run_end(&a, t, unit_tokens(&a))) m.run_start[runs++] = (int32_t)t;
     m.run_start[runs] = (int32_t)a.tokens;
+    if (a.squares) {
+        square_layout(&q, &a, w->scratch + used);
+        memset(q.zeros, 0, q.steps * MATRIX_DEPTH * sizeof(float));
+        matrix_begin();
+    }
     for (int64_t chunk; (chunk = claim(w)) < a.kv_heads * runs;) {
         int64_t kv_head = chunk / runs, run = runs - 1 - chunk % runs;      // a head's longest runs first
-        int64_t t0 = m.run_start[run], t1 = m.run_start[run + 1], n = cut_groups(&a, &m, t0, t1, m.state);
-        for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t0, kv_head, NULL, 0, 0);
-        attend_cells(&a, &m, kv_head, n, first_of_its(&a, t0, a.tile), a.cell[t1 - 1] + 1, -1, 0);
-        for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t0, kv_head);
+        if (a.squares) attend_squares(&a, &q, kv_head, m.run_start[run], m.run_start[run + 1]);
+        else attend_run(&a, &m, kv_head, m.run_start[run], m.run_start[run + 1]);
     }
+    if (a.squares) matrix_end();
 }
 static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
     attention_args a = attention_shape(plan->views, s, s->i[1], s->i[2]);
     attention_memory m;
-    return attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
+    square_memory q;
+    int64_t used = attention_layout(&m, &a, NULL, a.squares ? 0 : unit_tokens(&a) * a.share, 1, a.tokens);
+    return used + (a.squares ? square_layout(&q, &a, NULL) : 0);
 }
 
 // ---- attention_step --------------------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ INLINE vf vf_group_sum(vf v, int rep) {         // every lane gets the sum over 
     return v;
 }
 
-// 2^x for x <= 0, and 0 below 2^-125. Adding 1.5 * 2^23 rounds x to a whole number n and leaves it in the low bits; 2^(x - n) is
+// 2^x for x <= 0 (or not far above), and 0 below 2^-125. Adding 1.5 * 2^23 rounds x to a whole number n and leaves it in the low bits; 2^(x - n) is
 // a polynomial fitted for least relative error on [-1/2, 1/2]: 1e-7, or with `coarse` 1e-4, a twentieth of what bf16 rounds away.
 INLINE vf vf_exp2_below(vf x, int coarse) {
     const float whole = 12582912.0f;

@@ -40,7 +40,7 @@ def bound(isa: str, cache_type: str, coarse: int) -> float:
 class Case:
     """Operands of one attention step, and what it must give."""
 
-    def __init__(self, batch: Batch, heads, cache_type="F32", window=0, softcap=0.0, roped=None, seed=3):
+    def __init__(self, batch: Batch, heads, cache_type="F32", window=0, softcap=0.0, roped=None, seed=3, spread=1.3):
         H, Hk, D = heads
         T, rng = len(batch.cell), np.random.default_rng(seed)
         self.batch, self.scale, self.window, self.softcap = batch, 1.3 / np.sqrt(D), window, softcap
@@ -102,12 +102,31 @@ def test_coarse_attention_at_any_head_size(isa, heads):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cache_type", ["F32", "F16"])
-def test_attention_is_the_same_with_any_threads(isa, cache_type):
+@pytest.mark.parametrize("batch", [
+    sequences("2 tokens", (0, 70, 2)), sequences("3 tokens", (5, 5, 3)), sequences("many", (0, 0, 300)),
+    sequences("ragged", (0, 150, 70), (300, 301, 3), (340, 340, 270))], ids=str)
+@pytest.mark.parametrize("heads, cache_type", [((2, 2, 64), "F16"), ((4, 1, 80), "F16"), ((8, 2, 128), "BF16"), ((8, 1, 64), "Q8_0")], ids=str)
+@pytest.mark.parametrize("window", [0, 90])
+def test_coarse_attention_of_few_and_many(isa, batch, heads, cache_type, window):
+    case = Case(batch, heads, cache_type, window)
+    assert nmse(case.attention(isa, coarse=1), case.want) < bound(isa, cache_type, 1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("coarse", [0, 1])
+def test_attention_where_the_maximum_rises(isa, coarse):
+    """Scores so far apart that a later tile's maximum makes little of what came before; errors grow with them."""
+    case = Case(PREFILL[1], (8, 2, 64), "F16", spread=6.0)
+    assert nmse(case.attention(isa, coarse=coarse), case.want) < (6.0 / 1.3) ** 2 * bound(isa, "F16", coarse)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache_type, coarse", [("F32", 0), ("F16", 0), ("F16", 1)])
+def test_attention_is_the_same_with_any_threads(isa, cache_type, coarse):
     case = Case(PREFILL[4], (8, 2, 64), cache_type)
-    first = case.attention(isa, threads=1).copy()
+    first = case.attention(isa, threads=1, coarse=coarse).copy()
     for threads in THREADS[1:]:
-        assert np.array_equal(case.attention(isa, threads), first)
+        assert np.array_equal(case.attention(isa, threads, coarse), first)
 
 
 def cut(case, at: int, end: int):
