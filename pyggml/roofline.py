@@ -54,7 +54,8 @@ def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, ex
         n_tokens = size(step.out)[0]
         cached, seen = (min(batch.cached, window + n_tokens), min(batch.seen, window * n_tokens)) if window else (batch.cached, batch.seen)
         types = {t.type for t in step.src[1:3] if t is not None}
-        rounds = step.op == "attention" and not step.i[2] and (types == {"BF16"} or step.i[1] and "F32" not in types)
+        wide = lib is not None and n_tokens > lib.PYG_WIDE_COLS
+        rounds = wide and step.op == "attention" and not step.i[2] and (types == {"BF16"} or step.i[1] and "F32" not in types)
         cell = sum(nbytes(t) // math.prod(size(t)[:-1]) for t in step.src[1:3] if t is not None) * size(keys)[0]  # type: ignore[arg-type]
         return Work(cached * cell + nbytes(step.src[0]) + nbytes(step.out), 2 * math.prod(heads) * seen, "bf16" if rounds else "float")
     if step.op == "get_rows":

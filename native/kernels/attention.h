@@ -50,7 +50,7 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
 
 // bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
 // asks for them with `coarse`, which a processor that is slow at them takes for leave only. An F32 cache is always read in full. A matrix
-// unit has them from `attention`, but where bits are `fixed`: it does not add as attention_step does.
+// unit does not add as attention_step does: it has the batches that it has in matmuls, but where bits are `fixed`.
 static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse, int fixed) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
     int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
@@ -62,7 +62,7 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s, 
     };
     const int rounds = !any_f32 && (coarse || all_bf16);
     a.pair = NATIVE_BF16 && !slow_bf16 && rounds;
-    a.squares = MATRIX_UNIT && !fixed && rounds;
+    a.squares = MATRIX_UNIT && !fixed && rounds && a.tokens > WIDE_COLS;
     a.tile = TILE_CELLS;
     a.parts = fixed ? lanes_per_row((int)a.share) : 0;
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;
@@ -292,8 +292,8 @@ static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
     attention_args a = attention_shape(plan->views, s, s->i[1], s->i[2]);
     attention_memory m;
     square_memory q;
-    int64_t used = attention_layout(&m, &a, NULL, a.squares ? 0 : unit_tokens(&a) * a.share, 1, a.tokens);
-    return used + (a.squares ? square_layout(&q, &a, NULL) : 0);
+    const int64_t few = attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
+    return a.squares ? most(few, attention_layout(&m, &a, NULL, 0, 1, a.tokens) + square_layout(&q, &a, NULL)) : few;
 }
 
 // ---- attention_step --------------------------------------------------------------------------------------------------------------------
