@@ -157,7 +157,8 @@ def line(change: Change) -> str:
 
     key = printable(change.key)
     if change.old is None and change.new is not None:
-        return f"+ {key} = {text(change.new)}"
+        meant = keys.meant(change.key)
+        return f"+ {key} = {text(change.new)}" + (f"   (new: did you mean {printable(meant)}?)" if meant else "")
     if change.new is None and change.old is not None:
         return f"- {key} = {text(change.old)}"
     assert change.old is not None and change.new is not None

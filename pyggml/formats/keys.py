@@ -99,6 +99,12 @@ def known(key: str) -> Known | None:
     return KNOWN.get(key) or KNOWN.get("*." + key.partition(".")[2])
 
 
+def meant(key: str) -> str:
+    """The known key that a key nobody knows is perhaps a slip of, or ""."""
+    names = [name.replace("*", key.partition(".")[0]) for name in KNOWN]
+    return "" if known(key) else next(iter(difflib.get_close_matches(key, names, 1, cutoff=0.9)), "")
+
+
 def problem(key: str, value: Any) -> str:
     """What is wrong with a typed value for `key`, as a sentence, or ""."""
     row = known(key)

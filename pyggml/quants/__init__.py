@@ -51,11 +51,21 @@ def _in_chunks(rows: int, per_row: int, threads: int | None, work) -> None:
             helper.result()
 
 
-def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, threads: int | None = None) -> np.ndarray:
+def _result(out: np.ndarray | None, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Where a result of this shape goes: a new array, or the caller's `out` if it is one that C can fill."""
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not (out.flags.c_contiguous and out.flags.writeable):
+        raise PyggmlError(f"out is {out.dtype} of shape {out.shape}; pass a writable, contiguous {np.dtype(dtype)} array of shape {shape}")
+    return out
+
+
+def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, out: np.ndarray | None = None, threads: int | None = None) -> np.ndarray:
     """The weights of rows of blocks as float32: (..., bytes) -> (..., weights).
 
     `blocks` holds whole rows, last axis first in memory, of any dtype (its bytes are what counts).
-    PyggmlError when a row is not a whole number of blocks.
+    out: an array to fill and return, where a new one each time (and the pages that the system has to clear for it) costs too much.
+    PyggmlError when a row is not a whole number of blocks, or `out` does not fit.
     """
     row = tensor_type(type)
     raw = np.ascontiguousarray(blocks)
@@ -63,7 +73,7 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, threads: int
     if raw.shape[-1] % row.bytes:
         raise PyggmlError(f"rows of {raw.shape[-1]} bytes do not divide into {row} blocks of {row.bytes} bytes")
     per_row = raw.shape[-1] // row.bytes * row.block
-    out = np.empty((*raw.shape[:-1], per_row), np.float32)
+    out = _result(out, (*raw.shape[:-1], per_row), np.float32)
     if out.size == 0:
         return out
     flat, result = raw.reshape(-1, raw.shape[-1]), out.reshape(-1, per_row)
@@ -78,7 +88,7 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, threads: int
 
 
 def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarray | None = None, *, search: bool = False,
-             threads: int | None = None) -> np.ndarray:
+             out: np.ndarray | None = None, threads: int | None = None) -> np.ndarray:
     """Rows of weights as rows of blocks: (..., weights) of any numeric dtype -> uint8 (..., bytes).
 
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
@@ -86,20 +96,22 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
     search: look for the least squared error; with an imatrix weighted as ggml weighs it, by importance * sqrt(mean square + x^2) (Q6_K and
     the formula types: by importance). Codebook types (IQ1, IQ2, IQ3) also take back what least squares shrinks. Otherwise scales are
     ggml's choice, and so is every byte but for a rare tie.
+    out: an array to fill and return, as for `dequantize`.
     The bytes do not depend on `threads`.
-    PyggmlError when a row is not a whole number of blocks, or when a value is not finite (a blocked type cannot hold it).
+    PyggmlError when a row is not a whole number of blocks, `out` does not fit, or a value is not finite (a blocked type cannot hold it).
     """
     row = tensor_type(type)
     x = np.asarray(array)
     if x.ndim == 0:
         raise PyggmlError(f"cannot quantize a single number to {row}; pass an array whose last axis is a row of weights")
-    if not row.quantized and row.layout.kind in "if" and row.layout.itemsize == 8:
-        return np.ascontiguousarray(x.astype(row.layout)).view(np.uint8).reshape(*x.shape[:-1], row.row_bytes(x.shape[-1]))
-    x = np.ascontiguousarray(x, np.float32)
     n = x.shape[-1]
-    out = np.empty((*x.shape[:-1], row.row_bytes(n)), np.uint8)
+    out = _result(out, (*x.shape[:-1], row.row_bytes(n)), np.uint8)
     if out.size == 0:
         return out
+    if not row.quantized and row.layout.kind in "if" and row.layout.itemsize == 8:         # float32 would round these
+        out.view(row.layout)[:] = x
+        return out
+    x = np.ascontiguousarray(x, np.float32)
     groups, importance = _importance(x, imatrix)
     rows = x.reshape(groups, -1, n)
     result = out.reshape(groups, -1, out.shape[-1])

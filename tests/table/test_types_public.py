@@ -23,6 +23,14 @@ def test_shapes():
     assert (quants.dequantize(np.float16([[1, 2]]), "F16") == [[1, 2]]).all()
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "F16", "F64"])
+def test_into_the_callers_array(kind):
+    x = np.random.default_rng(0).normal(size=(2, 3, 256)).astype(np.float32)
+    blocks, weights = np.full_like(quants.quantize(x, kind), 1), np.ones_like(x)
+    assert quants.quantize(x, kind, out=blocks) is blocks and (blocks == quants.quantize(x, kind)).all()
+    assert quants.dequantize(blocks, kind, out=weights) is weights and (weights == quants.dequantize(blocks, kind)).all()
+
+
 def test_one_importance_row_per_expert():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(2, 3, 256)), rng.uniform(0, 9, (2, 256))
@@ -39,6 +47,9 @@ def test_one_importance_row_per_expert():
     (lambda: quants.quantize(np.zeros((2, 32)), "Q4_0", np.ones(31)), ["(31,)", "(2, 32)"]),
     (lambda: quants.quantize(np.zeros((2, 32)), "Q4_0", -np.ones(32)), ["importance", "negative"]),
     (lambda: quants.quantize(np.zeros((2, 32)), "Q4_9"), ["Q4_9", "Q4_0"]),
+    (lambda: quants.quantize(np.zeros((2, 32)), "Q4_0", out=np.zeros((2, 32), np.uint8)), ["(2, 32)", "(2, 18)"]),
+    (lambda: quants.dequantize(np.zeros((2, 18), np.uint8), "Q4_0", out=np.zeros((4, 64), np.float32)[::2, ::2]), ["contiguous"]),
+    (lambda: quants.dequantize(np.zeros((2, 18), np.uint8), "Q4_0", out=np.zeros((2, 32))), ["float64", "float32"]),
     (lambda: quants.dequantize(np.zeros((2, 32), np.uint8), 4), ["Q4_2", "removed"]),
 ])
 def test_errors_say_what_and_where(call, words):

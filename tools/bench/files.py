@@ -192,8 +192,8 @@ def measure_codecs(folder: Path | None) -> None:
             continue
         blocks = quantize(x, row)
         out = np.zeros_like(blocks)
-        encode, decode = ([smallest(9, lambda i, t=t, r=row, f=f, a=a: f(a, r, threads=t)) for t in (1, None)]
-                          for f, a in ((quantize, x), (dequantize, blocks)))
+        encode, decode = ([smallest(9, lambda i, t=t, r=row, f=f, a=a, out=out: f(a, r, out=out, threads=t)) for t in (1, None)]
+                          for f, a, out in ((quantize, x, out), (dequantize, blocks, np.zeros_like(x))))
         theirs = package(row, x, blocks)
         print(f"{row.name:<10}{cell(*decode, ggml.decode(row, blocks) if ggml else 0, theirs[1])}"
               f"{cell(*encode, ggml.encode(row, x, out) if ggml else 0, theirs[0])}", flush=True)
