@@ -93,9 +93,17 @@ int     pyg_act_format(int type, int packed, int exact, int fixed) { return kern
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
 
+enum { STRIP = 512 };           // floats that are decoded at once: whole blocks of every type
+
 int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
     if (!kernels->dequantize[type]) return 1;
-    kernels->dequantize[type](n, src, dst);
+    int64_t bytes = kernels->row_bytes(type, STRIP);
+    const char *from = src;
+    for (; n > 0; n -= STRIP, from += bytes, dst += STRIP) {
+        if (n > 3 * STRIP)          // the lines of the strip after next: where memory is the limit, a store that finds its line is a fifth faster
+            for (int i = 2 * STRIP; i < 3 * STRIP; i += LINE / sizeof(float)) __builtin_prefetch(dst + i, 1);
+        kernels->dequantize[type](n < STRIP ? n : STRIP, from, dst);
+    }
     return 0;
 }
 
