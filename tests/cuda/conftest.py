@@ -12,18 +12,31 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
+
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     import lanes
 
     from pyggml.backends.cuda import prims
 
-    collect_ignore = ["test_ptx_machine.py", "test_driver.py"]
+    collect_ignore = ["test_ptx_machine.py", "test_large.py", "test_driver.py"]
     lanes.install(prims)
 elif os.environ.get("PYGGML_PTX") == "driver":
     import fake_driver
 
+    gc.disable()
     DRIVER = fake_driver.install()
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_driver.py"]
+
+    @pytest.fixture(scope="session")
+    def toy(tmp_path_factory):
+        """A model of two layers whose heads are wide enough for attention to quantize what it makes."""
+        import toys
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(toys, "HEAD", 32)
+            return toys.write(tmp_path_factory.mktemp("toy") / "toy.gguf", layers=2)
 
     def pytest_sessionfinish(exitstatus):
         DRIVER.exitstatus = exitstatus

@@ -107,7 +107,8 @@ def named(device: str | None, main_gpu: int = 0) -> int | None:
     if name in CPU_NAMES:
         return None
     if not (found := re.fullmatch(r"cuda:?(\d+)", name)):
-        raise ParameterError(f"the device {device!r} is unknown; use none, cpu, " + (", ".join(f"cuda{g.index}" for g in gpus()) or "cuda0"))
+        one = "one of " if "," in name else ""              # a list, as llama.cpp takes it
+        raise ParameterError(f"the device {name!r} is unknown; use {one}none, cpu, " + (", ".join(f"cuda{g.index}" for g in gpus()) or "cuda0"))
     return int(found[1])
 
 
