@@ -60,7 +60,7 @@ def _three(name: str, other: str) -> tuple:
     """Queries, keys and values of a model of 4096 numbers with 8 heads of keys."""
     forms = [matvec.Form(n, **matvec.shape_of(4096 + 1024 + 1024, 4096 // factors.factor(n).unit, 1, False)) for n in (name, name, other)]
     planes = "U8 i i i U8 i F32 F32"
-    return matvec.three_kernel(*forms), f"{planes} {planes} {planes} U8 i I32 i U8 I32 I32 i i"
+    return matvec.three_kernel(*forms), f"{planes} {planes} {planes} U8 I32 i U8 I32 I32 i i"
 
 
 SOME = {

@@ -10,10 +10,12 @@ tests/unit/test_cuda.py does all. Otherwise nothing is collected here: Numba dec
 import gc
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("PYGGML_KERNEL_CACHE", "0")               # kernels are compiled here, whatever the user's cache holds
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
     import lanes
@@ -25,6 +27,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 elif os.environ.get("PYGGML_PTX") == "driver":
     import fake_driver
 
+    os.environ["PYGGML_KERNEL_CACHE"] = tempfile.mkdtemp()      # of this process, and of those that its tests start
     gc.disable()
     DRIVER = fake_driver.install()
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_driver.py"]

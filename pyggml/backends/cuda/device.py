@@ -1,6 +1,7 @@
 """GPUs: which there are, found without Numba and in microseconds where there is none, and one of them with its memory.
 
-`PYGGML_CUDA_GRAPHS=0` launches every kernel on its own (see graphs.py). With `NUMBA_ENABLE_CUDASIM=1` Numba's simulator is the one GPU.
+`PYGGML_CUDA_GRAPHS=0` launches every kernel on its own (graphs.py); `PYGGML_KERNEL_CACHE` says where compiled kernels are kept, 0 for nowhere
+(kernelcache.py). With `NUMBA_ENABLE_CUDASIM=1` Numba's simulator is the one GPU.
 """
 
 from __future__ import annotations

@@ -38,7 +38,12 @@ def kernel(function: Callable) -> Any:
 
 def exact_kernel(function: Callable, fastmath: bool = False) -> Any:
     """A kernel whose arithmetic rounds as it should."""
-    return cuda.jit(function, fastmath=fastmath)
+    made = cuda.jit(function, fastmath=fastmath)
+    if not SIMULATED:
+        from pyggml.backends.cuda.kernelcache import KernelCache
+
+        made._cache = KernelCache(function)
+    return made
 
 
 def instruction(ptx: str | Callable[[tuple[int, int]], str], result: Any, args: tuple, meaning: Callable, *,
@@ -114,4 +119,5 @@ def _intrinsic(ptx, result, args, pure, memory):
     names = "".join(f"a{n}, " for n in range(len(args)))
     scope: dict[str, Any] = {"typed": typed}
     exec(f"def op(typingctx, {names}): return typed(({names}))", scope)
+    scope["op"].instruction = ptx, result, args, pure, memory           # what kernelcache.py knows it by
     return intrinsic(scope["op"])

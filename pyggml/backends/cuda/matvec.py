@@ -173,18 +173,18 @@ def three_kernel(first: Form, second: Form, third: Form) -> Any:
 
     @kernel
     def matvec_three(w, o1, o2, o3, grid, m, dst, bias, w_b, p1, p2, p3, grid_b, m_b, dst_b, bias_b, w_c, q1, q2, q3, grid_c, m_c, dst_c, bias_c,
-                     act, total, ids, units, made, arrived, slots, slot, limit):
-        block, scale = i32(cuda.blockIdx.x), f32(1)
+                     act, ids, units, made, arrived, slots, slot, limit):
+        block, scale, columns, k = i32(cuda.blockIdx.x), f32(1), i32(limit), i32(units)
         blocks, blocks_b = (m + rows - 1) // rows, (m_b + rows - 1) // rows
         if block < blocks:
-            one(block, w, o1, o2, o3, grid, w, o1, o2, o3, grid, act, total, ids, 1, 1, dst, bias, bias, bias, scale, m, units,
+            one(block, w, o1, o2, o3, grid, w, o1, o2, o3, grid, act, columns, ids, 1, 1, dst, bias, bias, bias, scale, i32(m), k,
                 made, arrived, slots, slot, limit)
         elif block < blocks + blocks_b:
-            two(block - blocks, w_b, p1, p2, p3, grid_b, w_b, p1, p2, p3, grid_b, act, total, ids, 1, 1, dst_b, bias_b, bias_b, bias_b, scale, m_b,
-                units, made, arrived, slots, slot, limit)
+            two(block - blocks, w_b, p1, p2, p3, grid_b, w_b, p1, p2, p3, grid_b, act, columns, ids, 1, 1, dst_b, bias_b, bias_b, bias_b, scale,
+                i32(m_b), k, made, arrived, slots, slot, limit)
         else:
-            three(block - blocks - blocks_b, w_c, q1, q2, q3, grid_c, w_c, q1, q2, q3, grid_c, act, total, ids, 1, 1, dst_c, bias_c, bias_c, bias_c,
-                  scale, m_c, units, made, arrived, slots, slot, limit)
+            three(block - blocks - blocks_b, w_c, q1, q2, q3, grid_c, w_c, q1, q2, q3, grid_c, act, columns, ids, 1, 1, dst_c, bias_c, bias_c, bias_c,
+                  scale, i32(m_c), k, made, arrived, slots, slot, limit)
     return matvec_three
 
 
@@ -266,4 +266,4 @@ def matvec_three(steps: tuple[DeviceStep, DeviceStep, DeviceStep], slots: Any, s
     tiles = shape["rows"] * (WARPS // shape["split"])
     each = [(*planes_of(w), w.rows, s.dst.array, array_of(s.src[3], np.float32)) for w, s in zip(weights, steps, strict=True)]
     three_kernel(*forms)[(sum(-(-w.rows // tiles) for w in weights), -(-limit // columns)), 32 * WARPS, stream](
-        *each[0], *each[1], *each[2], act, limit, none_of(np.int32), units, scratch.handed, counters(), slots, steps[0].dst.slot, limit)
+        *each[0], *each[1], *each[2], act, none_of(np.int32), units, scratch.handed, counters(), slots, steps[0].dst.slot, limit)
