@@ -22,7 +22,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
 
     from pyggml.backends.cuda import prims
 
-    collect_ignore = ["test_ptx_machine.py", "test_large.py", "test_driver.py"]
+    collect_ignore = ["test_ptx_machine.py", "test_large.py", "test_driver.py", "test_gpu_script.py"]
     lanes.install(prims)
 elif os.environ.get("PYGGML_PTX") == "driver":
     import fake_driver
@@ -30,7 +30,7 @@ elif os.environ.get("PYGGML_PTX") == "driver":
     os.environ["PYGGML_KERNEL_CACHE"] = tempfile.mkdtemp()      # of this process, and of those that its tests start
     gc.disable()
     DRIVER = fake_driver.install()
-    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_driver.py"]
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in ("test_driver.py", "test_gpu_script.py")]
 
     @pytest.fixture(scope="session")
     def toy(tmp_path_factory):
