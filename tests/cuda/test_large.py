@@ -27,13 +27,13 @@ def at_the_end(small: DeviceView, rows: int) -> DeviceView:
     starts = zip((0, *layout.LAYOUTS["Q8_0"].offsets(groups)[:2]), (0, *layout.LAYOUTS["Q8_0"].offsets(all_groups)[:2]), (16, 16, 2), strict=True)
     for here, there, size in starts:
         memory[there + size * (all_groups - groups):][:size * groups] = small.array[here:here + size * groups]
-    assert memory.nbytes > FAR
+    assert 16 * (all_groups - groups) > FAR - (1 << 20)     # also in the first plane
     return DeviceView(memory, "Q8_0", shape, weight=layout.RelaidWeight("Q8_0", shape, memory))
 
 
 def test_rows_of_a_large_table():
     small, numeric = weight(numbers(3, 64), "Q8_0")
-    rows = FAR // 64
+    rows = FAR // 32
     out = np.zeros((2, 64), np.float32)
     run("get_rows", view(out), [at_the_end(small, rows), view(np.array([rows - 1, rows - 3], np.int32))], f=[1.0])
     assert (out == numeric[[2, 0]]).all()
@@ -41,7 +41,7 @@ def test_rows_of_a_large_table():
 
 def test_the_last_of_many_experts():
     small, numeric = weight(numbers(2, 3, 64), "Q8_0")
-    experts = FAR // 192
+    experts = FAR // 96
     x, out, ids = numbers(1, 64), np.zeros((1, 2, 3), np.float32), np.array([[experts - 1, experts - 2]], np.int32)
     run("mul_mat_id", view(out), [at_the_end(small, experts), view(x), None, view(ids)], i=[0, 0], f=[0])
     assert nmse(out[0], numeric[[1, 0]] @ x[0]) < 1e-4
