@@ -1,12 +1,15 @@
-"""Compiles kernels to PTX for one compute capability, and to machine code with ptxas; prints what came out as JSON.
+"""Compiles kernels to PTX, and to machine code with ptxas; prints what came out as JSON.
 
-    python tests/cuda/compiled.py 9.0 [all]      {"kernel": {"registers": .., "spilled": .., "stack": .., "shared": .., "instructions": {..}}}
+    python tests/cuda/compiled.py 9.0 8.0 10.0
+    {"9.0": {"kernel": {"registers": .., "spilled": .., "stack": .., "shared": .., "instructions": {..}}, ..}, ..}
 
-No GPU takes part: the compiler is told that there is one of this capability. Run by tests/unit/test_cuda_ptx.py.
+The first capability gets all kernels, the others some. No GPU takes part: Numba is told that there is one of the first, and what it lowers
+once is compiled for the others too, whose instructions must be the same (prims.py has other ones before 8.0). Run by tests/unit/test_cuda_ptx.py.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -16,65 +19,69 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numba.cuda.compiler as compiler
 import numba.cuda.dispatcher as dispatcher
-from numba import cuda, types
+from numba import types
 
-from pyggml.backends.cuda import act, attention, gemm, matvec
+from pyggml.backends.cuda import act, attention, factors, gemm, matvec
 
 NUMBERS = {"U8": types.uint8, "I32": types.int32, "F32": types.float32, "F16": types.float16}
-SCALARS = {"i": types.int32, "l": types.int64, "f": types.float32}
+SCALARS = {"i": types.int64, "f": types.float32}
 INSTRUCTIONS = re.compile(r"\b(dp4a|mma\.sync|ldmatrix|cp\.async\.cg|ld\.global\.nc\.L1::no_allocate\.v4\.u32|ld\.global\.nc\.v4\.u32)")
 
 
 def signature(text: str) -> tuple:
-    """"U8 l l f": array and scalar types of a kernel's arguments."""
+    """"U8 i i f": array and scalar types of a kernel's arguments."""
     return tuple(types.Array(NUMBERS[word], 1, "C") if word in NUMBERS else SCALARS[word] for word in text.split())
 
 
 def _matvec(form: matvec.Form) -> tuple:
     w, x = ("F16", "F32") if form.gate == "F16" else ("U8", "U8")
-    planes = f"{w} l l l U8"
-    return matvec.matvec_kernel(form), f"{planes} {planes} {x} i I32 i i F32 F32 F32 F32 f i i I32 i i"
+    planes = f"{w} i i i U8"
+    return matvec.matvec_kernel(form), f"{planes} {planes} {x} i I32 i i F32 F32 F32 F32 f i i U8 I32 I32 i i"
 
 
 def _gemm(form: gemm.Form) -> tuple:
-    w = "F16" if form.type == "F16" else "U8"
-    return gemm.gemm_kernel(form), f"{w} l l l U8 U8 i I32 I32 i F32 F32 F32 f i i i I32 i i i"
+    return gemm.gemm_kernel(form), "U8 i i i U8 U8 i I32 I32 i F32 F32 F32 f i i i I32 i i i"
 
 
 def _attention(form: attention.Form) -> tuple:
     k = "F16" if form.type_k == "F16" else "U8"
-    return attention.attention_kernel(form), f"F32 {k} l {k} l I32 I32 F32 F32 F32 I32 i i i i f f I32 i i"
+    return attention.attention_kernel(form), f"F32 {k} i {k} i I32 I32 F32 U8 F32 F32 I32 i i i i f f I32 i i"
 
 
-def _decoding(name: str, up: str = "", columns: int = 1, m: int = 1 << 17) -> tuple:
+def _decoding(name: str, up: str = "", columns: int = 1, m: int = 1 << 17, **options: bool) -> tuple:
     """The kernel that a matrix of m rows of 4096 takes."""
-    units = 4096 // matvec.factor(name).unit
-    return _matvec(matvec.Form(name, up, columns=columns, **matvec.shape_of(m, units, columns, bool(up))))
+    units = 4096 // factors.factor(name).unit
+    return _matvec(matvec.Form(name, up, columns=columns, **matvec.shape_of(m, units, columns, bool(up)), **options))
+
+
+def _three(name: str, other: str) -> tuple:
+    """Queries, keys and values of a model of 4096 numbers with 8 heads of keys."""
+    forms = [matvec.Form(n, **matvec.shape_of(4096 + 1024 + 1024, 4096 // factors.factor(n).unit, 1, False)) for n in (name, name, other)]
+    planes = "U8 i i i U8 i F32 F32"
+    return matvec.three_kernel(*forms), f"{planes} {planes} {planes} U8 I32 i U8 I32 I32 i i"
 
 
 SOME = {
     "matvec Q4_K": lambda: _decoding("Q4_K"),
     "gemm Q4_K small": lambda: _gemm(gemm.Form("Q4_K", 64, 32)),
     "attention decode F16": lambda: _attention(attention.Form("F16", "F16", 64, 64, True)),
-    "prepare": lambda: (act._prepare_kernel(act.INT8, True, 256), "F32 F32 f U8 i i i I32 i i"),
+    "prepare": lambda: (act._prepare_kernel(act.INT8, True), "F32 F32 f U8 i i i I32 i i"),
 }
 ALL = {
     **SOME,
     "matvec Q4_K few rows": lambda: _decoding("Q4_K", m=1024),
-    "matvec Q4_0": lambda: _decoding("Q4_0"),
     "matvec Q6_K": lambda: _decoding("Q6_K"),
     "matvec Q8_0": lambda: _decoding("Q8_0"),
     "matvec F16": lambda: _decoding("F16"),
-    "matvec gated Q4_K": lambda: _decoding("Q4_K", "Q4_K"),
+    "matvec gated Q4_K": lambda: _decoding("Q4_K", "Q4_K", hands_on=True),
     "matvec Q4_K 8 columns": lambda: _decoding("Q4_K", columns=8),
+    "matvec three Q4_K Q6_K": lambda: _three("Q4_K", "Q6_K"),
     "gemm Q4_K": lambda: _gemm(gemm.Form("Q4_K")),
-    "gemm F16": lambda: _gemm(gemm.Form("F16")),
-    "attention decode F16 128": lambda: _attention(attention.Form("F16", "F16", 128, 128, True)),
-    "attention decode Q8_0 128": lambda: _attention(attention.Form("Q8_0", "Q8_0", 128, 128, True)),
+    "attention decode Q8_0 128": lambda: _attention(attention.Form("Q8_0", "Q8_0", 128, 128, True, hands_on=True)),
     "attention prefill F16 128": lambda: _attention(attention.Form("F16", "F16", 128, 128, False)),
     "attention decode F16 256": lambda: _attention(attention.Form("F16", "F16", 256, 256, True)),
-    "attention prefill F16 256": lambda: _attention(attention.Form("F16", "F16", 256, 256, False)),
 }
 
 
@@ -105,15 +112,20 @@ def assembled(ptx: str, cc: tuple[int, int], folder: str) -> dict[str, int]:
                 shared=number(r"(\d+) bytes smem"))
 
 
-def main(capability: str, which: str = "some") -> None:
-    cc = tuple(int(part) for part in capability.split("."))
+def main(first: str, *others: str) -> None:
+    gc.disable()                            # compiling makes millions of small objects that stay
+    capabilities = {name: tuple(int(part) for part in name.split(".")) for name in (first, *others)}
+    cc = capabilities[first]
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc, id=0)     # device functions are compiled for "this" GPU
-    out = {}
+    out: dict[str, dict] = {name: {} for name in capabilities}
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in (ALL if which == "all" else SOME).items():
+        for name, make in (ALL if others else SOME).items():
             kernel, arguments = make()
-            ptx, _ = cuda.compile_ptx(kernel.py_func, signature(arguments), cc=cc, fastmath=True)
-            out[name] = {**assembled(ptx, cc, folder), "instructions": Counter(INSTRUCTIONS.findall(ptx))}
+            library, _ = compiler._compile_pyfunc_with_fixup(kernel.py_func, signature(arguments), device=False, abi="numba", cc=cc, fastmath=True)
+            for capability, of in capabilities.items():
+                if capability == first or name in SOME:
+                    ptx = library.get_asm_str(cc=of)
+                    out[capability][name] = {**assembled(ptx, of, folder), "instructions": Counter(INSTRUCTIONS.findall(ptx))}
     print(json.dumps(out))
 
 

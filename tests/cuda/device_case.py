@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-
 import numpy as np
 import pytest
 
@@ -13,21 +10,12 @@ from pyggml import quants
 pytest.importorskip("numba.cuda", reason="needs the extra: pip install 'pyggml[cuda]'")
 
 from pyggml.backends.cuda import layout  # noqa: E402
+from pyggml.backends.cuda.act import INT8, act_bytes  # noqa: E402
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Scratch  # noqa: E402
+from pyggml.backends.cuda.plan import kernels  # noqa: E402
 
-FAMILIES = ("basic", "norm", "rope", "matmul", "attention", "moe", "sample")
 NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int32): "I32", np.dtype(np.float16): "F16", np.dtype(np.uint8): "I8"}
 GARBAGE = 0x7B                                  # fills memory that a step must not rely on
-
-
-@cache
-def tables():
-    launches, needs = {}, {}
-    for family in FAMILIES:
-        module = importlib.import_module(f"pyggml.backends.cuda.{family}")
-        launches |= module.LAUNCHES
-        needs |= module.NEEDS
-    return launches, needs
 
 
 def view(array: np.ndarray, slot: int = -1) -> DeviceView:
@@ -57,18 +45,30 @@ def cache_numbers(view_: DeviceView) -> np.ndarray:
     return quants.dequantize(rows, view_.type).reshape(view_.shape)
 
 
-def scratch(act: int = 0, temp: int = 0, cells: int = 1 << 20) -> Scratch:
-    return Scratch(np.full(max(16, act), GARBAGE, np.uint8), np.full(max(16, temp), GARBAGE, np.uint8), cells)
+def scratch(act: int = 0, temp: int = 0, cells: int = 1 << 20, handed: int = 0) -> Scratch:
+    return Scratch(*(np.full(max(16, n_bytes), GARBAGE, np.uint8) for n_bytes in (act, handed, temp)), cells)
 
 
-def run(op: str, dst, src, i=(), f=(), *, tokens: int | None = None, cells: int = 1 << 20, shared: Scratch | None = None) -> Scratch:
+def run(op: str, dst, src, i=(), f=(), *, tokens: int | None = None, cells: int = 1 << 20, shared: Scratch | None = None, beside=(),
+        hands_on: int = -1) -> Scratch:
     """One step. dst and src are DeviceViews or None; tokens is what slot 0 says."""
-    launches, needs = tables()
-    step = DeviceStep(op, dst, tuple(src), tuple(i), tuple(f))
+    launches, needs = kernels()
+    step = DeviceStep(op, dst, tuple(src), tuple(i), tuple(f), beside=tuple(beside), hands_on=hands_on)
     room = needs[op](step, cells) if op in needs else (0, 0)
-    memory = shared or scratch(*room, cells)
+    memory = shared or scratch(*room, cells, act_bytes(INT8, dst.shape[-1], int(np.prod(dst.shape[:-1]))) if hands_on >= 0 else 0)
     launches[op](0, np.array([-1 if tokens is None else tokens, 0], np.int32), step, memory)
     return memory
+
+
+def hands_on_what_it_makes(op: str, dst, src, i, f, **options) -> None:
+    """A product that reads dst as it was handed on gives the bits of one that quantizes dst itself."""
+    tokens, k = options.get("tokens", dst.shape[0]), dst.shape[-1]
+    left = run(op, dst, src, i, f, hands_on=7, **options)
+    matrix, _ = weight(np.random.default_rng(1).standard_normal((4, k)).astype(np.float32), "Q8_0")
+    outs = [np.zeros((dst.shape[0], 4), np.float32) for _ in range(2)]
+    for out, memory in zip(outs, (left, None), strict=True):
+        run("mul_mat", view(out, dst.slot), [matrix, dst, None, None, None], i=[7, 0, 0], f=[0, 1], tokens=options.get("tokens"), shared=memory)
+    assert left.prepared != (7, INT8) and outs[0].any() and (outs[0][:tokens] == outs[1][:tokens]).all()
 
 
 def nmse(got: np.ndarray, want: np.ndarray) -> float:

@@ -382,13 +382,14 @@ def install(total: int = 1 << 30) -> Driver:
     driver._kept["resolver"] = kind(driver.resolve)
     loaded.fake_driver(driver._kept["resolver"])
 
-    import numba.cuda.dispatcher as dispatcher
+    from numba.cuda.codegen import CUDACodeLibrary
 
-    bind = dispatcher._Kernel.bind
+    get_cufunc = CUDACodeLibrary.get_cufunc
 
-    def bound(kernel: Any) -> None:
-        program = Program(kernel._codelibrary.get_asm_str(cc=(ATTRIBUTES[75], ATTRIBUTES[76])))
-        driver.programs |= dict.fromkeys(program.entries, program)
-        bind(kernel)
-    dispatcher._Kernel.bind = bound
+    def loaded_function(library: Any) -> Any:
+        if library._entry_name not in driver.programs:
+            program = Program(library.get_asm_str())
+            driver.programs |= dict.fromkeys(program.entries, program)
+        return get_cufunc(library)
+    CUDACodeLibrary.get_cufunc = loaded_function
     return driver

@@ -82,6 +82,17 @@ def test_decoding_ahead_gives_the_same_rows(tmp_path, monkeypatch):
     np.testing.assert_allclose(context.eval([following])[-1], asked, rtol=1e-4, atol=1e-4)
 
 
+def test_one_launch_does_what_several_steps_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(toys, "HEAD", 32)               # heads so narrow as usual do not fill a group that is quantized together
+    context = Context(open_model(tmp_path, layers=2), n_ctx=CELLS, n_gpu_layers="all", timing=True)
+    plan = context.plan(1, 1)
+    said = [(s.op, len(s.beside), s.hands_on >= 0) for s in plan.program.steps]
+    assert said[2:7] == [("mul_mat", 2, False), ("attention_step", 0, True), ("mul_mat", 0, False), ("glu_mat", 0, True), ("mul_mat", 0, False)]
+    assert len(said) == len(plan.steps) - 4 and said[7] == said[2]
+    context.eval([1])
+    assert len(plan.op_times()) == len(plan.steps) and all(row.ns > 0 for row in plan.op_times())
+
+
 def fresh_row(model, tokens):
     return Context(model, n_ctx=CELLS, n_gpu_layers="all").eval(tokens)[-1].copy()
 

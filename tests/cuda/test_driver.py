@@ -1,22 +1,28 @@
 """A whole model over the fake driver: uploaded, launched, recorded and replayed by the real numba-cuda, computed as the PTX it compiled."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-import toys
 from conftest import DRIVER
 
 from pyggml import native
-from pyggml.backends.cuda import device
+from pyggml.backends.cuda import device, kernelcache, matvec
 from pyggml.context import Context, Model
 from pyggml.errors import PyggmlError
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
 
 
-def test_a_model_launched_recorded_and_replayed(tmp_path):
-    model = Model.load(toys.write(tmp_path / "toy.gguf"))
+def test_a_model_launched_recorded_and_replayed(toy):
+    model = Model.load(toy)
     cpu, gpu = Context(model, n_ctx=32), Context(model, n_ctx=32, n_gpu_layers="all")
     expected, found = cpu.eval([1, 5, 9])[-1].copy(), gpu.eval([1, 5, 9])[-1].copy()
     nodes = []
@@ -26,7 +32,7 @@ def test_a_model_launched_recorded_and_replayed(tmp_path):
         token = [int(expected.argmax())]
         expected, found = cpu.eval(token)[-1].copy(), gpu.eval(token)[-1].copy()
         nodes.append(DRIVER.calls.get("nodes", 0) - before)
-    assert nodes == [0, 18, 18, 18]             # launches of a token through one layer, its embedding and its logits
+    assert nodes == [0, 23, 23, 23]             # launches of a token: 8 in a layer, and 15 in the last with the embedding and the logits
     assert not DRIVER.problems and DRIVER.calls["cuStreamBeginCapture"] == 1
     gpu_device = device.open_device(0)
     assert gpu_device.allocated <= DRIVER.used < gpu_device.allocated + (1 << 16)      # beside the arenas only small constants
@@ -34,6 +40,55 @@ def test_a_model_launched_recorded_and_replayed(tmp_path):
     gc.collect()
     gpu_device.free                             # noqa: B018  which gives back what waits for it
     assert gpu_device.allocated == 0 and DRIVER.used < 1 << 16 and not any(isinstance(x, list) and len(x) > 1 for x in DRIVER.objects.values())
+
+
+def test_another_thread_computes_the_same(toy):
+    context, rows = Context(Model.load(toy), n_ctx=32, n_gpu_layers="all"), []
+    for thread in (threading.Thread(target=lambda: rows.append(context.eval([1])[-1].copy())) for _ in range(2)):
+        context.reset()
+        thread.start()
+        thread.join()
+    context.reset()
+    rows.append(context.eval([1])[-1].copy())
+    assert len(rows) == 3 and (rows[0] == rows[1]).all() and (rows[0] == rows[2]).all() and not DRIVER.problems
+
+
+def test_a_second_process_compiles_nothing(toy):
+    """Kernels that a process compiled are there for the next; a file that is broken is compiled again, and whole afterwards."""
+    kept = Path(os.environ["PYGGML_KERNEL_CACHE"])
+
+    def another() -> dict:
+        done = subprocess.run([sys.executable, str(Path(__file__).with_name("one_token.py")), str(toy)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    files = sorted(kept.iterdir())
+    second = another()
+    assert second["compiled"] == 0 and not second["problems"] and sorted(kept.iterdir()) == files
+    (cut,), (changed,) = kept.glob("_table-*"), kept.glob("rope_store-*")
+    cut.write_bytes(cut.read_bytes()[:2000])
+    changed.write_bytes(bytes(b ^ (0x55 * (200 < n < 220)) for n, b in enumerate(changed.read_bytes())))
+    assert another() == {**second, "compiled": 2}
+    assert all(zipfile.ZipFile(path).testzip() is None for path in files)
+
+
+def test_where_kernels_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYGGML_KERNEL_CACHE", "0")
+    assert kernelcache.folder() is None
+    monkeypatch.setenv("PYGGML_KERNEL_CACHE", str(tmp_path / "here"))
+    assert kernelcache.folder() == tmp_path / "here"
+    monkeypatch.delenv("PYGGML_KERNEL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernelcache.folder() == tmp_path / "pyggml" / "kernels"
+
+
+def test_kernels_are_named_by_what_they_are_made_of():
+    forms = [matvec.Form("Q4_0"), matvec.Form("Q4_1"), matvec.Form("Q4_0", rows=2), matvec.Form("Q4_0", "Q4_0")]
+    names = [kernelcache.description(matvec.matvec_kernel(form)) for form in forms]
+    assert len(set(names)) == len(names) and names[0] == kernelcache.description(matvec.matvec_kernel.__wrapped__(forms[0]))
+    things = object()
+    with pytest.raises(TypeError, match="no name that lasts"):
+        kernelcache.description(lambda: things)
 
 
 def test_memory_that_the_driver_does_not_give():

@@ -1,5 +1,7 @@
 """Products with many columns, dense and of experts, against numpy."""
 
+import os
+
 import numpy as np
 import pytest
 from device_case import eight_bits, nmse, run, view, weight
@@ -16,7 +18,7 @@ def numbers(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("tile,name,k", [((64, 32), "Q4_0", 160), ((64, 64), "Q8_0", 96), ((128, 128), "Q4_0", 64), ((64, 32), "F16", 76)])
+@pytest.mark.parametrize("tile,name,k", [((64, 32), "Q4_K", 256), ((64, 64), "Q8_0", 96), ((128, 128), "IQ1_S", 256), ((64, 32), "F16", 76)])
 def test_a_product_with_every_epilogue(monkeypatch, tile, name, k):
     monkeypatch.setattr(kernels, "tile_of", lambda *_: tile)
     tokens, m = 18, 35
@@ -29,7 +31,8 @@ def test_a_product_with_every_epilogue(monkeypatch, tile, name, k):
     assert (out[-1] == 7).all()
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "IQ1_S", "BF16"])
+@pytest.mark.skipif("PYGGML_PTX" in os.environ, reason="as PTX every type is decoded in test_layout.py")
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "Q2_K", "IQ4_XS", "BF16"])
 def test_types(name):
     w, numeric = weight(numbers(3, 256), name)
     x, out = numbers(9, 256), np.zeros((9, 3), np.float32)
@@ -39,7 +42,7 @@ def test_types(name):
 
 def test_gated_units():
     wg, g = weight(numbers(8, 64), "Q8_0")
-    wu, u = weight(numbers(8, 64), "F16")
+    wu, u = weight(numbers(8, 64), "BF16")
     x, out = numbers(9, 64), np.zeros((9, 8), np.float32)
     run("glu_mat", view(out), [wg, view(x), None, wu, None, None], i=[0, 0, 0, 0], f=[0])
     assert nmse(out, OPS["glu"].reference(x @ g.T, x @ u.T, "silu")) < HALF
@@ -89,7 +92,7 @@ def test_products_of_experts(monkeypatch, pairs_at_most, own_rows):
 @pytest.mark.parametrize("pairs_at_most", [32, 0], ids=["matvec", "tensor cores"])
 def test_gated_experts(monkeypatch, pairs_at_most):
     monkeypatch.setattr(moe, "PAIRS", pairs_at_most)
-    wg, g = weight(numbers(3, 4, 64), "Q4_0")
+    wg, g = weight(numbers(3, 4, 64), "Q8_0")
     wu, u = weight(numbers(3, 4, 64), "Q5_1")
     x, norm, ids, out = numbers(2, 64), numbers(64), np.array([[2, 0], [0, 1]], np.int32), np.zeros((2, 2, 4), np.float32)
     run("glu_mat_id", view(out, 0), [wg, view(x, 0), view(norm), view(ids, 0), wu], i=[0, 0, 0, 1], f=[1e-5], tokens=2)

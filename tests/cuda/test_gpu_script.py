@@ -1,46 +1,77 @@
-"""tools/bench/gpu.py, which is written for a machine that is seldom at hand: every section runs here on a toy, and one that fails is told."""
+"""tools/bench/gpu.py, which is written for a machine that is seldom at hand: every step runs here on a toy, over the fake driver."""
 
 import json
+import time
 
 import gpu
+import gpu_measures
 import numpy as np
 import pytest
-import toys
 
 from pyggml import native
 from pyggml.backends.cuda import ahead
+from pyggml.backends.cuda.device import Device
 from pyggml.context import Context, Model
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
+SMALL = ["--n-gen", "1", "--n-prompt", "3", "--depths", "3", "--batches", "3", "--greedy", "2", "--runs", "2"]
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A toy model, and golden logits of it from the CPU backend."""
-    monkeypatch.setattr(gpu, "REPEATS", 0)
+def oracle(toy, tmp_path, monkeypatch):
+    """A folder with golden logits of the toy from the CPU backend, and programs that stand for NVIDIA's and llama.cpp's."""
+    monkeypatch.setattr(gpu_measures, "REPEATS", 0)
     monkeypatch.setattr(ahead, "STRETCH", 2)
-    path = toys.write(tmp_path / "llama_quant.q8_0.gguf")
-    tokens = np.int32([1, 5])
-    context = Context(Model.load(path), n_ctx=64)
-    logits = context.eval(tokens, "all").copy()
+    monkeypatch.setattr(Device.copy_bandwidth, "__defaults__", (1 << 10, 2))
+    (tmp_path / "llama_quant.q8_0.gguf").symlink_to(toy)
+    tokens = np.int32([1, 5, 9])
+    logits = Context(Model.load(toy), n_ctx=64).eval(tokens, "all").copy()
     np.savez(tmp_path / "llama_quant.q8_0.npz", tokens=tokens, logits=logits, gen_ids=logits[-1:].argmax(-1), gen_margin=np.float32([1]))
-    return path
+    rows = [{"n_prompt": 3, "avg_ts": 1e-9}, {"n_prompt": 0, "avg_ts": 1e-9}]
+    for name, says in (("compute-sanitizer", "========= ERROR SUMMARY: 0 errors"), ("llama-bench", json.dumps(rows))):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path
 
 
-def test_every_section_but_those_that_need_programs(toy, capsys):
-    kept = toy.with_name("results.json")
-    gpu.main(["--sections", "machine,goldens,greedy,speed,leak", "--oracle", str(toy.parent), "--models", str(toy), "--n-gen", "1", "--n-prompt", "2",
-              "--depths", "3", "--batches", "2", "--greedy", "2", "--runs", "2", "--results", str(kept)])
-    rows = json.loads(kept.read_text())
-    assert not [key for key in rows if key.startswith("failed")]
-    name = toy.stem
-    assert {f"goldens|{name}", f"greedy|{name}", "leak|2 contexts"} < {key for key, row in rows.items() if row["met"] == "yes"}
-    assert {f"speed|{name} {what}" for what in ("upload", "memory", "tg one by one", "tg greedy", "pp2", "tg @ d3", "tg, 2 sequences")} < set(rows)
+def test_every_step(oracle, capsys):
+    model, kept = oracle / "llama_quant.q8_0.gguf", oracle / "results.json"
+    command = ["--oracle", str(oracle), "--models", str(model), "--llama-bench", str(oracle / "llama-bench"), "--results", str(kept), *SMALL]
+    gpu.main(command)
+    found = json.loads(kept.read_text())
+    rows, name = found["rows"], model.stem
+    assert not [row for key, row in rows.items() if key.startswith("failed")] and {s["state"] for s in found["steps"].values()} == {"done"}
+    assert {f"goldens|{name}", f"greedy|{name}", "leak|2 contexts", "sanitizer|memcheck"} <= {key for key, row in rows.items() if row["met"] == "yes"}
+    assert {f"speed|{name} {what}" for what in ("upload", "memory", "tg one by one", "tg greedy", "pp3", "tg @ d3", "tg, 3 sequences")} < set(rows)
+    assert f"rival|{name} tg one by one" in rows
     assert capsys.readouterr().out.rstrip().endswith("|")
+    gpu.main(command)                                   # everything is there
+    assert "---- " not in capsys.readouterr().out and json.loads(kept.read_text()) == found
 
 
-def test_what_fails_is_told_and_the_rest_runs(toy, capsys):
-    assert gpu.main(["--sections", "goldens,rival,machine"]) == 1
+def test_what_fails_is_told_and_the_rest_runs(oracle, capsys, monkeypatch):
+    def too_long(run):
+        time.sleep(60)
+
+    monkeypatch.setattr(gpu_measures, "leak", too_long)
+    monkeypatch.setitem(gpu.BUDGETS, "leak", 0.1)
+    assert gpu.main(["--sections", "goldens,rival,leak,machine"]) == 1
     out = capsys.readouterr().out
-    assert "| failed | goldens | name the folder with --oracle |" in out and "| machine | gpu | cuda0 simulator" in out
-    assert "name a llama-bench" in out
+    assert "| failed | goldens | name the folder with --oracle |" in out and "| machine | gpu | cuda0 Fake" in out
+    assert "name a llama-bench" in out and "| failed | leak | not done after 0.1 s |" in out
+
+
+def test_a_step_that_ended_the_process_is_not_tried_again_unasked(oracle, capsys):
+    kept = oracle / "results.json"
+    kept.write_text(json.dumps({"rows": {}, "steps": {"machine": {"state": "never ended", "date": ""}}}))
+    command = ["--sections", "machine", "--results", str(kept)]
+    assert gpu.main(command) == 1 and "an earlier call ended in it" in capsys.readouterr().out
+    assert gpu.main([*command, "--again"]) == 0
+
+
+def test_a_dry_run_measures_nothing(oracle, capsys):
+    assert gpu.main(["--dry-run", "--shapes", "tinyllama-1.1b", "--types", "Q4_0,F16", "--oracle", str(oracle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 1 + 2 * (1 + 5 + 1) + 2 + 1 and lines[1].split() == ["goldens", "llama_quant.q8_0", "90", "s", "to", "do"]
+    assert lines[-1].startswith("18 steps, ")

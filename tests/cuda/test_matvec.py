@@ -1,16 +1,24 @@
 """Products with few columns against numpy, for every type, with every epilogue."""
 
+import os
+
 import numpy as np
 import pytest
-from device_case import eight_bits, nmse, run, scratch, tables, view, weight
+from device_case import eight_bits, hands_on_what_it_makes, nmse, run, scratch, view, weight
 
 from pyggml.backends.cuda.base import DeviceStep
+from pyggml.backends.cuda.decode import decoder
+from pyggml.backends.cuda.layout import FLOATS, LAYOUTS
 from pyggml.backends.cuda.matmul import by_columns
+from pyggml.backends.cuda.plan import kernels
 from pyggml.ops import OPS
 from pyggml.ops.basic import GLU
 from pyggml.types import TYPES
 
 MULTIPLIED = [t.name for t in TYPES if t.activation]
+if "PYGGML_PTX" in os.environ:          # decoding is compiled for every type in test_layout.py: here one type of each kind of product
+    KINDS = {name: (d.halves, d.has_min, d.zero != 0) for name in LAYOUTS for d in [decoder(name)]}
+    MULTIPLIED = [*FLOATS, *{kind: name for name, kind in reversed(KINDS.items()) if name in MULTIPLIED}.values()]
 ROUNDING = 1e-10                                     # NMSE against the same products in float64
 EPS = 1e-5
 rng = np.random.default_rng(5)
@@ -43,9 +51,8 @@ def test_columns_norm_bias_residual_and_scale(name):
     assert (out[3] == 7).all()
 
 
-@pytest.mark.parametrize("gate,up", [("Q4_0", "Q6_K"), ("F32", "F16")])
-@pytest.mark.parametrize("kind", GLU)
-@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("gate,up,kind,columns", [("Q4_0", "Q6_K", "silu", 1), ("Q4_0", "Q6_K", "gelu", 2), ("F32", "F16", "relu", 1),
+                                                  ("F32", "F16", "silu", 2)])
 def test_gated_units(gate, up, kind, columns):
     wg, g = weight(numbers(3, 256), gate)
     wu, u = weight(numbers(3, 256), up)
@@ -74,7 +81,7 @@ def test_neighbouring_products_share_activations():
     w, numeric = weight(numbers(2, 64), "Q8_0")
     floats, exact = weight(numbers(2, 64), "F32")
     x, norm = numbers(1, 64), numbers(64)
-    room = max(tables()[1]["mul_mat"](DeviceStep("mul_mat", view(x), (m, view(x))), 0)[0] for m in (w, floats))
+    room = max(kernels()[1]["mul_mat"](DeviceStep("mul_mat", view(x), (m, view(x))), 0)[0] for m in (w, floats))
     memory = scratch(room)
     outs = [np.zeros((1, 2), np.float32) for _ in range(3)]
     wanted = OPS["rms_norm"].reference(x, norm, EPS)
@@ -86,6 +93,29 @@ def test_neighbouring_products_share_activations():
             x[:] = 1                                    # another form of the same activations is made anew
     assert nmse(outs[0], eight_bits(wanted) @ numeric.T) < 1e-7
     assert nmse(outs[2], OPS["rms_norm"].reference(np.ones((1, 64), np.float32), norm, EPS) @ exact.T) < ROUNDING
+
+
+@pytest.mark.parametrize("types,columns", [(("Q4_0", "Q4_0", "Q6_K"), 3), (("F16", "F16", "BF16"), 1)])
+def test_three_products_in_one_launch(types, columns):
+    x, norm, k = numbers(columns, 256), numbers(256), 256
+    matrices = [weight(numbers(m, k), name) for m, name in zip((6, 3, 5), types, strict=True)]
+    outs = [np.full((columns, w.shape[0]), 7, np.float32) for w, _ in matrices]
+    biases = [numbers(6), None, numbers(5)]
+    steps = [DeviceStep("mul_mat", view(out, 0), (w, x_, n, view(b) if b is not None else None, None), (2, 0, 0), (EPS, 1.0))
+             for x_, n in [(view(x, 0), view(norm))] for (w, _), out, b in zip(matrices, outs, biases, strict=True)]
+    run("mul_mat", steps[0].dst, steps[0].src, steps[0].i, steps[0].f, beside=steps[1:], tokens=max(1, columns - 1))
+    seen = seen_by(types[0], OPS["rms_norm"].reference(x, norm, EPS))
+    for (_, numeric), out, bias in zip(matrices, outs, biases, strict=True):
+        want = seen @ numeric.T + (bias if bias is not None else 0)
+        assert nmse(out[:max(1, columns - 1)], want[:max(1, columns - 1)]) < 1e-7
+        assert (out[max(1, columns - 1):] == 7).all()
+
+
+@pytest.mark.parametrize("m,columns", [(160, 1), (32, 2)])      # the second 128 rows are not whole
+def test_gated_units_hand_on_what_they_make(m, columns):
+    (gate, _), (up, _) = weight(numbers(m, 64), "Q8_0"), weight(numbers(m, 64), "Q8_0")
+    out = view(np.zeros((columns, m), np.float32))
+    hands_on_what_it_makes("glu_mat", out, [gate, view(numbers(columns, 64)), None, up, None, None], i=[0, 0, 0, 0], f=[EPS])
 
 
 def test_which_products_take_which_way():

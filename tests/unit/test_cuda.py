@@ -31,9 +31,9 @@ def test_in_the_simulator():
 
 
 PTX = {                                             # capability (or the fake driver) and tests, by process, side by side
-    "9.0": ["test_attention.py", "test_gemm.py"],
+    "9.0": ["test_attention.py", "test_large.py", "test_gemm.py"],
     "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py"],
-    "driver": ["test_driver.py"],
+    "driver": ["test_driver.py", "test_gpu_script.py"],
     "7.5": ["test_gemm.py", "-k", "every_epilogue and F16"],        # other matrix instructions, and no copies behind the kernel's back
 }
 
@@ -82,6 +82,10 @@ def test_a_gpu_that_is_not_there(machine):
         Context(Model.load(MODEL), n_ctx=32, n_gpu_layers=1, main_gpu=2)
     with pytest.raises(ParameterError, match="device 'gpu' is unknown; use none, cpu, cuda0, cuda1"):
         Context(Model.load(MODEL), n_ctx=32, n_gpu_layers=1, device="gpu")
+    with pytest.raises(ParameterError, match="device 'cuda0,cuda1' is unknown; use one of none, cpu, cuda0, cuda1"):
+        Context(Model.load(MODEL), n_ctx=32, n_gpu_layers=1, device="CUDA0,CUDA1")
+    with pytest.raises(ParameterError, match="device 'cuda-1' is unknown; use none, cpu, cuda0, cuda1"):
+        Context(Model.load(MODEL), n_ctx=32, n_gpu_layers=1, main_gpu=-1)
     assert Context(Model.load(MODEL), n_ctx=32, n_gpu_layers="all", device="none").gpu_layers == 0
 
 

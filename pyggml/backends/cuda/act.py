@@ -17,15 +17,16 @@ import numpy as np
 from numba import cuda
 
 from pyggml.backends.cuda.base import DeviceView, Scratch
+from pyggml.backends.cuda.intrinsics import device, kernel
 from pyggml.backends.cuda.prims import (
     LOG2_E,
     bits_of,
     block_barrier,
-    device,
+    count_up,
     exp2,
+    fence,
     float_of,
     half2,
-    kernel,
     load128_now,
     round_int,
     shfl_xor,
@@ -37,8 +38,9 @@ from pyggml.backends.cuda.prims import (
 from pyggml.backends.cuda.upload import device_constant
 
 INT8, HALF, FLOAT = range(3)
-KINDS = 3
 THREADS = 256
+WARPS = THREADS // 32
+COUNTERS = 1024                 # groups of blocks that can be counted in one launch
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
 
@@ -78,19 +80,16 @@ def act_bytes(kind: int, k: int, columns: int) -> int:
 
 
 @cache
-def _prepare_kernel(kind: int, normed: bool, threads: int) -> Any:
-    warps = threads // 32
-    span = 4 * threads
-
+def _prepare_kernel(kind: int, normed: bool) -> Any:
     @kernel
     def prepare(x, norm, eps, act, k, padded, columns, slots, slot, per):
-        """Block (s, c): numbers [s span, (s + 1) span) of column c, four to a lane; every block of a column sums its squares."""
-        shared = cuda.shared.array(warps, np.float32)
-        c = cuda.blockIdx.y
+        """Block (c, s): numbers [s span, (s + 1) span) of column c, four to a lane; every block of a column sums its squares."""
+        shared = cuda.shared.array(WARPS, np.float32)
+        c = cuda.blockIdx.x                     # the grid's only axis that takes more than 65535
         if c >= count_of(slots, slot, per, columns):
             return
-        tid = cuda.threadIdx.x
-        row = i64(c) * k
+        tid, threads = cuda.threadIdx.x, cuda.blockDim.x
+        row, span = i64(c) * k, 4 * threads
         factor = f32(1)
         if normed:
             squares = f32(0)
@@ -103,7 +102,7 @@ def _prepare_kernel(kind: int, normed: bool, threads: int) -> Any:
                 for at in range(tid, k, threads):
                     squares += x[row + at] * x[row + at]
             factor = f32(1) / math.sqrt(block_sum(squares, shared, tid, threads) / f32(k) + eps)
-        at = cuda.blockIdx.x * span + 4 * tid
+        at = cuda.blockIdx.y * span + 4 * tid
         a, b, d, e = f32(0), f32(0), f32(0), f32(0)
         if at + 3 < k and k & 3 == 0:
             v = load128_now(x, 4 * (row + at))
@@ -151,17 +150,55 @@ def quantize(a, b, c, d, act, codes, meta, at, k):
             store64(act, meta + 8 * group, bits_of(scale), u32(total & 0xFFFF) | u32(other & 0xFFFF) << 16)
 
 
-def prepare(kind: int, act_id: int, x: DeviceView, norm: DeviceView | None, eps: float, slots: Any, stream: Any, scratch: Scratch) -> None:
-    """Fill scratch.act with the columns of x (.., K), unless it holds them already."""
-    if act_id >= 0 and scratch.prepared == act_id * KINDS + kind:
-        return
+@device
+def hand_on(x, n, at, k, columns, made):
+    """Numbers at .. at + 3 of column n of x (columns, k), which this launch wrote, to INT8; called as quantize is."""
+    a, b, c, d = f32(0), f32(0), f32(0), f32(0)
+    if at < k:
+        v = load128_now(x, 4 * (i64(n) * k + at))
+        a, b, c, d = float_of(v[0]), float_of(v[1]), float_of(v[2]), float_of(v[3])
+    quantize(a, b, c, d, made, i64(n) * k, i64(columns) * k + 8 * (i64(n) * (k >> 5)), at, k)
+
+
+# ---- the last of several blocks --------------------------------------------------------------------------------------------------------
+
+def counters() -> Any:
+    """How many blocks have arrived, of COUNTERS groups; all 0 between launches."""
+    return device_constant("counters", lambda: np.zeros(COUNTERS, np.int32))
+
+
+@device
+def arrive(arrived, group, blocks, turn, tid):
+    """Is this block the last of `blocks` that come here? It may then read what the others wrote. `turn` is a shared int32."""
+    fence()
+    block_barrier()
+    if tid == 0:
+        turn[0] = count_up(arrived, 4 * group)
+    block_barrier()
+    last = turn[0] == blocks - 1
+    if last:
+        fence()
+        if tid == 0:
+            arrived[group] = 0
+    return last
+
+
+# ---- launching -------------------------------------------------------------------------------------------------------------------------
+
+def prepare(kind: int, act_id: int, x: DeviceView, norm: DeviceView | None, eps: float, slots: Any, stream: Any, scratch: Scratch) -> Any:
+    """Where the columns of x (.., K) are, prepared: in scratch.act, or where another step handed them on."""
+    if act_id >= 0 and (act_id, kind) == (scratch.handed_id, INT8):
+        return scratch.handed
+    if act_id >= 0 and (act_id, kind) == scratch.prepared:
+        return scratch.act
     k = x.shape[-1]
     columns, per = math.prod(x.shape[:-1]), math.prod(x.shape[1:-1])
     padded = row_length(kind, k)
     threads = min(THREADS, -(-padded // 128) * 32)
-    launch = _prepare_kernel(kind, norm is not None, threads)[(-(-padded // (4 * threads)), columns), threads, stream]
+    launch = _prepare_kernel(kind, norm is not None)[(columns, -(-padded // (4 * threads))), threads, stream]
     launch(x.array, norm.array if norm is not None else none_of(np.float32), f32(eps), scratch.act, k, padded, columns, slots, x.slot, per)
-    scratch.prepared = act_id * KINDS + kind if act_id >= 0 else -1
+    scratch.prepared = act_id, kind
+    return scratch.act
 
 
 # ---- the functions of gated units -----------------------------------------------------------------------------------------------------

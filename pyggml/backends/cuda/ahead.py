@@ -118,7 +118,7 @@ class Ahead:
         self.device.clear(self._count.array)
         for launch, step in self._launches:
             if step is self._first:
-                self.program.scratch.prepared = -1
+                self.program.scratch.begin()
             launch(self.device.stream, self.program.device_slots, step, self.program.scratch)
 
     def _release(self) -> None:

@@ -1,4 +1,4 @@
-"""The cache of keys and values, and attention over it on the tensor cores.
+"""Attention over the cache of keys and values, on the tensor cores.
 
 A row is one query: a head of those that share a KV head, at one token (row = token * group + head). A warp takes 16 rows and walks over
 the cells that they see, 16 at a time, with the softmax kept online. Keys and values go from memory straight into the registers that
@@ -7,7 +7,8 @@ lane 4g + t takes numbers 8t .. 8t + 7 of every 32 of a key (cell g), and number
 2t + 8, 2t + 9). The probabilities are already where the second product wants them (Dao 2023).
 
 Few rows (decoding): the warps of a block and several blocks share out the cells; each block leaves its part and the last to arrive
-puts them together. Many rows (prefill): each warp has its own rows and all their cells; neighbours find keys and values in L1.
+puts them together, and may quantize what comes out for the product that reads it. Many rows (prefill): each warp has its own rows and
+all their cells; neighbours find keys and values in L1.
 """
 
 from __future__ import annotations
@@ -19,23 +20,12 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import count_of
+from pyggml.backends.cuda.act import arrive, count_of, counters, hand_on
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
-from pyggml.backends.cuda.cachetypes import cache_type, fetcher, plane_offset
-from pyggml.backends.cuda.prims import (
-    LOG2_E,
-    device,
-    exp2,
-    float_of,
-    half2,
-    kernel,
-    load128_now,
-    mma,
-    prmt,
-    shfl_xor,
-    warp_any,
-)
-from pyggml.backends.cuda.rope import rope_at
+from pyggml.backends.cuda.cachestore import rope_store
+from pyggml.backends.cuda.cachetypes import fetcher, plane_offset
+from pyggml.backends.cuda.intrinsics import device, kernel
+from pyggml.backends.cuda.prims import LOG2_E, exp2, float_of, half2, load128_now, mma, prmt, shfl_xor, warp_any
 from pyggml.errors import PyggmlError
 
 WARPS = 4
@@ -50,81 +40,6 @@ LOWEST = np.float32(-1e30)      # a running maximum before any cell: finite, so 
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
 
-# ---- storing -------------------------------------------------------------------------------------------------------------------------------
-
-@cache
-def _store_kernel(type_name: str) -> Any:
-    put = cache_type(type_name).store
-
-    @kernel
-    def store(x, cell, cache, plane, heads, cells, d, slots, slot, limit):
-        """A warp stores 32 numbers of one head of one token."""
-        lane, parts = cuda.threadIdx.x & 31, (d + 31) >> 5
-        at = i32(cuda.blockIdx.x) * WARPS + (cuda.threadIdx.x >> 5)
-        row, n = at // parts, 32 * (at % parts) + lane
-        t, head = row // heads, row % heads
-        if t >= count_of(slots, slot, 1, limit):
-            return
-        value = x[i64(row) * d + n] if n < d else f32(0)
-        put(cache, plane, i64(head) * cells + cell[t], n, d, value, n < d)
-    return store
-
-
-def store(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
-    x, cell = step.src[0], step.src[1]
-    assert x is not None and cell is not None
-    limit, heads, d = x.shape
-    blocks = -(-limit * heads * -(-d // 32) // WARPS)
-    _store_kernel(step.dst.type)[blocks, 32 * WARPS, stream](
-        x.array, cell.array, step.dst.array, plane_offset(step.dst.type, step.dst.shape), heads, step.dst.shape[1], d, slots, x.slot, limit)
-
-
-@cache
-def _rope_store_kernel(type_k: str, type_v: str) -> Any:
-    put_k, put_v = cache_type(type_k).store, cache_type(type_v).store
-
-    @kernel
-    def rope_store(q, k, v, table, cell, keys, plane_k, values, plane_v, roped, arrived, heads, kv_heads, cells, dk, dv, half, mode,
-                   slots, slot, limit):
-        """Before attention over few tokens: queries roped aside, keys roped and values as they are into the cache; nobody has arrived yet.
-
-        A warp takes 32 numbers of a head: first the queries' heads, then the keys', then the values'.
-        """
-        lane = cuda.threadIdx.x & 31
-        at = i32(cuda.blockIdx.x) * WARPS + (cuda.threadIdx.x >> 5)
-        count = count_of(slots, slot, 1, limit)
-        if cuda.blockIdx.x == 0:
-            for i in range(cuda.threadIdx.x, arrived.size, 32 * WARPS):
-                arrived[i] = 0
-        parts_k, parts_v = (dk + 31) >> 5, (dv + 31) >> 5
-        queries, all_keys = limit * heads * parts_k, limit * kv_heads * parts_k
-        if at < queries:
-            row, n = at // parts_k, 32 * (at % parts_k) + lane
-            if row // heads < count and n < dk:
-                roped[i64(row) * dk + n] = rope_at(q, i64(row) * dk, n, half, mode, table, row // heads)
-        elif at < queries + all_keys:
-            at -= queries
-            row, n = at // parts_k, 32 * (at % parts_k) + lane
-            t = row // kv_heads
-            if t < count:
-                x = rope_at(k, i64(row) * dk, n, half, mode, table, t) if n < dk else f32(0)
-                put_k(keys, plane_k, i64(row % kv_heads) * cells + cell[t], n, dk, x, n < dk)
-        else:
-            at -= queries + all_keys
-            row, n = at // parts_v, 32 * (at % parts_v) + lane
-            t = row // kv_heads
-            if t < count:
-                x = v[i64(row) * dv + n] if n < dv else f32(0)
-                put_v(values, plane_v, i64(row % kv_heads) * cells + cell[t], n, dv, x, n < dv)
-    return rope_store
-
-
-@kernel
-def _nobody(arrived):
-    for i in range(cuda.threadIdx.x, arrived.size, 128):
-        arrived[i] = 0
-
-
 # ---- attention ------------------------------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -137,12 +52,13 @@ class Form:
     dv: int
     split: bool             # the warps of a block, and several blocks, share out the cells of one tile
     softcap: bool = False
+    hands_on: bool = False  # dst is also left quantized; only where cells are shared out
 
 
 @cache
 def attention_kernel(form: Form) -> Any:
     fetch_k, fetch_v = fetcher(form.type_k, form.split), fetcher(form.type_v, form.split)
-    dk, dv, split, capped = form.dk, form.dv, form.split, form.softcap
+    dk, dv, split, capped, hands_on = form.dk, form.dv, form.split, form.softcap, form.hands_on
     chunks, blocks = -(-dk // 32), -(-dv // 64)         # 32 numbers of a key, 64 of a value
     q_words, k_words, v_words, n_acc = 8 * chunks, 8 * chunks, 16 * blocks, 32 * blocks
     # wide heads leave no registers for queries, which then wait in shared memory, nor for values before the scores are done
@@ -199,7 +115,7 @@ def attention_kernel(form: Form) -> Any:
             out[place + j + 8 * OUT_ROW], out[place + j + 8 * OUT_ROW + 8] = acc[at + 2] * keep_b, acc[at + 3] * keep_b
 
     @kernel
-    def attention(q, keys, plane_k, values, plane_v, cell, first, dst, parts, sums, arrived, heads, kv_heads, cells, window, scale, softcap,
+    def attention(q, keys, plane_k, values, plane_v, cell, first, dst, made, parts, sums, arrived, heads, kv_heads, cells, window, scale, softcap,
                   slots, slot, limit):
         tid = cuda.threadIdx.x
         lane, warp = tid & 31, tid >> 5
@@ -335,28 +251,23 @@ def attention_kernel(form: Form) -> Any:
                             if d == 0:
                                 sums[2 * part], sums[2 * part + 1] = top, weights
                 cuda.syncthreads()
+            done = True
             if cuda.gridDim.z > 1:
-                cuda.threadfence()
-                cuda.syncthreads()
                 turn = cuda.shared.array(1, np.int32)
-                if tid == 0:
-                    turn[0] = cuda.atomic.add(arrived, tile * kv_heads + head0, 1)
-                cuda.syncthreads()
-                if turn[0] == cuda.gridDim.z - 1:           # everybody else's part is in memory
-                    cuda.threadfence()
+                done = arrive(arrived, tile * kv_heads + head0, cuda.gridDim.z, turn, tid)
+                if done:
                     for i in range(tid, ROWS * dv, 32 * WARPS):
                         row, d = tile * ROWS + i // dv, i % dv
                         if row < rows:
-                            top, weights, total = LOWEST, f32(0), f32(0)
-                            stride = i64(kv_heads) * limit * group
-                            part = i64(head0) * limit * group + row
-                            for z in range(cuda.gridDim.z):
-                                top = max(top, sums[2 * (part + z * stride)])
-                            for z in range(cuda.gridDim.z):
-                                keep = exp2(sums[2 * (part + z * stride)] - top)
-                                weights += sums[2 * (part + z * stride) + 1] * keep
-                                total += parts[(part + z * stride) * dv + d] * keep
-                            dst[(i64(row // group) * heads + head0 * group + row % group) * dv + d] = total / weights
+                            to = (i64(row // group) * heads + head0 * group + row % group) * dv + d
+                            part, stride = i64(head0) * limit * group + row, i64(kv_heads) * limit * group
+                            dst[to] = of_all_blocks(parts, sums, part, stride, cuda.gridDim.z, d, dv)
+            if hands_on and done:
+                cuda.syncthreads()                              # all of the block's rows are in memory
+                for i in range(4 * tid, ROWS * dv, 4 * 32 * WARPS):
+                    row = tile * ROWS + i // dv
+                    at = (head0 * group + row % group) * dv + i % dv
+                    hand_on(dst, row // group, at if row < rows else heads * dv, heads * dv, limit, made)
         else:
             for h in range(blocks):
                 for j in range(8):
@@ -387,6 +298,19 @@ def block_sums(tops, row):
     for w in range(WARPS):
         total += tops[2 * (w * ROWS + row) + 1] * exp2(tops[2 * (w * ROWS + row)] - top)
     return top, total
+
+
+@device
+def of_all_blocks(parts, sums, part, stride, blocks, d, dv):
+    """Number d of a row whose cells several blocks shared out: block z's part of it is number part + z stride."""
+    top, weights, total = LOWEST, f32(0), f32(0)
+    for z in range(blocks):
+        top = max(top, sums[2 * (part + z * stride)])
+    for z in range(blocks):
+        keep = exp2(sums[2 * (part + z * stride)] - top)
+        weights += sums[2 * (part + z * stride) + 1] * keep
+        total += parts[(part + z * stride) * dv + d] * keep
+    return total / weights
 
 
 # ---- launching -----------------------------------------------------------------------------------------------------------------------------
@@ -427,10 +351,10 @@ class Shape:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Where arrived, sums, parts and roped queries start in temporary memory, and where they end."""
+        """Where sums, parts and roped queries start in temporary memory, and where they end."""
         all_rows = self.rows * self.kv_heads
         parts = all_rows * self.blocks if self.blocks > 1 else 1
-        sizes = (4 * self.tiles * self.kv_heads, 8 * parts, 4 * parts * self.dv, 4 * all_rows * self.dk if self.roping else 0)
+        sizes = (8 * parts, 4 * parts * self.dv, 4 * all_rows * self.dk if self.roping else 0)
         ends = [0]
         for size in sizes:
             ends.append(ends[-1] + -(-size // ALIGN) * ALIGN)
@@ -451,29 +375,27 @@ def attention(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> No
     q, keys, values, cell, first = step.src[:5]
     assert q is not None and keys is not None and values is not None and cell is not None and first is not None
     shape = _shape(step, scratch.cells)
-    arrived, sums, parts, roped = (scratch.temp[a:b] for a, b in zip(shape.places, shape.places[1:], strict=False))
-    arrived, sums, parts = arrived.view(np.int32), sums.view(np.float32), parts.view(np.float32)
-    queries, n_cells = q.array, keys.shape[1]
-    plane_k, plane_v = plane_offset(keys.type, keys.shape), plane_offset(values.type, values.shape)
+    sums, parts, roped = (scratch.temp[a:b].view(np.float32) for a, b in zip(shape.places, shape.places[1:], strict=False))
     if shape.roping:
-        k, v, table = step.src[5:8]
-        assert k is not None and v is not None and table is not None
-        queries = roped.view(np.float32)
-        warps = shape.limit * (shape.heads * -(-shape.dk // 32) + shape.kv_heads * (-(-shape.dk // 32) + -(-shape.dv // 32)))
-        _rope_store_kernel(keys.type, values.type)[-(-warps // WARPS), 32 * WARPS, stream](
-            q.array, k.array, v.array, table.array, cell.array, keys.array, plane_k, values.array, plane_v, queries, arrived,
-            shape.heads, shape.kv_heads, n_cells, shape.dk, shape.dv, step.i[2] // 2, step.i[1], slots, step.dst.slot, shape.limit)
-    elif shape.blocks > 1:
-        _nobody[1, 128, stream](arrived)
+        rope_store(stream, slots, step, roped)
     scale, softcap = step.f[0], step.f[1]
     if max(shape.dk, shape.dv) > WIDEST or shape.dk % 8 or shape.dv % 8:
         raise PyggmlError(f"heads of {shape.dk} and {shape.dv} numbers cannot be computed on the GPU (multiples of 8 up to {WIDEST} can); use -ngl 0")
-    form = Form(keys.type, values.type, shape.dk, shape.dv, shape.split, softcap != 0)
+    form = Form(keys.type, values.type, shape.dk, shape.dv, shape.split, softcap != 0, step.hands_on >= 0)
     grid = (shape.tiles, shape.kv_heads, shape.blocks) if shape.split else (-(-shape.tiles // WARPS), shape.kv_heads)
     attention_kernel(form)[grid, 32 * WARPS, stream](
-        queries, keys.array, plane_k, values.array, plane_v, cell.array, first.array, step.dst.array, parts, sums, arrived, shape.heads,
-        shape.kv_heads, n_cells, step.i[0], f32(scale if softcap else scale * LOG2_E), f32(softcap), slots, step.dst.slot, shape.limit)
+        roped if shape.roping else q.array, keys.array, plane_offset(keys.type, keys.shape), values.array, plane_offset(values.type, values.shape),
+        cell.array, first.array, step.dst.array, scratch.handed, parts, sums, counters(), shape.heads, shape.kv_heads, keys.shape[1], step.i[0],
+        f32(scale if softcap else scale * LOG2_E), f32(softcap), slots, step.dst.slot, shape.limit)
+    if step.hands_on >= 0:
+        scratch.handed_id = step.hands_on
 
 
-LAUNCHES: dict[str, Launch] = {"store": store, "attention": attention, "attention_step": attention}
+def can_hand_on(step: DeviceStep) -> bool:
+    """Can this step leave what it makes quantized? Groups of 32 must not reach over heads."""
+    shape = _shape(step, 1)
+    return shape.split and shape.dv % 32 == 0
+
+
+LAUNCHES: dict[str, Launch] = {"attention": attention, "attention_step": attention}
 NEEDS: dict[str, Needs] = {"attention": _needs, "attention_step": _needs}

@@ -4,6 +4,7 @@ Steps are those of native/engine.h ("what the steps mean"), with the same source
 prepared by a step of their own: `i[1]` (format) and `i[2]` (prepared) are 0, and `i[0]` (act_id) names the prepared form of x.
 Steps of one plan with the same act_id read the same activations, normed and quantized alike, and such steps stand side by
 side: a launch that finds its act_id in `scratch.prepared` may use what `scratch.act` holds instead of preparing it again.
+merge.py lets one launch do what several steps, or a step and the quantizing of what it makes, would take several for.
 
 Three steps are the device's own, for decoding without the host (B rows of logits, B tokens a step):
     argmax      dst ids i32 (B)            src logits (B, V)                           the lowest id among equals
@@ -43,29 +44,45 @@ class DeviceView:
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """One step: `op` writes `dst` (and what engine.h says) from `src`, whose absent members are None."""
+    """One step: `op` writes `dst` (and what engine.h says) from `src`, whose absent members are None.
+
+    number     its place in the plan
+    beside     steps of the same kind that its launch does too
+    hands_on   the act_id under which the launch leaves dst in `scratch.handed` too, prepared as INT8 (act.py); -1: it does not
+    """
 
     op: str
     dst: DeviceView
     src: tuple[DeviceView | None, ...]
     i: tuple[int, ...] = ()
     f: tuple[float, ...] = ()
+    number: int = -1
+    beside: tuple[DeviceStep, ...] = ()
+    hands_on: int = -1
 
 
 @dataclass
 class Scratch:
-    """Device memory that the steps of a plan share, each only while it runs, except for `act`.
+    """Device memory that the steps of a plan share, each only while it runs, except for `act` and `handed`.
 
     act        prepared activations (uint8), which stay until the next step with another act_id
+    handed     activations that a step left prepared for the next (uint8)
     temp       anything else (uint8); garbage between steps
-    prepared   act_id of what `act` holds, -1 at the start of every run; the launch that fills `act` sets it
     cells      no token of this run sees a cell from this number on: the bucket that sizes the grid of attention
+    prepared   (act_id, kind) of what `act` holds; the launch that fills it sets this
+    handed_id  act_id of what `handed` holds; the launch that fills it sets this
     """
 
     act: Any
+    handed: Any
     temp: Any
     cells: int
-    prepared: int = -1
+    prepared: tuple[int, int] = (-1, -1)
+    handed_id: int = -1
+
+    def begin(self) -> None:
+        """A run begins, with other activations."""
+        self.prepared, self.handed_id = (-1, -1), -1
 
 
 # enqueues the step's kernels on a stream; reads run-time sizes from `slots` (device int32, SYMBOLS of graph.py) only on the device

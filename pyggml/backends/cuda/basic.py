@@ -12,8 +12,10 @@ from numba import cuda
 from pyggml.backends.cuda.act import activation, count_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
 from pyggml.backends.cuda.decode import decoder
-from pyggml.backends.cuda.matvec import EIGHT, planes_of
-from pyggml.backends.cuda.prims import add_rn, bits_of, device, float_of, kernel, load128_now, mul_rn, store128
+from pyggml.backends.cuda.factors import EIGHT
+from pyggml.backends.cuda.intrinsics import device, kernel
+from pyggml.backends.cuda.matvec import planes_of
+from pyggml.backends.cuda.prims import add_rn, bits_of, float_of, load128_now, mul_rn, store128
 
 THREADS = 128
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
@@ -42,8 +44,8 @@ def _quantized_rows(type_name: str) -> Any:
 
     @kernel
     def get_rows(w, o1, o2, o3, grid, ids, dst, groups, factor, slots, slot, limit):
-        t = cuda.blockIdx.y
-        g = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        t = cuda.blockIdx.x
+        g = cuda.blockIdx.y * THREADS + cuda.threadIdx.x
         if t >= count_of(slots, slot, 1, limit) or g >= groups:
             return
         x = load(w, o1, o2, o3, i64(ids[t]) * groups + g)
@@ -61,8 +63,8 @@ def _float_rows(type_name: str) -> Any:
 
     @kernel
     def get_rows(w, o1, o2, o3, grid, ids, dst, eights, d, factor, slots, slot, limit):
-        t = cuda.blockIdx.y
-        i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        t = cuda.blockIdx.x
+        i = cuda.blockIdx.y * THREADS + cuda.threadIdx.x
         if t >= count_of(slots, slot, 1, limit) or i >= eights:
             return
         q = eight(w, i64(ids[t]) * eights + i)
@@ -74,8 +76,8 @@ def _float_rows(type_name: str) -> Any:
 
 @kernel
 def _rows_of_values(x, ids, dst, d, factor, slots, slot, limit):
-    t = cuda.blockIdx.y
-    i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+    t = cuda.blockIdx.x
+    i = cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     if t < count_of(slots, slot, 1, limit) and i < d:
         dst[i64(t) * d + i] = x[i64(ids[t]) * d + i] * factor
 
@@ -86,13 +88,13 @@ def get_rows(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> Non
     limit, d, w = math.prod(step.dst.shape[:-1]), step.dst.shape[-1], table.weight
     tail = (f32(step.f[0] if step.f else 1), slots, step.dst.slot, limit)
     if w is None:                                   # rows of a value: the tokens whose logits are wanted
-        _rows_of_values[(-(-d // THREADS), limit), THREADS, stream](table.array, ids.array, step.dst.array, d, *tail)
+        _rows_of_values[(limit, -(-d // THREADS)), THREADS, stream](table.array, ids.array, step.dst.array, d, *tail)
     elif w.quantized:
         groups = d // 32
-        _quantized_rows(w.type)[(-(-groups // THREADS), limit), THREADS, stream](*planes_of(w), ids.array, step.dst.array, groups, *tail)
+        _quantized_rows(w.type)[(limit, -(-groups // THREADS)), THREADS, stream](*planes_of(w), ids.array, step.dst.array, groups, *tail)
     else:
         eights = w.k // 8
-        _float_rows(w.type)[(-(-eights // THREADS), limit), THREADS, stream](*planes_of(w), ids.array, step.dst.array, eights, d, *tail)
+        _float_rows(w.type)[(limit, -(-eights // THREADS)), THREADS, stream](*planes_of(w), ids.array, step.dst.array, eights, d, *tail)
 
 
 # ---- element by element, four to a lane -------------------------------------------------------------------------------------------------

@@ -14,26 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.backends.cuda.prims import (
-    bits_of,
-    device,
-    float_of,
-    half,
-    half2,
-    load16,
-    load32,
-    load64,
-    load128,
-    shfl_xor,
-    store8,
-    store16,
-    store32,
-    stream128,
-)
+from pyggml.backends.cuda.factors import HIGH
+from pyggml.backends.cuda.intrinsics import device
+from pyggml.backends.cuda.prims import bits_of, float_of, half, half2, load16, load32, load64, load128, shfl_xor, store8, store16, store32, stream128
 from pyggml.errors import PyggmlError
 
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
-HIGH = u32(0xFFFF0000)
 
 
 # ---- eight numbers from d on (a multiple of 8) of a row as four words of half floats; `plane`: where the scales start --------------------

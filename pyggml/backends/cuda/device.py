@@ -1,6 +1,7 @@
 """GPUs: which there are, found without Numba and in microseconds where there is none, and one of them with its memory.
 
-`PYGGML_CUDA_GRAPHS=0` launches every kernel on its own (see graphs.py). With `NUMBA_ENABLE_CUDASIM=1` Numba's simulator is the one GPU.
+`PYGGML_CUDA_GRAPHS=0` launches every kernel on its own (graphs.py); `PYGGML_KERNEL_CACHE` says where compiled kernels are kept, 0 for nowhere
+(kernelcache.py). With `NUMBA_ENABLE_CUDASIM=1` Numba's simulator is the one GPU.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def named(device: str | None, main_gpu: int = 0) -> int | None:
     if name in CPU_NAMES:
         return None
     if not (found := re.fullmatch(r"cuda:?(\d+)", name)):
-        raise ParameterError(f"the device {device!r} is unknown; use none, cpu, " + (", ".join(f"cuda{g.index}" for g in gpus()) or "cuda0"))
+        one = "one of " if "," in name else ""              # a list, as llama.cpp takes it
+        raise ParameterError(f"the device {name!r} is unknown; use {one}none, cpu, " + (", ".join(f"cuda{g.index}" for g in gpus()) or "cuda0"))
     return int(found[1])
 
 

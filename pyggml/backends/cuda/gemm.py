@@ -22,23 +22,11 @@ from numba import cuda
 from pyggml.backends.cuda.act import HALF, activation, count_of, none_of, prepare
 from pyggml.backends.cuda.base import DeviceView, Scratch
 from pyggml.backends.cuda.decode import decoder
+from pyggml.backends.cuda.factors import HIGH
+from pyggml.backends.cuda.intrinsics import device, kernel
 from pyggml.backends.cuda.layout import FLOATS, RelaidWeight
-from pyggml.backends.cuda.matvec import HIGH, array_of, planes_of
-from pyggml.backends.cuda.prims import (
-    add_rn,
-    copies_done,
-    copies_issued,
-    copy16,
-    device,
-    float_of,
-    half2,
-    kernel,
-    ldmatrix,
-    load128,
-    mma,
-    prmt,
-    shared_store128,
-)
+from pyggml.backends.cuda.matvec import array_of, planes_of
+from pyggml.backends.cuda.prims import add_rn, copies_done, copies_issued, copy16, float_of, half2, ldmatrix, load128, mma, prmt, shared_store128
 
 THREADS = 128
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
@@ -285,7 +273,7 @@ def gemm(weight: RelaidWeight, x: DeviceView, norm: DeviceView | None, dst: Devi
          act_id: int = -1, eps: float = 0, scale: float = 1, bias: DeviceView | None = None, residual: DeviceView | None = None,
          gate: DeviceView | None = None, glu: int = 0, lists: Lists | None = None) -> None:
     """dst (T, M) = x Wᵀ with its epilogue; with `gate` (dst itself) dst = activation(gate) x Wᵀ; with `lists` one expert for each pair."""
-    prepare(HALF, act_id, x, norm, eps, slots, stream, scratch)
+    act = prepare(HALF, act_id, x, norm, eps, slots, stream, scratch)
     limit, per_token = math.prod(dst.shape[:-1]), math.prod(dst.shape[1:-1])
     m, groups = weight.rows, -(-x.shape[-1] // 32)
     columns = limit if lists is None else max(1, 2 * limit // lists.experts)        # an expert's likely share
@@ -295,6 +283,6 @@ def gemm(weight: RelaidWeight, x: DeviceView, norm: DeviceView | None, dst: Devi
     tokens = limit if lists is None else limit // lists.per_token                   # an expert sees a token once
     blocks = (-(-tokens // bm), -(-m // bn), lists.experts if lists is not None else 1)
     gemm_kernel(form)[blocks, THREADS, stream](
-        *planes_of(weight), scratch.act, groups * 32, lists.list if lists is not None else ints, lists.offsets if lists is not None else ints,
+        *planes_of(weight), act, groups * 32, lists.list if lists is not None else ints, lists.offsets if lists is not None else ints,
         lists.share if lists is not None else 1, dst.array, array_of(bias, np.float32), array_of(residual, np.float32), f32(scale), m, weight.k,
         groups, slots, dst.slot, per_token, limit)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pyggml.backends.cuda.act import FLOAT, HALF, INT8, act_bytes
+from pyggml.backends.cuda.act import COUNTERS, FLOAT, HALF, INT8, act_bytes
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch, Needs, Scratch
 from pyggml.backends.cuda.layout import FLOATS
-from pyggml.backends.cuda.matvec import COLUMNS, matvec
+from pyggml.backends.cuda.matvec import COLUMNS, HANDED, matvec, matvec_three
 
 
 def by_columns(type_name: str, columns: int) -> bool:
@@ -20,7 +20,7 @@ def by_columns(type_name: str, columns: int) -> bool:
     return columns <= COLUMNS or type_name == "F32"
 
 
-def _columns(step: DeviceStep) -> int:
+def columns_of(step: DeviceStep) -> int:
     x = step.src[1]
     assert x is not None
     return math.prod(x.shape[:-1])
@@ -38,10 +38,13 @@ def _x(step: DeviceStep) -> DeviceView:
 
 
 def mul_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
+    if step.beside:
+        matvec_three((step, *step.beside), slots, stream, scratch)      # type: ignore[arg-type]
+        return
     _, _, norm, bias, residual = step.src
     w, x = _weights(step, 0), _x(step)
     rest: dict[str, Any] = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], bias=bias, residual=residual)
-    if by_columns(w.type, _columns(step)):
+    if by_columns(w.type, columns_of(step)):
         matvec(w, None, x, norm, step.dst, slots, stream, scratch, **rest)
     else:
         from pyggml.backends.cuda.gemm import gemm
@@ -52,8 +55,9 @@ def mul_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None
 def glu_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
     _, _, norm, _, bias, bias_up = step.src
     w, up, x = _weights(step, 0), _weights(step, 3), _x(step)
-    if by_columns(w.type, _columns(step)) and (w.type in FLOATS) == (up.type in FLOATS):
-        matvec(w, up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias, bias_up=bias_up, glu=step.i[3])
+    if _by_matvec(step):
+        matvec(w, up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias, bias_up=bias_up, glu=step.i[3],
+               hands_on=step.hands_on)
     else:
         from pyggml.backends.cuda.gemm import gemm
 
@@ -61,11 +65,24 @@ def glu_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None
         gemm(up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias_up, gate=step.dst, glu=step.i[3])
 
 
+def _by_matvec(step: DeviceStep) -> bool:
+    """Is this gated unit one of few columns, of matrices that read the same activations?"""
+    w, up = step.src[0], step.src[3]
+    assert w is not None and up is not None
+    return by_columns(w.type, columns_of(step)) and (w.type in FLOATS) == (up.type in FLOATS)
+
+
+def can_hand_on(step: DeviceStep) -> bool:
+    """Can this gated unit leave what it makes quantized?"""
+    m = step.dst.shape[-1]
+    return _by_matvec(step) and columns_of(step) <= COLUMNS and m % 32 == 0 and m <= HANDED * COUNTERS
+
+
 def _needs(step: DeviceStep, cells: int) -> tuple[int, int]:
     """Room for x in the form that the step will ask for."""
     w, x = step.src[0], step.src[1]
     assert w is not None and x is not None
-    columns = _columns(step)
+    columns = columns_of(step)
     kind = HALF if not by_columns(w.type, columns) else FLOAT if w.type in FLOATS else INT8
     return act_bytes(kind, x.shape[-1], columns), 0
 

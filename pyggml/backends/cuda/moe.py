@@ -15,9 +15,10 @@ from numba import cuda
 from pyggml.backends.cuda.act import FLOAT, HALF, INT8, act_bytes, count_of, none_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
 from pyggml.backends.cuda.gemm import Lists, gemm
+from pyggml.backends.cuda.intrinsics import SIMULATED, kernel
 from pyggml.backends.cuda.layout import FLOATS
 from pyggml.backends.cuda.matvec import matvec
-from pyggml.backends.cuda.prims import LOG2_E, SIMULATED, exp2, kernel, shfl_xor, warp_max, warp_sum
+from pyggml.backends.cuda.prims import LOG2_E, exp2, shfl_xor, warp_max, warp_sum
 
 THREADS = 32 if SIMULATED else 128
 PAIRS = 32                              # up to so many pairs, one matvec each

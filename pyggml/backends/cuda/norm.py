@@ -11,23 +11,22 @@ from numba import cuda
 
 from pyggml.backends.cuda.act import block_sum, count_of, none_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
-from pyggml.backends.cuda.prims import kernel
+from pyggml.backends.cuda.intrinsics import kernel
 
 MOST_THREADS = 256
+MOST_WARPS = MOST_THREADS // 32
 f32, i64 = np.float32, np.int64
 
 
 @cache
-def _kernel(threads: int, weighted: bool) -> Any:
-    warps = threads // 32
-
+def _kernel(weighted: bool) -> Any:
     @kernel
     def rms_norm(x, weight, dst, d, eps, slots, slot, per, rows):
         """A block a row."""
-        shared = cuda.shared.array(warps, np.float32)
+        shared = cuda.shared.array(MOST_WARPS, np.float32)
         if cuda.blockIdx.x >= count_of(slots, slot, per, rows):
             return
-        tid, row = cuda.threadIdx.x, i64(cuda.blockIdx.x) * d
+        tid, threads, row = cuda.threadIdx.x, cuda.blockDim.x, i64(cuda.blockIdx.x) * d
         squares = f32(0)
         for i in range(tid, d, threads):
             squares += x[row + i] * x[row + i]
@@ -42,7 +41,7 @@ def rms_norm(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> Non
     assert x is not None
     d, rows, per = x.shape[-1], math.prod(x.shape[:-1]), math.prod(x.shape[1:-1])
     threads = min(MOST_THREADS, -(-d // 32) * 32)
-    _kernel(threads, weight is not None)[rows, threads, stream](
+    _kernel(weight is not None)[rows, threads, stream](
         x.array, weight.array if weight is not None else none_of(np.float32), step.dst.array, d, f32(step.f[0]), slots, step.dst.slot, per, rows)
 
 

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyggml.backends.base import Input
+from pyggml.backends.cuda.act import INT8, act_bytes
 from pyggml.backends.cuda.ahead import Ahead
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch, Needs, Scratch
 from pyggml.backends.cuda.device import Arena, Device, round_up, simulated
 from pyggml.backends.cuda.graphs import Recorder
+from pyggml.backends.cuda.merge import merged
 from pyggml.backends.cuda.store import DTYPES, typed
 from pyggml.errors import PyggmlError
 from pyggml.types import tensor_type
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from pyggml.backends.cuda.store import DeviceWeights
     from pyggml.graph import Tensor
 
-FAMILIES = ("basic", "norm", "rope", "matmul", "attention", "moe", "sample")
+FAMILIES = ("basic", "norm", "rope", "matmul", "cachestore", "attention", "moe", "sample")
 BUCKET = 512            # the smallest bucket of cells; each is twice the one before
 RECORDED = 64           # batches of up to so many tokens are recorded: larger ones compute longer than they launch
 
@@ -199,7 +201,8 @@ class DeviceProgram:
         return self.add(DeviceView(self._array(array, type, count), type, shape, slot))
 
     def step(self, op: str, dst: int, src: Sequence[int], i: Sequence[int], f: Sequence[float], sync: bool) -> int:
-        self.steps.append(DeviceStep(op, self.views[dst], tuple(None if s < 0 else self.views[s] for s in src), tuple(i), tuple(f)))
+        self.steps.append(DeviceStep(op, self.views[dst], tuple(None if s < 0 else self.views[s] for s in src), tuple(i), tuple(f),
+                                     number=len(self.steps)))
         return len(self.steps) - 1
 
     def result(self, array: Any, type: str, shape: tuple[int, ...], slot: int) -> np.ndarray:
@@ -209,19 +212,21 @@ class DeviceProgram:
 
     def finish(self, timing: bool) -> DeviceProgram:
         launches, needs = kernels()
+        self.step_ns = np.zeros(len(self.steps), np.int64) if timing else None
         for step in self.steps:
             if step.op not in launches:
                 raise PyggmlError(f"the step {step.op} has no CUDA kernel; use -ngl 0")
         self.n_cells = max((s.src[1].shape[1] for s in self.steps if s.op.startswith("attention") and s.src[1] is not None), default=1)
+        self.steps = merged(self.steps)
         if Ahead.fits(self):
             self.ahead = Ahead(self, launches)
         more = self.ahead.own_steps if self.ahead is not None else []
         wants = [needs[s.op](s, self.n_cells) for s in (*self.steps, *more) if s.op in needs]
         act, temp = (self.take(max((w[i] for w in wants), default=0) or 1) for i in range(2))
-        self.scratch = Scratch(act, temp, self.n_cells)
+        handed = self.take(max((act_bytes(INT8, s.dst.shape[-1], math.prod(s.dst.shape[:-1])) for s in self.steps if s.hands_on >= 0), default=1))
+        self.scratch = Scratch(act, handed, temp, self.n_cells)
         self._launches = [(launches[s.op], s) for s in self.steps]
         self._recorder = Recorder(self.device)
-        self.step_ns = np.zeros(len(self.steps), np.int64) if timing else None
         return self
 
     # ---- running ----
@@ -269,16 +274,16 @@ class DeviceProgram:
 
     def launch(self) -> None:
         """Enqueue every step on its own."""
-        self.scratch.prepared = -1
+        self.scratch.begin()
         for launch, step in self._launches:
             if self.aborted[0]:
                 return
             launch(self.device.stream, self.device_slots, step, self.scratch)
 
     def _timed(self) -> None:
-        """Launch step by step, each between two events."""
+        """Launch step by step, each between two events; products of one launch have shares of its time by the size of their matrices."""
         assert self.step_ns is not None
-        self.scratch.prepared = -1
+        self.scratch.begin()
         events = [self.device.event(timing=True) for _ in range(len(self._launches) + 1)]
         clock = [time.perf_counter_ns()]
         events[0].record(self.device.stream)
@@ -287,5 +292,9 @@ class DeviceProgram:
             event.record(self.device.stream)
             clock.append(time.perf_counter_ns())
         self.device.synchronize()
-        for i in range(len(self._launches)):
-            self.step_ns[i] += clock[i + 1] - clock[i] if simulated() else round(1e6 * events[i].elapsed_time(events[i + 1]))
+        for i, (_, step) in enumerate(self._launches):
+            taken = clock[i + 1] - clock[i] if simulated() else round(1e6 * events[i].elapsed_time(events[i + 1]))
+            together = (step, *step.beside)
+            sizes = [s.src[0].array.nbytes for s in together if step.beside and s.src[0] is not None] or [1]
+            for one, size in zip(together, sizes, strict=True):
+                self.step_ns[one.number] += taken * size // sum(sizes)

@@ -1,8 +1,7 @@
-"""What Numba's CUDA target does not offer: instructions by their PTX text, each beside its meaning in Python.
+"""What Numba's CUDA target does not offer: instructions, each beside its meaning in Python.
 
-`instruction` makes a device function of one PTX instruction (or a few). In Numba's simulator (NUMBA_ENABLE_CUDASIM=1) the
-Python meaning runs instead; those that involve a whole warp exchange their operands with `_warp`, which every lane must reach.
-Memory is addressed in bytes from the start of an array of any dtype, because weights are bytes and are loaded 16 at a time.
+Those that involve a whole warp exchange their operands with `_warp`, which every lane must reach. Memory is addressed in bytes from the
+start of an array of any dtype, because weights are bytes and are loaded 16 at a time.
 """
 
 from __future__ import annotations
@@ -15,107 +14,8 @@ from typing import Any
 
 import numpy as np
 from numba import cuda
-from numba.core import config
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
-FULL = 0xFFFFFFFF
-
-if SIMULATED:
-    i32, u32, i64, f32 = np.int32, np.uint32, np.int64, np.float32
-else:
-    from numba import types
-    from numba.cuda.core import config as cuda_config
-
-    cuda_config.CUDA_LOW_OCCUPANCY_WARNINGS = 0         # small grids are meant: a warning for each would reach the user
-
-    i32, u32, i64, f32 = types.int32, types.uint32, types.int64, types.float32
-
-
-def device(function: Callable) -> Any:
-    """A function for the device, inlined where it is called. Plain Python in the simulator, which runs it as it is."""
-    return function if SIMULATED else cuda.jit(function, device=True, forceinline=True)
-
-
-def kernel(function: Callable) -> Any:
-    """A kernel: fast arithmetic (approximate division and exponentials, fused multiply-add), no debug information."""
-    return cuda.jit(function, fastmath=True)
-
-
-def instruction(ptx: str | Callable[[tuple[int, int]], str], result: Any, args: tuple, meaning: Callable, *,
-                pure: bool = True, memory: bool = False) -> Any:
-    """A device function that emits `ptx`: operands $0.. are the results, then the arguments.
-
-    ptx      the text, or a function from the compute capability to the text
-    result   a Numba type, a tuple of equal types, or None
-    args     Numba types; "global" and "shared" take an array, and the next argument is a byte offset into it
-    pure     the same operands give the same result at any time, so that the compiler may move or merge it
-    memory   it reads or writes memory that this kernel changes
-    """
-    return _simulated(meaning, result) if SIMULATED else _intrinsic(ptx, result, args, pure, memory)
-
-
-def _simulated(meaning: Callable, result: Any) -> Callable:
-    """`meaning` with results of the instruction's types."""
-    def as_type(kind, value):
-        return kind(int(value) & FULL) if kind is u32 else kind(value)
-
-    def call(*operands):
-        with np.errstate(all="ignore"):
-            got = meaning(*operands)
-        if isinstance(result, tuple):
-            return tuple(as_type(kind, value) for kind, value in zip(result, got, strict=True))
-        return None if result is None else as_type(result, got)
-    return call
-
-
-def _intrinsic(ptx, result, args, pure, memory):
-    from llvmlite import ir
-    from numba.core import targetconfig
-    from numba.cuda.extending import intrinsic
-
-    results = result if isinstance(result, tuple) else () if result is None else (result,)
-    returned = types.none if result is None else types.UniTuple(result[0], len(result)) if isinstance(result, tuple) else result
-    llvm = {i32: ir.IntType(32), u32: ir.IntType(32), i64: ir.IntType(64), f32: ir.FloatType()}
-    letter = {i32: "r", u32: "r", i64: "l", f32: "f"}
-
-    def codegen(context, builder, signature, values):
-        operands, letters, address = [], [], None
-        for kind, type_, value in zip(args, signature.args, values, strict=True):
-            if kind in ("global", "shared"):
-                address = builder.ptrtoint(context.make_array(type_)(context, builder, value).data, ir.IntType(64))
-                if kind == "shared":                    # a 32-bit address, and one conversion for all uses of the array
-                    convert = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
-                    address = builder.call(ir.InlineAsm(convert, "cvta.to.shared.u64 $0, $1;", "=l,l"), [address])
-                continue
-            if address is not None:
-                value, address = builder.add(address, value), None
-            operands.append(value)
-            letters.append(letter[kind])
-        cc = targetconfig.ConfigStack().top().compute_capability
-        text = ptx(cc) if callable(ptx) else ptx
-        out = ir.VoidType() if not results else llvm[results[0]] if len(results) == 1 else ir.LiteralStructType([llvm[r] for r in results])
-        constraint = ",".join([*("=" + letter[r] for r in results), *letters, *(["~{memory}"] if memory else [])])
-        function = ir.FunctionType(out, [value.type for value in operands])
-        made = builder.call(ir.InlineAsm(function, text, constraint, side_effect=memory or not pure), operands,
-                            attrs=() if memory or not pure else ("readnone", "nounwind"))
-        if not results:
-            return context.get_dummy_value()
-        if not isinstance(result, tuple):
-            return made
-        array = ir.Constant(ir.ArrayType(llvm[results[0]], len(results)), ir.Undefined)
-        for n in range(len(results)):
-            array = builder.insert_value(array, builder.extract_value(made, n) if len(results) > 1 else made, n)
-        return array
-
-    def typed(given):
-        return returned(*(given[n] if kind in ("global", "shared") else kind for n, kind in enumerate(args))), codegen
-
-    # an intrinsic's arity is read off its Python signature
-    names = "".join(f"a{n}, " for n in range(len(args)))
-    scope = {"typed": typed}
-    exec(f"def op(typingctx, {names}): return typed(({names}))", scope)
-    return intrinsic(scope["op"])
-
+from pyggml.backends.cuda.intrinsics import FULL, SIMULATED, device, f32, i32, i64, instruction, u32
 
 # ---- the simulator's side of memory and warps ---------------------------------------------------------------------------------
 
@@ -264,6 +164,17 @@ store64 = instruction("st.global.v2.u32 [$0], {$1, $2};", None, ("global", i64, 
 store32 = instruction("st.global.u32 [$0], $1;", None, ("global", i64, u32), _write_words, memory=True)
 store16 = instruction("st.global.u16 [$0], $1;", None, ("global", i64, u32), _write_small("<u2"), memory=True)
 store8 = instruction("st.global.u8 [$0], $1;", None, ("global", i64, u32), _write_small("u1"), memory=True)
+fence = instruction("membar.gl;", None, (), lambda: None, memory=True)      # what this thread wrote is seen by all before what it writes next
+
+
+def _count_up(array, at):
+    memory = _bytes(array)[at:at + 4].view("<i4")
+    memory[0] += 1
+    return memory[0] - 1
+
+
+# adds 1 to an int32; -> what was there
+count_up = instruction("atom.global.add.u32 $0, [$1], 1;", i32, ("global", i64), _count_up, memory=True)
 shared_store128 = instruction("st.shared.v4.u32 [$0], {$1, $2, $3, $4};", None, ("shared", i64, u32, u32, u32, u32), _write_words, memory=True)
 
 
@@ -342,18 +253,24 @@ LOG2_E = 1.4426950408889634
 # Fragments of m16n8k16, for lane 4g + t: a is (16, 16): rows g, g + 8, columns 2t, 2t + 1 then 8 on; b is (16, 8): the same with
 # rows for columns and column g; c is (16, 8): row g columns 2t, 2t + 1, then row g + 8.
 
+def _product_of_warp(words: list) -> np.ndarray:
+    """A B of the fragments (a0 .. a3, b0, b1) of 32 lanes: float32 (16, 8)."""
+    both = np.array([[int(w) & FULL for w in lane] for lane in words], np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float32)
+    a = both[:, :, :4].reshape(8, 4, 2, 2, 2).transpose(3, 0, 2, 1, 4).reshape(16, 16)      # (g, t, columns 8 on, rows 8 on, low/high)
+    return a @ both[:, :, 4:].transpose(2, 1, 3, 0).reshape(16, 8)
+
+
+_last: tuple[Any, Any] = None, None             # the operands of a warp, and their product: lanes.py gives all of its lanes the same list
+
+
 def _mma(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1):
+    global _last
     lane, all_ = _warp((a0, a1, a2, a3, b0, b1))
-    words = np.array([[int(w) & FULL for w in row] for row in all_], np.uint32).view(np.float16).reshape(8, 4, 6, 2).astype(np.float32)
-    g, t = divmod(lane, 4)                                        # words: (g, t, register, low/high)
-    columns = np.empty((2, 16), np.float32)
-    for half_, regs in enumerate(((0, 2), (1, 3))):               # rows g and g + 8
-        columns[half_, :8], columns[half_, 8:] = words[g, :, regs[0]].reshape(-1), words[g, :, regs[1]].reshape(-1)
-    b = np.empty((2, 16), np.float32)
-    for n in range(2):
-        b[n, :8], b[n, 8:] = words[2 * t + n, :, 4].reshape(-1), words[2 * t + n, :, 5].reshape(-1)
-    d = columns @ b.T
-    return np.float32(c0 + d[0, 0]), np.float32(c1 + d[0, 1]), np.float32(c2 + d[1, 0]), np.float32(c3 + d[1, 1])
+    if _last[0] is not all_:
+        _last = all_, _product_of_warp(all_)
+    g, t = divmod(lane, 4)
+    d = _last[1][g::8, 2 * t:2 * t + 2]
+    return c0 + d[0, 0], c1 + d[0, 1], c2 + d[1, 0], c3 + d[1, 1]
 
 
 def _mma_ptx(cc: tuple[int, int]) -> str:

@@ -10,13 +10,13 @@ from numba import cuda
 
 from pyggml.backends.cuda.act import count_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
-from pyggml.backends.cuda.prims import device
+from pyggml.backends.cuda.intrinsics import device, exact_kernel
 
 THREADS = 128
 f32, f64, i64 = np.float32, np.float64, np.int64
 
 
-@cuda.jit                                            # without fast arithmetic: angles of long contexts need every bit
+@exact_kernel                                        # angles of long contexts need every bit
 def _table(pos, inv_freq, dst, half, mscale, slots, slot, limit):
     i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if i < count_of(slots, slot, 1, limit) * half:
@@ -60,7 +60,7 @@ def rope_at(x, row, d, half, mode, table, t):
     return a * c - b * s if d == first else a * s + b * c
 
 
-@cuda.jit
+@exact_kernel
 def _rope(x, table, dst, heads, d, half, mode, slots, slot, limit):
     lanes = d - half                                 # of a head
     i = i64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x

@@ -9,7 +9,8 @@ from numba import cuda
 
 from pyggml.backends.cuda.act import count_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
-from pyggml.backends.cuda.prims import SIMULATED, kernel, shfl_xor
+from pyggml.backends.cuda.intrinsics import SIMULATED, kernel
+from pyggml.backends.cuda.prims import shfl_xor
 
 THREADS = 32 if SIMULATED else 1024
 WARPS = THREADS // 32

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
+from pyggml.backends.cuda.intrinsics import SIMULATED, kernel
 from pyggml.backends.cuda.layout import FLOATS, GROUP, LAYOUTS, bit_sources, float_row
-from pyggml.backends.cuda.prims import SIMULATED, kernel
 from pyggml.types import tensor_type
 
 THREADS = 128
@@ -25,34 +24,30 @@ def device_constant(name: Any, make: Any) -> Any:
     return _tables[key]
 
 
-@cache
-def _relay_kernel(block_bytes: int, low: int, high: int, scales: int, shared: int) -> Any:
-    """One thread makes one byte of a block's planes; the numbers are bytes of a block in each plane."""
+@kernel
+def _relay(raw, sources, out, first, blocks, block_bytes, low, high, scales, shared, o1, o2, o3):
+    """One thread makes one byte of a block's planes; low, high, scales and shared are bytes of a block in each plane."""
     per_block = low + high + scales + shared
-
-    @kernel
-    def relay(raw, sources, out, first, blocks, o1, o2, o3):
-        t = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-        if t >= np.int64(blocks) * per_block:
-            return
-        block, at = t // per_block, t % per_block
-        base = block * block_bytes
-        value = 0
-        for bit in range(8):
-            source = np.int32(sources[8 * at + bit])
-            if source >= 0:
-                value |= (np.int32(raw[base + (source >> 3)]) >> (source & 7) & 1) << bit
-        block += first
-        if at < low:
-            to = block * low + at
-        elif at < low + high:
-            to = o1 + block * high + (at - low)
-        elif at < low + high + scales:
-            to = o2 + block * scales + (at - low - high)
-        else:
-            to = o3 + block * shared + (at - low - high - scales)
-        out[to] = value
-    return relay
+    t = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    block = t // per_block
+    if block >= blocks:
+        return
+    at, base = t - block * per_block, block * block_bytes
+    value = 0
+    for bit in range(8):
+        source = np.int32(sources[8 * at + bit])
+        if source >= 0:
+            value |= (np.int32(raw[base + (source >> 3)]) >> (source & 7) & 1) << bit
+    block += first
+    if at < low:
+        to = block * low + at
+    elif at < low + high:
+        to = o1 + block * high + (at - low)
+    elif at < low + high + scales:
+        to = o2 + block * scales + (at - low - high)
+    else:
+        to = o3 + block * shared + (at - low - high - scales)
+    out[to] = value
 
 
 @kernel
@@ -105,7 +100,7 @@ def relay_blocks(type_name: str, k: int, total_rows: int, raw: Any, out: Any, st
         _relay_tq1_0[grid, THREADS, stream](raw, out, first, blocks, offsets[2])
         return
     sources = device_constant(("bits", type_name), lambda: bit_sources(type_name))
-    _relay_kernel(row.bytes, *per_plane)[grid, THREADS, stream](raw, sources, out, first, blocks, *offsets)
+    _relay[grid, THREADS, stream](raw, sources, out, first, blocks, row.bytes, *per_plane, *offsets)
 
 
 def pad_rows(type_name: str, k: int, raw: Any, out: Any, start: int, stop: int, stream: Any) -> None:

@@ -3,6 +3,7 @@ Python meanings in pyggml/backends/cuda/prims.py, so that a wrong idea of an ins
 
     text.py          PTX -> kernels: parameters, variables, basic blocks of instructions
     instructions.py  what each opcode does, as Python text over arrays that hold a register of every thread
+    arithmetic.py    the functions and expressions in that text
     memory.py        global, shared and local memory, with what a GPU would do wrong: bounds, alignment, races, unwritten bytes
     machine.py       threads: divergence, barriers, warps
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ptx.instructions import Compiler, i32, i64, u32, u64
+from ptx.arithmetic import i32, i64, u32, u64
+from ptx.instructions import Compiler
 from ptx.memory import SHIFT, Fault, Global, Local, Segment, Shared
 from ptx.text import Function, Module, PtxError, basic_blocks
 

@@ -7,6 +7,7 @@ takes part, with the threads' numbers.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 SHIFT, WITHIN = np.uint64(40), np.uint64((1 << 40) - 1)
 SHARED_WINDOW = np.uint64(0x7000 << 40)             # generic addresses of shared and of local memory
 LOCAL_WINDOW = np.uint64(0x7001 << 40)
+NO_RESERVE = 0x4000                                 # MAP_NORESERVE of Linux, which mmap has a name for from Python 3.13 on
 POISON = 0x7B                                       # fills what nobody wrote
 i64, u64 = np.int64, np.uint64
 
@@ -50,19 +52,28 @@ class Segment:
         return spans
 
 
+def zeros(count: int, dtype: Any) -> np.ndarray:
+    """Zeros that take no memory before they are touched, however many they are."""
+    nbytes = count * np.dtype(dtype).itemsize
+    if nbytes < 1 << 26:
+        return np.zeros(count, dtype)
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE), dtype, count)
+
+
 class Global:
     """Global memory: segments by number."""
 
     def __init__(self) -> None:
         self.segments: dict[int, Segment] = {}
+        self._last = 0                                  # number given; never again, also when that memory is freed
         self._numbers: dict[tuple[int, int], int] = {}
         self._owners: list[Any] = []
 
     def add(self, data: np.ndarray, what: str) -> int:
         """The address of new memory over these bytes (uint8), all of which are given."""
-        number = len(self.segments) + 1
-        self.segments[number] = Segment(data, what, [(0, len(data))])
-        return number << 40
+        self._last += 1
+        self.segments[self._last] = Segment(data, what, [(0, len(data))])
+        return self._last << 40
 
     def address(self, array: np.ndarray, what: str) -> int:
         """The address of an array; arrays that share memory are one segment, of which only their own parts are given."""
@@ -111,7 +122,7 @@ class Global:
         for segment, here, off in self._places(at, size * count, text):
             if constant:
                 if segment.constant is None:
-                    segment.constant = np.zeros(len(segment.bytes), bool)
+                    segment.constant = zeros(len(segment.bytes), bool)
                 segment.constant[off] = True
                 if segment.writer is not None and segment.writer[off].any():
                     raise Fault(f"{text} reads as constant what this launch wrote, in {segment.what}")
@@ -129,7 +140,7 @@ class Global:
             if segment.constant is not None and segment.constant[off].any():
                 raise Fault(f"{text} writes what this launch read as constant, in {segment.what}")
             if segment.writer is None:
-                segment.writer = np.zeros(len(segment.bytes), np.int32)
+                segment.writer = zeros(len(segment.bytes), np.int32)
             view, index, mine = segment.view(dtype), off // size, (block if here is None else block[here]) + 1
             for n, value in enumerate(values):
                 value = (value if here is None else value[here]).astype(dtype, copy=False)
