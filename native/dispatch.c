@@ -90,6 +90,7 @@ const char *pyg_compiler(void) {
 }
 
 int     pyg_act_format(int type, int packed, int exact, int fixed) { return kernels->act_format(type, packed, exact, fixed); }
+int     pyg_attends_in_bf16(int64_t tokens, int fixed) { return kernels->attends_in_bf16(tokens, fixed); }
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
 

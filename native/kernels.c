@@ -40,6 +40,7 @@ const kernel_table CAT(kernels, ISA) = {
     .dot = DOT_TABLE,
     .row_bytes = row_bytes,
     .act_format = act_format,
+    .attends_in_bf16 = attends_in_bf16,
     .act_bytes = act_bytes,
     .pack_bytes = pack_bytes,
 };
