@@ -69,8 +69,7 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    slow_bf16 = __builtin_cpu_is("intel");
-    fetch_streams = slow_bf16 && kernels->lanes == 16;          // loops of 32 bytes gain nothing
+    fetch_streams = slow_bf16 = __builtin_cpu_is("intel");
 #endif
 }
 

@@ -98,7 +98,6 @@ enum { N_TYPES = 43 };
 
 typedef struct {
     const char *isa;
-    int         lanes;                  // floats in a vector
     kernel_fn  *op[N_OPS];
     scratch_fn *scratch[N_OPS];         // private bytes a step needs; NULL: none
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length

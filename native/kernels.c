@@ -25,7 +25,6 @@
 #define STR(x) STR_(x)
 const kernel_table CAT(kernels, ISA) = {
     .isa = STR(ISA),
-    .lanes = VL,
     .op = {
 #define OP(name) [OP_##name] = op_##name,
         PYG_OPS(OP)

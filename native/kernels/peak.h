@@ -22,10 +22,15 @@ static void peak_float(const char *x) {
     }
     PEAK_USE(sum);
 }
-static void peak_read(const char *x, int64_t bytes) {
+static void peak_read(const char *x, int64_t bytes) {                  // as the matmuls do, see fetch_ahead
     vi sum[PEAK_SUMS] = {{0}};
-    for (int64_t at = 0; at + 4 * LINE <= bytes; at += 4 * LINE)
-        UNROLL(16) for (int i = 0; i < 4 * LINE / (4 * VL); i++) sum[i % 8] ^= vi_load(x + at + 4 * VL * i);
+    const int64_t part = bytes / FETCH_STREAMS;
+    for (int64_t at = 0; at + LINE <= part; at += LINE)
+        EACH(stream, FETCH_STREAMS) {
+            const char *line = x + stream * part + at;
+            if (fetch_streams) __builtin_prefetch(line + AHEAD_BYTES);
+            UNROLL(16) for (int i = 0; i < LINE / (4 * VL); i++) sum[stream] ^= vi_load(line + 4 * VL * i);
+        }
     PEAK_USE(sum);
 }
 
