@@ -72,6 +72,7 @@ int   pyg_lock(char *start, size_t bytes);                 // keep these pages i
 // ---- What the planner asks about weights and activations (kernels/act.h, kernels/pack.h) --------------------------------------
 // exact: 1 as floats, 0 as ggml rounds them, or as a matrix unit takes them; fixed: 1 the same rounding for any number of columns
 int     pyg_act_format(int type, int packed, int exact, int fixed);    // how activations are prepared for weights of `type`
+int     pyg_attends_in_bf16(int64_t tokens, int fixed);                // whether attention rounds so many tokens to bf16, where it may
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` prepared columns of length k
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none
 

@@ -69,8 +69,7 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    slow_bf16 = __builtin_cpu_is("intel");
-    fetch_streams = slow_bf16 && kernels->lanes == 16;          // loops of 32 bytes gain nothing
+    fetch_streams = slow_bf16 = __builtin_cpu_is("intel");
 #endif
 }
 
@@ -90,6 +89,7 @@ const char *pyg_compiler(void) {
 }
 
 int     pyg_act_format(int type, int packed, int exact, int fixed) { return kernels->act_format(type, packed, exact, fixed); }
+int     pyg_attends_in_bf16(int64_t tokens, int fixed) { return kernels->attends_in_bf16(tokens, fixed); }
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
 

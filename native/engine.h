@@ -77,7 +77,7 @@ void pool_barrier(worker *w);
 enum { GLU_SILU, GLU_GELU, GLU_RELU };
 enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
 enum { MOE_SOFTMAX, MOE_SIGMOID };
-enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ, PEAK_MATRIX };
+enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ, PEAK_BF16 };
 // Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
 // For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp. For a matrix unit they are bf16, or a sum of two.
 // A format (attribute of a step) is one of these for few columns, plus ACT_WIDE times one for many where that is another.
@@ -98,7 +98,6 @@ enum { N_TYPES = 43 };
 
 typedef struct {
     const char *isa;
-    int         lanes;                  // floats in a vector
     kernel_fn  *op[N_OPS];
     scratch_fn *scratch[N_OPS];         // private bytes a step needs; NULL: none
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
@@ -110,6 +109,7 @@ typedef struct {
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact, int fixed);
+    int     (*attends_in_bf16)(int64_t tokens, int fixed);
     int64_t (*act_bytes)(int format, int64_t k, int64_t cols);
     int64_t (*pack_bytes)(int type, int64_t rows, int64_t k);
 } kernel_table;

@@ -25,7 +25,6 @@
 #define STR(x) STR_(x)
 const kernel_table CAT(kernels, ISA) = {
     .isa = STR(ISA),
-    .lanes = VL,
     .op = {
 #define OP(name) [OP_##name] = op_##name,
         PYG_OPS(OP)
@@ -40,6 +39,7 @@ const kernel_table CAT(kernels, ISA) = {
     .dot = DOT_TABLE,
     .row_bytes = row_bytes,
     .act_format = act_format,
+    .attends_in_bf16 = attends_in_bf16,
     .act_bytes = act_bytes,
     .pack_bytes = pack_bytes,
 };

@@ -110,7 +110,7 @@ class Graph:
             unknown = set(given) - set(row.defaults)
             if unknown:
                 raise TypeError(f"op {op} has no attribute {unknown.pop()!r}")
-            return Tensor(op, srcs, row.shape(*srcs, **given), row.type, given, name)
+            return Tensor(op, srcs, row.shape(*srcs, **given), row.type or srcs[0].type, given, name)  # type: ignore[union-attr]
 
         return build
 

@@ -22,7 +22,7 @@ from pyggml.backends.base import Input, Weights
 from pyggml.fuse import Calls, fuse, through
 from pyggml.graph import SYMBOLS, TOKENS, Shape, Symbol, Tensor
 from pyggml.lower import SMALL, Lowering, Step
-from pyggml.roofline import Batch, work
+from pyggml.roofline import Batch, Work, work
 from pyggml.types import tensor_type
 
 ALIGN = 64
@@ -161,8 +161,8 @@ class Plan:
             level = s.level
         self.output, *self.captured = (program.result(array(root(t)), t.type, schedule.sizes(t), slot_of(t.shape)) for t in wanted)
         program.finish(timing)
-        self._done = np.zeros((len(self.steps), 2), np.int64)       # bytes and multiplications of each step so far
-        self._kinds, self._exact = [""] * len(self.steps), bool(getattr(store, "exact", False))
+        self._done = np.zeros((len(self.steps), len(Work._fields)), np.int64)       # the work of each step so far
+        self._exact = bool(getattr(store, "exact", False))
 
     def run(self, pool: Any, values: dict[Symbol, int], alone: bool = False) -> bool:
         """Compute for these sizes, by the pool or by the calling thread alone. False when it was aborted."""
@@ -198,8 +198,8 @@ class Plan:
         """What every step took so far, for a plan made with timing."""
         if self.program.step_ns is None:
             return []
-        rows = zip(self.steps, self.program.step_ns, self._done.tolist(), self._kinds, strict=True)
-        return [StepTime(s.op, label(s), int(ns), n_bytes, macs, kind) for s, ns, (n_bytes, macs), kind in rows]
+        rows = zip(self.steps, self.program.step_ns, self._done.tolist(), strict=True)
+        return [StepTime(s.op, label(s), int(ns), Work(*done)) for s, ns, done in rows]
 
     def _count(self, values: dict[Symbol, int]) -> None:
         """Add the work of each step of this run."""
@@ -208,9 +208,7 @@ class Plan:
         sequences = {f: int(cell[first == f].max()) - f + 1 for f in set(first.tolist())}
         batch = Batch(int((cell - first + 1).sum()), sum(sequences.values()))
         for i, step in enumerate(self.steps):
-            w = work(step, lambda t: tuple(values[d] if isinstance(d, Symbol) else d for d in t.shape), batch, self._exact)
-            self._done[i] += w.bytes, w.macs
-            self._kinds[i] = w.kind
+            self._done[i] += work(step, lambda t: tuple(values[d] if isinstance(d, Symbol) else d for d in t.shape), batch, self._exact)
 
 
 class StepTime(NamedTuple):
@@ -219,9 +217,7 @@ class StepTime(NamedTuple):
     op: str
     what: str           # the weight it reads, or what it writes
     ns: int
-    bytes: int          # read and written
-    macs: int           # multiplications ...
-    kind: str           # ... of "int8", "float" or "bf16", "" where they are not the point
+    work: Work
 
 
 def label(step: Step) -> str:

@@ -25,11 +25,16 @@ class Batch(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Bytes read and written, multiplications, and what multiplies: "int8", "float", "bf16" (a matrix unit) or "" where that is not the point."""
+    """Bytes read and written, and multiplications of each kind (bf16: of a processor for which that is faster than floats)."""
 
     bytes: int
-    macs: int
-    kind: str
+    int8: int = 0
+    floats: int = 0
+    bf16: int = 0
+
+    @property
+    def macs(self) -> int:
+        return self.int8 + self.floats + self.bf16
 
 
 def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, exact: bool) -> Work:
@@ -44,27 +49,27 @@ def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, ex
         used = min(experts, columns)
         read = sum(nbytes(w) for w in weights) * used // experts
         others = sum(nbytes(t) for t in (step.out, *step.src) if t is not None and all(t is not w for w in weights))
-        kind = "int8" if tensor_type(weights[0].type).quantized and not exact else "float"
+        kind = "int8" if tensor_type(weights[0].type).quantized and not exact else "floats"
         if lib and step.i[1] >= lib.PYG_ACT_WIDE and columns > experts * lib.PYG_WIDE_COLS:
             kind = "bf16"
-        return Work(read + others, len(weights) * out[-1] * weights[0].sizes[-1] * columns, kind)
+        return Work(read + others, **{kind: len(weights) * out[-1] * weights[0].sizes[-1] * columns})
     if step.op in ("attention", "attention_step"):
         heads, keys = size(step.src[0])[1:], step.src[1]  # type: ignore[arg-type]
         window = step.i[0]
         n_tokens = size(step.out)[0]
         cached, seen = (min(batch.cached, window + n_tokens), min(batch.seen, window * n_tokens)) if window else (batch.cached, batch.seen)
         types = {t.type for t in step.src[1:3] if t is not None}
-        wide = lib is not None and n_tokens > lib.PYG_WIDE_COLS
-        rounds = wide and step.op == "attention" and not step.i[2] and (types == {"BF16"} or step.i[1] and "F32" not in types)
+        coarse, fixed = (step.i[1], step.i[2]) if step.op == "attention" else (step.i[3], 1)
+        kind = "bf16" if (types == {"BF16"} or coarse and "F32" not in types) and lib and lib.pyg_attends_in_bf16(n_tokens, fixed) else "floats"
         cell = sum(nbytes(t) // math.prod(size(t)[:-1]) for t in step.src[1:3] if t is not None) * size(keys)[0]  # type: ignore[arg-type]
-        return Work(cached * cell + nbytes(step.src[0]) + nbytes(step.out), 2 * math.prod(heads) * seen, "bf16" if rounds else "float")
+        return Work(cached * cell + nbytes(step.src[0]) + nbytes(step.out), **{kind: 2 * math.prod(heads) * seen})
     if step.op == "get_rows":
         table = step.src[0]
-        return Work(nbytes(step.out) + out[0] * tensor_type(table.type).row_bytes(out[-1]), 0, "")  # type: ignore[union-attr]
+        return Work(nbytes(step.out) + out[0] * tensor_type(table.type).row_bytes(out[-1]))  # type: ignore[union-attr]
     caches = ("cache", "store")
     if step.op == "store":              # it writes as many rows as it reads
-        return Work(2 * sum(nbytes(t) for t in step.src if t is not None and t.op not in caches), 0, "")
-    return Work(sum(nbytes(t) for t in (step.out, *step.src) if t is not None and t.op not in caches), 0, "")
+        return Work(2 * sum(nbytes(t) for t in step.src if t is not None and t.op not in caches))
+    return Work(sum(nbytes(t) for t in (step.out, *step.src) if t is not None and t.op not in caches))
 
 
 class Peaks(NamedTuple):
@@ -77,7 +82,7 @@ class Peaks(NamedTuple):
 
     def least(self, w: Work) -> tuple[float, str]:
         """The seconds that work takes at best, and what the limit is then: "memory" or "compute"."""
-        compute = w.macs / {"int8": self.int8, "float": self.floats, "bf16": self.bf16}[w.kind] if w.kind else 0.0
+        compute = w.int8 / self.int8 + w.floats / self.floats + w.bf16 / self.bf16
         return max((w.bytes / self.read, "memory"), (compute, "compute"))
 
 

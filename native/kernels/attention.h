@@ -48,6 +48,10 @@ INLINE int64_t run_end(const attention_args *a, int64_t t, int64_t limit) {
     return end;
 }
 
+#define FAST_PAIRS (NATIVE_BF16 && !slow_bf16)
+static int in_squares(int64_t tokens, int fixed) { return MATRIX_UNIT && !fixed && tokens > WIDE_COLS; }
+static int attends_in_bf16(int64_t tokens, int fixed) { return FAST_PAIRS || in_squares(tokens, fixed); }
+
 // bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
 // asks for them with `coarse`, which a processor that is slow at them takes for leave only. An F32 cache is always read in full. A matrix
 // unit does not add as attention_step does: it has the batches that it has in matmuls, but where bits are `fixed`.
@@ -61,8 +65,8 @@ static attention_args attention_shape(const pyg_view *views, const pyg_step *s, 
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
     };
     const int rounds = !any_f32 && (coarse || all_bf16);
-    a.pair = NATIVE_BF16 && !slow_bf16 && rounds;
-    a.squares = MATRIX_UNIT && !fixed && rounds && a.tokens > WIDE_COLS;
+    a.pair = FAST_PAIRS && rounds;
+    a.squares = in_squares(a.tokens, fixed) && rounds;
     a.tile = TILE_CELLS;
     a.parts = fixed ? lanes_per_row((int)a.share) : 0;
     a.words = a.pair ? round_up(a.padded / 2, VL) : a.padded;

@@ -22,13 +22,27 @@ static void peak_float(const char *x) {
     }
     PEAK_USE(sum);
 }
-static void peak_read(const char *x, int64_t bytes) {
+static void peak_read(const char *x, int64_t bytes) {                  // as the matmuls do, see fetch_ahead
     vi sum[PEAK_SUMS] = {{0}};
-    for (int64_t at = 0; at + 4 * LINE <= bytes; at += 4 * LINE)
-        UNROLL(16) for (int i = 0; i < 4 * LINE / (4 * VL); i++) sum[i % 8] ^= vi_load(x + at + 4 * VL * i);
+    const int64_t part = bytes / FETCH_STREAMS;
+    for (int64_t at = 0; at + LINE <= part; at += LINE)
+        EACH(stream, FETCH_STREAMS) {
+            const char *line = x + stream * part + at;
+            if (fetch_streams) __builtin_prefetch(line + AHEAD_BYTES);
+            UNROLL(16) for (int i = 0; i < LINE / (4 * VL); i++) sum[stream] ^= vi_load(line + 4 * VL * i);
+        }
     PEAK_USE(sum);
 }
 
+static void peak_pairs(const char *x) {
+    vf sum[PEAK_SUMS] = {{0}};
+    for (int r = 0; r < PEAK_ROUNDS; r++) {
+        const char *y = x + 4 * PEAK_SUMS * (r % (PEAK_WORDS / PEAK_SUMS));
+        const vf w = vf_load(y);
+        UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = vf_dot_bf16(sum[i], w, vf_set(((const float *)y)[i]));
+    }
+    PEAK_USE(sum);
+}
 static void peak_matrix(char *memory) {            // all squares in the first-level cache
     const char *a[2] = {memory, memory + 4 * MATRIX_SQUARE}, *b[2] = {memory + 8 * MATRIX_SQUARE, memory + 12 * MATRIX_SQUARE};
     matrix_begin();
@@ -45,9 +59,10 @@ static void op_peak(worker *w, const pyg_step *s) {
         switch (s->i[0]) {
         case PEAK_INT8: peak_int8(src->data); *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL * 4; break;
         case PEAK_FLOAT: peak_float(src->data); *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL; break;
-        case PEAK_MATRIX:                            // a block of four squares has 32 * 32 sums, no matrix unit does nothing
-            peak_matrix(w->scratch);
-            *done = MATRIX_UNIT * (float)PEAK_ROUNDS * 4 * MATRIX_SIDE * MATRIX_SIDE * MATRIX_DEPTH;
+        case PEAK_BF16:                              // nothing is done where floats are no slower
+            *done = 0;
+            if (MATRIX_UNIT) peak_matrix(w->scratch), *done = (float)PEAK_ROUNDS * 4 * MATRIX_SIDE * MATRIX_SIDE * MATRIX_DEPTH;
+            else if (FAST_PAIRS) peak_pairs(src->data), *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL * 2;
             break;
         case PEAK_READ: peak_read(x, src->ne[0]); *done = (float)src->ne[0]; break;
         }

@@ -198,7 +198,7 @@ def measure(test: Test, model: Any, args: argparse.Namespace, running: list[Any]
 
 def operations(test: Test, model: Any, args: argparse.Namespace, running: list[Any]) -> list[dict[str, Any]]:
     """Time and work of each operation in one more run of a test, warmed up, beside what the machine can do."""
-    from pyggml.roofline import Work, measure_peaks
+    from pyggml.roofline import measure_peaks
 
     context = open_context(test, model, args, running, timing=True)
     if context.pool is None:
@@ -216,8 +216,10 @@ def operations(test: Test, model: Any, args: argparse.Namespace, running: list[A
         peaks = peaks._replace(read=copied, int8=math.inf, floats=math.inf, bf16=math.inf)
     rows = []
     for op in spent:
-        least, limit = peaks.least(Work(op.bytes, op.macs, op.kind))
-        rows.append({**op._asdict(), "share_of_peak": 1e9 * least / op.ns, "limit": limit,
+        least, limit = peaks.least(op.work)
+        rows.append({"op": op.op, "what": op.what, "ns": op.ns, "bytes": op.work.bytes, "macs": op.work.macs,
+                     "macs_int8": op.work.int8, "macs_float": op.work.floats, "macs_bf16": op.work.bf16,
+                     "share_of_peak": 1e9 * least / op.ns, "limit": limit,
                      "peak_read": peaks.read, "peak_int8": None if copied else peaks.int8, "peak_float": None if copied else peaks.floats,
                      "peak_bf16": None if copied else peaks.bf16})
     return rows
@@ -273,13 +275,15 @@ def evaluate(context: Any, test: Test, model: Any) -> None:
 
 def since(before: list[Any], after: list[Any]) -> list[Any]:
     """What each step took between two readings (OpTime), summed over steps of one name that write the same kind of thing; the longest first."""
+    from pyggml.roofline import Work
+
     spent: dict[tuple[str, str], Any] = {}
     for sign, readings in ((-1, before), (1, after)):
         for step in readings:
             what = re.sub(r"\.\d+(?=\.|$)", ".*", step.what)      # blk.7.ffn_up -> blk.*.ffn_up
-            so_far = spent.get((step.op, what), step._replace(what=what, ns=0, bytes=0, macs=0))
-            spent[step.op, what] = so_far._replace(ns=so_far.ns + sign * step.ns, bytes=so_far.bytes + sign * step.bytes,
-                                                   macs=so_far.macs + sign * step.macs, kind=step.kind or so_far.kind)
+            so_far = spent.get((step.op, what), step._replace(what=what, ns=0, work=Work(0)))
+            work = Work(*(done + sign * more for done, more in zip(so_far.work, step.work, strict=True)))
+            spent[step.op, what] = so_far._replace(ns=so_far.ns + sign * step.ns, work=work)
     return sorted((step for step in spent.values() if step.ns), key=lambda step: -step.ns)
 
 
@@ -296,7 +300,7 @@ def print_ops(test: Test, ops: list[dict[str, Any]], file: Any) -> None:
               f"{'time':>13} {'share':>7} {'GB/s':>7} {'GMAC/s':>7}  of the limit   operation", file=file)
     for op in ops:
         ns = max(op["ns"], 1)
-        macs = f"{op['macs'] / ns:7.1f}" if op["kind"] else f"{'':7}"
+        macs = f"{op['macs'] / ns:7.1f}" if op["macs"] else f"{'':7}"
         near = f"{100 * op['share_of_peak']:3.0f} % {op['limit']:<7}" if op["macs"] else f"{'':13}"
         print(f"{ns / 1e6:10.3f} ms {100 * ns / total:5.1f} % {op['bytes'] / ns:7.2f} {macs}  {near}  {op['op']:<16} {op['what']}", file=file)
     print(file=file)

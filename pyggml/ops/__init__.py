@@ -24,7 +24,7 @@ class Op:
     shape: Callable[..., Shape]
     reference: Callable[..., np.ndarray]
     defaults: dict[str, Any] = field(default_factory=dict)      # attributes and their defaults
-    type: str = "F32"                                           # of the result
+    type: str = "F32"                                           # of the result; "": its first source's
     cpu: str = ""                                               # step of native/engine.h; "" means the numpy reference
     cuda: str = ""
     matmul: bool = False                                        # its second source is multiplied with a weight matrix

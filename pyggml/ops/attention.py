@@ -33,6 +33,6 @@ def attention(q: np.ndarray, k, v, cell: np.ndarray, first: np.ndarray, scale: f
 
 
 # cache (Hkv, C, D), x (T, Hkv, D), cell (T) -> the cache with those cells written
-op("store", cpu="store", reference=store)
+op("store", cpu="store", type="", reference=store)
 op("attention", cpu="attention", defaults={"scale": 1.0, "softcap": 0.0, "window": 0},
    shape=lambda q, k, v, *_, **__: (q.shape[0], q.shape[1] * v.shape[-1]), reference=attention)

@@ -109,11 +109,12 @@ class FakeContext:
         self.cancelled = True
 
     def op_times(self):
-        from pyggml.plan import StepTime
+        from pyggml.plan import StepTime, Work
 
         n = len(self.evaluated)
-        return [StepTime("mul_mat", "blk.0.ffn_up.weight", 1000 * n, 4000 * n, 9000 * n, "int8"),
-                StepTime("mul_mat", "blk.1.ffn_up.weight", 500 * n, 2000 * n, 3000 * n, "int8"), StepTime("add", "x", 300 * n, 40 * n, 0, "")]
+        return [StepTime("mul_mat", "blk.0.ffn_up.weight", 1000 * n, Work(4000 * n, int8=9000 * n)),
+                StepTime("mul_mat", "blk.1.ffn_up.weight", 500 * n, Work(2000 * n, int8=3000 * n)),
+                StepTime("add", "x", 300 * n, Work(40 * n))]
 
     def sequences(self, tokens, start, wanted):
         self.evaluated.append((start, tokens.tolist(), list(wanted)))

@@ -420,6 +420,15 @@ def test_bench_ops(capsys, peaks):
     assert row["ops"][0]["what"] == "blk.*.ffn_up.weight" and row["ops"][0]["macs"] == 24000 and row["ops"][1]["share_of_peak"] > 0
 
 
+def test_bench_ops_of_two_kinds():
+    """The last layer computes one row of a prompt: too few for the unit that multiplies the others'."""
+    from pyggml.cli.bench import since
+    from pyggml.plan import StepTime, Work
+
+    steps = [StepTime("mul_mat", f"blk.{layer}.ffn_down.weight", 100, work) for layer, work in ((0, Work(10, bf16=70)), (1, Work(10, int8=5)))]
+    assert since(steps, steps + steps) == [StepTime("mul_mat", "blk.*.ffn_down.weight", 200, Work(20, int8=5, bf16=70))]
+
+
 def test_bench_of_parallel_sequences(capsys):
     rows = bench_json(capsys, "-p", "4", "-n", "2", "-npl", "1,3", "-d", "5")
     assert [(r["n_prompt"], r["n_gen"], r["n_parallel"]) for r in rows] == [(4, 0, 1), (0, 2, 1), (0, 2, 3)]

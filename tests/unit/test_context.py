@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pyggml import native
-from pyggml.context import Context, Model
+from pyggml.context import Context, Crew, Model
 from pyggml.errors import Cancelled, ContextOverflow, PyggmlError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
@@ -126,3 +126,24 @@ def test_cancel_stops_a_running_evaluation(model):
 def test_two_contexts_share_weights(model):
     one, two = Context(model, n_ctx=32), Context(model, n_ctx=32)
     np.testing.assert_array_equal(one.eval([1, 2, 3]), two.eval([1, 2, 3]))
+
+
+@pytest.mark.parametrize(("pool", "waking", "alone"), [(1.0, 1.0, 1.5), (1.6, 0.1, 1.5), (1.0, 0.0, 1.01), (9.0, 0.0, 1.5)])
+def test_small_models_take_what_is_faster_in_a_row(monkeypatch, pool, waking, alone):
+    """A pool that was left aside sleeps: its next token takes `waking` more, which says nothing about the tokens after it."""
+    clock, awake, ways = [0.0], [False], []
+
+    def run(by_itself):
+        clock[0] += alone if by_itself else pool + waking * (not awake[0])
+        awake[0] = not by_itself
+        ways.append(by_itself)
+        return True
+
+    monkeypatch.setattr("pyggml.context.time.perf_counter", lambda: clock[0])
+    crew = Crew(undecided=True)
+    for _ in range(40):
+        assert crew.run(run)
+    assert set(ways[:Crew.TRIALS]) == {False, True} and set(ways[Crew.TRIALS:]) == {alone < pool}
+    settled = Crew(undecided=False)
+    settled.run(run)
+    assert not ways[-1]
