@@ -109,6 +109,7 @@ int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
 
 enum { PIECE = 1 << 16 };        // floats that are looked at and then encoded: they stay in a core's cache between the two
 
+// 0; 1: no such encoder, 2: a weight is not finite, 3: no memory for a codebook
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked) {
     if (!kernels->encode[type] && !kernels->quantize[type]) return 1;
     int64_t row_bytes = kernels->row_bytes(type, n_per_row), step = PIECE > n_per_row ? PIECE / n_per_row : 1;
@@ -117,8 +118,9 @@ int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, 
         const float *x = src + done * n_per_row;
         char *to = (char *)dst + done * row_bytes;
         if (checked && !kernels->finite(rows * n_per_row, x)) return 2;
-        if (kernels->encode[type]) kernels->encode[type](rows, n_per_row, x, to, importance, search);
-        else for (int64_t r = 0; r < rows; r++) kernels->quantize[type](n_per_row, x + r * n_per_row, to + r * row_bytes, importance);
+        if (kernels->encode[type]) {
+            if (kernels->encode[type](rows, n_per_row, x, to, importance, search)) return 3;
+        } else for (int64_t r = 0; r < rows; r++) kernels->quantize[type](n_per_row, x + r * n_per_row, to + r * row_bytes, importance);
     }
     return 0;
 }

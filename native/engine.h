@@ -103,8 +103,9 @@ typedef struct {
     // per tensor type, NULL where the type has no such kernel; n is a multiple of the block length
     void (*dequantize[N_TYPES])(int64_t n, const void *src, float *dst);
     void (*quantize[N_TYPES])(int64_t n, const float *src, void *dst, const float *importance);
-    // many rows at once; search: for the least error that is found, otherwise ggml's choice of scales, which is what `quantize` gives
-    void (*encode[N_TYPES])(int64_t rows, int64_t n, const float *src, void *dst, const float *importance, int search);
+    // many rows at once; search: for the least error that is found, otherwise ggml's choice of scales, which is what `quantize` gives;
+    // 1 when there is no memory for a codebook
+    int (*encode[N_TYPES])(int64_t rows, int64_t n, const float *src, void *dst, const float *importance, int search);
     int (*finite)(int64_t n, const float *x);
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);

@@ -2,33 +2,6 @@
 // Blocks stand side by side as in search.h, which also does the fits; here is what ggml does otherwise.
 #pragma once
 
-// How much an error in a weight counts. Without importance by the weight's size, with it by importance * sqrt(a mean square + x^2).
-// MEAN_AND_SQUARE and OF_ONES, as with an importance of one, are for codebooks only (pack_grids.h).
-typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_ONES } plain_weights;
-typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK } importance_weights;
-INLINE vf vf_weight(vf importance, vf square, vf x) { return importance * vf_sqrt(square + x * x); }
-
-// t->x is filled, t->w holds the importance if there is one. row: the mean square of each block's row.
-INLINE void weigh(plain_weights plain, importance_weights given, int weighted, vf row, int n, const vf *x, vf *w) {
-    if (weighted && given == AS_GIVEN) return;
-    vf square = {0};
-    for (int i = 0; i < n; i++) square += x[i] * x[i];
-    square = given == WITH_ROW ? row : square * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
-    for (int i = 0; i < n; i++) {
-        if (weighted) w[i] = vf_weight(w[i], square, x[i]);
-        else if (plain == EQUAL) w[i] = vf_set(1);
-        else if (plain == SQUARE) w[i] = x[i] * x[i];
-        else if (plain == MAGNITUDE) w[i] = vf_abs(x[i]);
-        else {
-            if (i % 32 == 0) {
-                square = vf_set(0);
-                for (int j = i; j < i + 32; j++) square += x[j] * x[j];
-                square = vf_sqrt(square / 32.0f);
-            }
-            w[i] = square + vf_abs(x[i]);
-        }
-    }
-}
 INLINE void group_weights(int groups, int n, const vf *w, vf *sw) {
     for (int g = 0; g < groups; g++) {
         sw[g] = w[g * n];

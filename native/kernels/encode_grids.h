@@ -69,17 +69,6 @@ INLINE void keep_group(const grid_type *type, int g, const grid_group *c, int s,
     memcpy(b->down + g * eights, c->down, eights);
 }
 
-typedef struct { float xx, xv, vv; } moments;              // sums over a group of w x x, w x v, w v v
-INLINE moments moments_of(int n, const float *x, const float *w, const float *v) {
-    vf xx = {0}, xv = {0}, vv = {0};
-    for (int i = 0; i < n; i += VL) {
-        vf wx = vf_load(w + i) * vf_load(x + i), wv = vf_load(w + i) * vf_load(v + i);
-        xx = vf_fma(wx, vf_load(x + i), xx);
-        xv = vf_fma(wx, vf_load(v + i), xv);
-        vv = vf_fma(wv, vf_load(v + i), vv);
-    }
-    return (moments){vf_sum(xx), vf_sum(xv), vf_sum(vv)};
-}
 INLINE float half_rounded(float d) { return f16_to_f32(f32_to_f16(d)); }
 INLINE float sum_of_squares(int n, const float *x) {
     vf sum = {0};
@@ -166,21 +155,6 @@ INLINE void nearest_values(const grid_type *type, const grid *g, const float *x,
 }
 
 // ---- the search ----------------------------------------------------------------------------------------------------------------------------
-// An error along the weights themselves counts COHERENCE times as much as one across them. Coarse codes of least squares shrink the weights
-// (by 6 % in two bits); the inputs of a layer go together, so such errors add up from column to column and from layer to layer, where
-// others cancel: divergence is least when the shrinking is taken back almost whole.
-#define COHERENCE 4.0f
-// Importance is an estimate, and a codebook trades one weight against another: half of the mean is added to every column.
-#define DAMPING 0.5f
-
-INLINE float grid_loss(moments m, float scale) {
-    float along = m.xx - scale * m.xv;
-    return m.xx - 2 * scale * m.xv + scale * scale * m.vv + (m.xx > 0 ? (COHERENCE - 1) * along * along / m.xx : 0);
-}
-// The scale of least loss is COHERENCE * xv / this.
-INLINE float grid_curvature(moments m) { return m.xx > 0 ? m.vv + (COHERENCE - 1) * m.xv * m.xv / m.xx : 0; }
-INLINE float grid_scale(moments m) { float c = grid_curvature(m); return c > 0 ? COHERENCE * m.xv / c : 0; }
-
 // The scale of least squares for a group without the codebook: the best of 25. Of equally good ones the smallest leaves other groups the
 // finest steps.
 static float rough_scale(const grid_type *type, const grid *g, const float *x, const float *w) {
@@ -221,7 +195,7 @@ static void search_grid(const grid_type *type, const grid *grid, const float *x,
             if (!(m.xv * m.xv > gain * m.vv)) break;
             now = m.xv / m.vv;
             gain = m.xv * now;
-            scale[g] = grid_scale(m), swell[g] = scale[g] / now;
+            scale[g] = best_scale(m), swell[g] = scale[g] / now;
         }
         if (scale[g] > top) top = scale[g];
     }
@@ -241,16 +215,16 @@ static void search_grid(const grid_type *type, const grid *grid, const float *x,
                 float factor = type->step * s + type->offset;
                 nearest_values(type, grid, xg, wg, swell[g] * inverse(d * factor), &c);
                 moments m = moments_of(type->group, xg, wg, c.value);
-                float loss = grid_loss(m, d * factor);
+                float loss = loss_at(m, d * factor);
                 if (!(loss < least) && s > 0 && least < INFINITY) continue;
                 least = loss, of_best = m;
                 keep_group(type, g, &c, s, &now);
             }
             float factor = type->step * now.s[g] + type->offset;
             num += COHERENCE * factor * of_best.xv;
-            den += factor * factor * grid_curvature(of_best);
+            den += factor * factor * curvature(of_best);
             total += least;
-            scale[g] = grid_scale(of_best);
+            scale[g] = best_scale(of_best);
         }
         if (total < best) best = total, *out = now, out->d = d;
         if (!(total < last) || !(den > 0)) break;

@@ -1,6 +1,8 @@
 // Blocks of the codebook types from what search and compatibility choose, and their encoders.
 #pragma once
 
+// Importance is an estimate, and a codebook trades one weight against another: half of the mean is added to every column.
+#define DAMPING 0.5f
 // What the error of each weight counts.
 static void grid_weights(const grid_type *type, const float *x, const float *importance, int search, float *w) {
     float mean = sum_of_squares(256, x) / 256, damping = 0;
@@ -18,10 +20,10 @@ static void grid_weights(const grid_type *type, const float *x, const float *imp
     }
 }
 typedef void grid_packer(const grid_block *f, void *block);
-static void encode_grid(const grid_type *type, grid *_Atomic *kept, grid_packer *pack, int bytes, int64_t rows, int64_t n, const float *x,
+static int encode_grid(const grid_type *type, grid *_Atomic *kept, grid_packer *pack, int bytes, int64_t rows, int64_t n, const float *x,
                         uint8_t *dst, const float *importance, int search) {
     const grid *g = grid_of(type, kept);
-    if (!g) abort();                         // no memory for a megabyte: better no file than one of zeros
+    if (!g) return 1;
     memset(dst, 0, rows * (n / 256) * bytes);
     for (int64_t k = 0; k < rows * n; k += 256, dst += bytes) {
         float w[256];
@@ -30,6 +32,7 @@ static void encode_grid(const grid_type *type, grid *_Atomic *kept, grid_packer 
         (search ? search_grid : compat_grid)(type, g, x + k, w, &f);
         if (f.d > 0) pack(&f, dst);
     }
+    return 0;
 }
 
 static void pack_nibble_pairs(const int *s, int n, uint8_t *packed) { for (int i = 0; i < n; i += 2) packed[i / 2] = s[i] | s[i + 1] << 4; }
@@ -108,8 +111,8 @@ static void pack_iq1_m(const grid_block *f, void *block) {
 }
 
 #define GRID_ENCODER(name)                                                                              \
-    static void encode_##name(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
+    static int encode_##name(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
         static grid *_Atomic kept;                                                                      \
-        encode_grid(&grid_##name, &kept, pack_##name, sizeof(block_##name), rows, n, x, dst, importance, search); \
+        return encode_grid(&grid_##name, &kept, pack_##name, sizeof(block_##name), rows, n, x, dst, importance, search); \
     }
 GRID_ENCODER(iq2_xxs) GRID_ENCODER(iq2_xs) GRID_ENCODER(iq2_s) GRID_ENCODER(iq3_xxs) GRID_ENCODER(iq3_s) GRID_ENCODER(iq1_s) GRID_ENCODER(iq1_m)

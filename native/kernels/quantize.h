@@ -314,9 +314,12 @@ static void quantize_bf16(int64_t n, const float *x, void *dst, const float *imp
     for (; k < n; k++) y[k] = f32_to_bf16(x[k]);
 }
 
+#include "loss.h"
 #include "search.h"
 #include "compat.h"
 #include "encode.h"
+#include "encode_scales.h"
+#include "encode_groups.h"
 #include "grids.h"
 #include "encode_grids.h"
 #include "compat_grids.h"

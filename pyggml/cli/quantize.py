@@ -18,6 +18,7 @@ HELP = "make a model smaller: quantize its tensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from pyggml.quantize.options import CHUNK
     from pyggml.quantize.recipes import ALIASES, RECIPES
 
     rows = "".join(f"  {r.id if r.base else '':>2} {'or' if r.base else '  '} {r.name:<10} {r.about}\n" for r in RECIPES)
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--target-bpw", type=float, metavar="N", help="bits per weight")
     target.add_argument("-f", "--file", metavar="TEXT", help="text that the loss of each tensor is measured on; "
                         "best one that the model was not trained on")
-    target.add_argument("-c", "--ctx-size", type=int, default=128, metavar="N", help="tokens in a chunk of it (default: %(default)s)")
+    target.add_argument("-c", "--ctx-size", type=int, default=CHUNK, metavar="N", help="tokens in a chunk of it (default: %(default)s)")
     target.add_argument("--chunks", type=int, default=0, metavar="N", help="chunks of it (default: a number that takes minutes)")
     target.add_argument("--target-types", metavar="T,T...", help="types to choose from (default: the K types, IQ4_XS and Q8_0; with an imatrix "
                         "also those below 3.5 bits)")

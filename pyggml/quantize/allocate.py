@@ -28,7 +28,7 @@ from pyggml.measure.chunks import split, tokenize
 from pyggml.measure.scores import Mean, mean
 from pyggml.measure.yardstick import Yardstick
 from pyggml.quantize import recipes
-from pyggml.quantize.options import Options, Progress
+from pyggml.quantize.options import CHUNK, Options, Progress
 from pyggml.quantize.pipeline import Job, plan
 from pyggml.quantize.recipes import Recipe
 from pyggml.quantize.select import Choice
@@ -92,7 +92,7 @@ def load(path: str | os.PathLike[str]) -> Recipe:
 
 
 def allocate(source: str | os.PathLike[str], text: str, *, size: int | None = None, bits_per_weight: float | None = None,
-             types: Sequence[str] | None = None, imatrix: Any = None, allow_requantize: bool = False, n_ctx: int = 128,
+             types: Sequence[str] | None = None, imatrix: Any = None, allow_requantize: bool = False, n_ctx: int = CHUNK,
              n_chunks: int = 0, n_threads: int = 0, progress: Progress | None = None) -> Allocation:
     """The mix with the least expected divergence whose file has at most `size` bytes, or whose tensors have `bits_per_weight`.
 

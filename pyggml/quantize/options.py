@@ -13,6 +13,9 @@ from pyggml.quantize.recipes import Recipe
 # Called with (done, total, what is being done) of some unit; returning False cancels the work.
 Progress = Callable[[int, int, str], Any]
 
+# Tokens of a chunk that a mix is measured on: over one of 64 tensors rank as well as over one of 128, over 32 they do not.
+CHUNK = 64
+
 
 def tell(progress: Progress | None, done: int, total: int, what: str, after: str = "") -> None:
     """Report progress; Cancelled when the callback returns False. `after` says what a cancelled run is good for."""

@@ -22,7 +22,7 @@ from pyggml.types import TensorType, tensor_type
 
 PROBES = ("Q2_K", "Q4_K", "Q6_K")
 BUDGET = 10e12           # multiplications to spend: a minute or two on two cores
-MOST_CHUNKS = 16
+MOST_CHUNKS = 32
 CONTEXT = 8              # an eighth of a chunk is there for context alone, the rest is scored
 CODEBOOK = ("IQ1", "IQ2", "IQ3")
 SAMPLE = 1 << 18         # weights of a tensor whose errors are taken for all of them

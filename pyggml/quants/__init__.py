@@ -94,8 +94,8 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
     (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
     search: look for the least squared error; with an imatrix weighted as ggml weighs it, by importance * sqrt(mean square + x^2) (Q6_K and
-    the formula types: by importance). Codebook types (IQ1, IQ2, IQ3) also take back what least squares shrinks. Otherwise scales are
-    ggml's choice, and so is every byte but for a rare tie.
+    the formula types: by importance). Then what least squares shrinks is taken back (native/kernels/loss.h says why). Without
+    `search` scales are ggml's choice, and so is every byte but for a rare tie.
     out: an array to fill and return, as for `dequantize`.
     The bytes do not depend on `threads`.
     PyggmlError when a row is not a whole number of blocks, `out` does not fit, or a value is not finite (a blocked type cannot hold it).
@@ -153,6 +153,8 @@ def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.
             found.add(lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance,
                                        search, row.quantized))
         _in_chunks(len(x), n, threads, work)
+        if 3 in found:
+            raise PyggmlError(f"no memory for the codebook of {row}, a few megabytes; free some, or choose another type")
         if 1 not in found:
             return 2 not in found
     if row.quantized and not np.isfinite(x).all():

@@ -1,6 +1,9 @@
 """Quantizing whole files: bytes, refusals, cancelling and going on, provenance."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +182,27 @@ def test_a_cancelled_run_goes_on_where_it_stopped(source, tmp_path, small_pieces
     quantize_file(source, target, "Q4_0", progress=lambda done, total, name: seen.append(done / total))
     assert seen[0] > 0.3
     assert target.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["o.gguf", "whole.gguf"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.99])
+def test_a_killed_run_goes_on_where_it_stopped(source, tmp_path, share):
+    script = f"""if True:
+        import os, signal
+        from pyggml.formats import atomic
+        from pyggml.quantize import quantize_file
+        atomic.CHUNK = 1 << 12
+        quantize_file({str(source)!r}, "o.gguf", "Q4_0", n_threads=1,
+                      progress=lambda done, total, name: done < {share} * total or os.kill(os.getpid(), signal.SIGKILL))
+    """
+    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.returncode == -signal.SIGKILL
+    assert [name.endswith(".part") for name in os.listdir(tmp_path)] == [True]
+    seen = []
+    quantize_file(source, tmp_path / "o.gguf", "Q4_0", progress=lambda done, total, name: seen.append(done / total))
+    assert seen[0] >= share - 0.6              # the largest tensor is begun anew
+    quantize_file(source, tmp_path / "whole.gguf", "Q4_0")
+    assert (tmp_path / "o.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["o.gguf", "whole.gguf"]
 
 
