@@ -57,7 +57,8 @@ typedef struct {
     void (*decode)(int64_t n, const void *block, float *y);
     void (*formula)(int64_t n, const float *x, void *dst, const float *importance);
     when ggml_fits;              // its formula otherwise
-    plain_weights plain;         // what errors count for ggml
+    plain_weights plain;         // what errors count without importance, for ggml
+    plain_weights searched;      // and in a search
     importance_weights given;
     when stretched;              // where divergence is the less for it, on several texts
 } encoder;
@@ -88,11 +89,12 @@ static float stretch(const encoder *e, const float *x, const float *w, uint8_t *
     return loss - saved;
 }
 
-// A search minimizes the plain squared error, or the weighted one that ggml minimizes: with importance alone, divergence was higher (the
+// A search minimizes the plain squared error (but see Q4_0), or the weighted one that ggml minimizes: with importance alone, divergence was higher (the
 // factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). Where ggml fits too and its choice loses less, that
 // is taken.
 static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float *x, uint8_t *dst, const float *importance, int search) {
-    int fits = holds(e->ggml_fits, importance), longer = holds(e->stretched, importance);
+    int fits = holds(e->ggml_fits, importance), longer = holds(e->stretched, importance), given = importance != NULL;
+    int weighted = given || (search && e->searched != EQUAL);
     if (!search && !fits) {
         e->formula(rows * n, x, dst, NULL);
         return 0;
@@ -103,18 +105,18 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
     for (int64_t k = 0; k < blocks; k += VL, dst += VL * e->bytes) {
         slab t;
         fitted f;
-        int count = load_blocks(&t, e->block, k, blocks, n, x, importance, search ? EQUAL : e->plain, e->given);
-        e->fit(&t, search, importance != NULL, &f);
+        int count = load_blocks(&t, e->block, k, blocks, n, x, importance, search ? e->searched : e->plain, e->given);
+        e->fit(&t, search, weighted, &f);
         for (int l = 0; l < count; l++) e->pack(x + (k + l) * e->block, &f, l, dst + l * e->bytes);
         if (!search || !(fits || longer)) continue;
         if (fits) {
             load_blocks(&t, e->block, k, blocks, n, x, importance, e->plain, e->given);
-            e->fit(&t, 0, importance != NULL, &f);
+            e->fit(&t, 0, given, &f);
         }
         for (int l = 0; l < count; l++) {
             const float *from = x + (k + l) * e->block;
             uint8_t *block = dst + l * e->bytes, other[LARGEST];
-            if (importance) for (int i = 0; i < e->block; i++) w[i] = t.w[i][l];
+            if (weighted) for (int i = 0; i < e->block; i++) w[i] = t.w[i][l];
             float loss = stretch(e, from, w, block, longer);
             if (!fits) continue;
             e->pack(from, &f, l, other);
@@ -123,9 +125,9 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
     }
     return 0;
 }
-#define ENCODER(name, QK, first, n_scales, formula, ggml_fits, plain, given, stretched)                 \
+#define ENCODER(name, QK, first, n_scales, formula, ggml_fits, plain, searched, given, stretched)       \
     static const encoder encoder_##name = {QK, sizeof(block_##name), offsetof(block_##name, first), n_scales, fit_##name, pack_##name, \
-                                           dequantize_##name, formula, ggml_fits, plain, given, stretched}; \
+                                           dequantize_##name, formula, ggml_fits, plain, searched, given, stretched}; \
     static int encode_##name(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
         return encode_blocks(&encoder_##name, rows, n, x, dst, importance, search);                     \
     }
@@ -155,4 +157,3 @@ INLINE void pack_plane_bits(const int8_t *codes, int bits, int shift, int n_byte
         for (int p = 0; p < planes; p++)
             for (int j = 0; j < 32; j++) out[i + j] |= (codes[(i / 32 * planes + p) * 32 + j] >> shift & ((1 << bits) - 1)) << bits * p;
 }
-

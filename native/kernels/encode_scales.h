@@ -40,12 +40,15 @@ PACK_INTEGERS(q8_0, 32, 0, memcpy(b->qs, codes, 32))
 PACK_INTEGERS(q2_0, 64, 1, pack_quarters(codes, b->qs))
 PACK_INTEGERS(tq1_0, 256, 0, codes_to_tq1_0(codes, b))
 PACK_INTEGERS(tq2_0, 256, 0, codes_to_tq2_0(codes, b))
-ENCODER(q4_0, 32, d, 1, quantize_q4_0, WITH_IMPORTANCE, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q5_0, 32, d, 1, quantize_q5_0, WITH_IMPORTANCE, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q8_0, 32, d, 0, quantize_q8_0, NEVER, EQUAL, AS_GIVEN, NEVER)
-ENCODER(q2_0, 64, d, 1, quantize_q2_0, NEVER, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq1_0, 256, d, 1, quantize_tq1_0, NEVER, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq2_0, 256, d, 1, quantize_tq2_0, NEVER, EQUAL, AS_GIVEN, ALWAYS)
+// Q4_0 without importance: its formula spares the largest weight of a block. A search for the least plain error clips it, which divergence
+// on text like the model's own rewards by 8 % and on other text punishes by 15 %; errors that count by the square of a weight win by 3 to 5 %
+// on both.
+ENCODER(q4_0, 32, d, 1, quantize_q4_0, WITH_IMPORTANCE, EQUAL, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q5_0, 32, d, 1, quantize_q5_0, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q8_0, 32, d, 0, quantize_q8_0, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(q2_0, 64, d, 1, quantize_q2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq1_0, 256, d, 1, quantize_tq1_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq2_0, 256, d, 1, quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
 
 // ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
 #define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
@@ -69,7 +72,7 @@ ENCODER(tq2_0, 256, d, 1, quantize_tq2_0, NEVER, EQUAL, AS_GIVEN, ALWAYS)
         pack_nibbles(codes, b->qs);                                                                     \
         FIFTH;                                                                                          \
     }                                                                                                   \
-    ENCODER(name, 32, d, 2, quantize_##name, WITH_IMPORTANCE, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+    ENCODER(name, 32, d, 2, quantize_##name, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
 AFFINE(q4_1, 15, )
 AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
 
@@ -112,7 +115,7 @@ static void pack_iq4_nl(const float *x, const fitted *f, int l, void *block) {
     codes_of(&p, 32, x, inverse(f->d[l]), 0, codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(iq4_nl, 32, d, 1, NULL, ALWAYS, SQUARE, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_nl, 32, d, 1, NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
 
 // ---- 4-bit floats ---------------------------------------------------------------------------------------------------------------------------
 // Few exponents can be best: all of them are tried.
@@ -139,7 +142,7 @@ static void pack_mxfp4(const float *x, const fitted *f, int l, void *block) {
     codes_nearest16(32, x, fp4_values, e8m0_to_f32_half(b->e), codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(mxfp4, 32, e, 0, quantize_mxfp4, NEVER, EQUAL, AS_GIVEN, NEVER)
+ENCODER(mxfp4, 32, e, 0, quantize_mxfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
 
 static void fit_nvfp4(const slab *t, int search, int weighted, fitted *f) {
     (void)search; (void)weighted;
@@ -168,4 +171,4 @@ static void pack_nvfp4(const float *x, const fitted *f, int l, void *block) {
         put_nvfp4(x + 16 * g, g, b);
     }
 }
-ENCODER(nvfp4, 64, d, 0, quantize_nvfp4, NEVER, EQUAL, AS_GIVEN, NEVER)
+ENCODER(nvfp4, 64, d, 0, quantize_nvfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)

@@ -122,6 +122,8 @@ MEAN_SQUARE = {"Q4_0": "row", "Q4_1": "row", "Q5_0": "row", "Q5_1": "row", "Q2_K
 
 def minimized(row, w: np.ndarray | None) -> np.ndarray | None:
     """What squared errors are weighted with in a search: (rows, n)."""
+    if w is None and row.name == "Q4_0":
+        return X.astype(np.float64) ** 2
     if w is None or row.name not in MEAN_SQUARE:
         return w
     square = X.astype(np.float64) ** 2
