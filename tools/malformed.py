@@ -9,9 +9,9 @@ have failed: lengths and counts that wrap or allocate, dimensions, alignment, of
 
 from __future__ import annotations
 
+import argparse
 import math
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -323,7 +323,9 @@ def legal() -> list[Case]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="where to write the files")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, cases in (("bad", invalid() + list(every_cut())), ("ok", legal()), ("any", list(boundary_cases()))):
         for case in cases:
