@@ -23,6 +23,15 @@ INLINE void load_lanes(int n, const float *const from[VL], vf *out) {
         memcpy(out + i, t, sizeof t);
     }
 }
+// And back: n vectors, lane l to out[l].
+INLINE void store_lanes(int n, const vf *in, float out[VL][MAX_BLOCK]) {
+    for (int i = 0; i < n; i += VL) {
+        vf t[VL];
+        memcpy(t, in + i, sizeof t);
+        transpose(t);
+        UNROLL(16) for (int l = 0; l < VL; l++) vf_store(out[l] + i, t[l]);
+    }
+}
 static float mean_square(int64_t n, const float *x) {      // summed in order, as ggml does
     float sum = 0;
     for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
@@ -100,8 +109,9 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
         return 0;
     }
     int64_t blocks = rows * (n / e->block);
-    float w[MAX_BLOCK];
-    for (int i = 0; i < e->block; i++) w[i] = 1;
+    float w[VL][MAX_BLOCK];
+    for (int l = 0; l < VL; l++)
+        for (int i = 0; i < e->block; i++) w[l][i] = 1;
     for (int64_t k = 0; k < blocks; k += VL, dst += VL * e->bytes) {
         slab t;
         fitted f;
@@ -113,14 +123,14 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
             load_blocks(&t, e->block, k, blocks, n, x, importance, e->plain, e->given);
             e->fit(&t, 0, given, &f);
         }
+        if (weighted) store_lanes(e->block, t.w, w);
         for (int l = 0; l < count; l++) {
             const float *from = x + (k + l) * e->block;
             uint8_t *block = dst + l * e->bytes, other[LARGEST];
-            if (weighted) for (int i = 0; i < e->block; i++) w[i] = t.w[i][l];
-            float loss = stretch(e, from, w, block, longer);
+            float loss = stretch(e, from, w[l], block, longer);
             if (!fits) continue;
             e->pack(from, &f, l, other);
-            if (stretch(e, from, w, other, longer) < loss) memcpy(block, other, e->bytes);
+            if (stretch(e, from, w[l], other, longer) < loss) memcpy(block, other, e->bytes);
         }
     }
     return 0;
