@@ -119,11 +119,11 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
         e->fit(&t, search, weighted, &f);
         for (int l = 0; l < count; l++) e->pack(x + (k + l) * e->block, &f, l, dst + l * e->bytes);
         if (!search || !(fits || longer)) continue;
+        if (weighted) store_lanes(e->block, t.w, w);
         if (fits) {
             load_blocks(&t, e->block, k, blocks, n, x, importance, e->plain, e->given);
             e->fit(&t, 0, given, &f);
         }
-        if (weighted) store_lanes(e->block, t.w, w);
         for (int l = 0; l < count; l++) {
             const float *from = x + (k + l) * e->block;
             uint8_t *block = dst + l * e->bytes, other[LARGEST];

@@ -108,10 +108,11 @@ class KernelCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-                with zipfile.ZipFile(Path(beside) / path.name, "w", zipfile.ZIP_DEFLATED) as archive:
+                aside = Path(beside) / path.name
+                with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
                     for member, data in content.items():
                         archive.writestr(member, data)
-                os.replace(archive.filename, path)      # type: ignore[arg-type]
+                os.replace(aside, path)
         except OSError as error:
             log.debug("compiled kernels cannot be kept in %s: %s", path.parent, error)
 
