@@ -150,11 +150,17 @@ def greedy_agreement(run: Run, model: Model) -> tuple[bool, str]:
 
 # ---- speed and memory -----------------------------------------------------------------------------------------------------------
 
-def matrix_numbers(model: Model) -> tuple[int, int]:
-    """(bytes of weights that a token reads, weights that multiply it) of a dense model."""
+def matrices(model: Model) -> dict[str, Any]:
+    """The matrices of a dense model that multiply a token."""
     looked_up = {"token_embd.weight"} if "output.weight" in model.file.tensors else set()
-    read = [t for name, t in model.file.tensors.items() if len(t.shape) > 1 and name not in looked_up]
-    return sum(t.nbytes for t in read), sum(int(np.prod(t.shape, dtype=np.int64)) for t in read)
+    return {name: t for name, t in model.file.tensors.items() if len(t.shape) > 1 and name not in looked_up}
+
+
+def prompt_products(model: Model, n: int) -> int:
+    """Multiplications of a prompt of n tokens: the output, which may be the token table, has its part in the last one alone."""
+    weights = {name: int(np.prod(t.shape, dtype=np.int64)) for name, t in matrices(model).items()}
+    output = weights.get("output.weight") or weights["token_embd.weight"]
+    return (sum(weights.values()) - output) * n + output
 
 
 def loading(run: Run, source: Source) -> None:
@@ -181,7 +187,7 @@ def decoding(run: Run, source: Source) -> None:
     name, shape, model = source.name, source.shape, Model.load(source.path)
     n = run.args.n_gen
     context = run.context(model, n_ctx=max(2 * n, 64) + 8)
-    read, _ = matrix_numbers(model)
+    read = sum(t.nbytes for t in matrices(model).values())
     bandwidth = run.results.number("machine", "copy bandwidth") * 1e9
     tokens = np.random.default_rng(1).integers(3, model.n_vocab, n)
 
@@ -210,7 +216,6 @@ def prefilling(run: Run, source: Source) -> None:
     """Prompts of each length."""
     name, shape, model = source.name, source.shape, Model.load(source.path)
     rate = run.results.number("machine", "FP16 matmul") * 1e12
-    _, weights = matrix_numbers(model)
     for n in run.args.n_prompt:
         context = run.context(model, n_ctx=n, n_ubatch=min(n, 2048), n_batch=n)
         tokens = np.random.default_rng(1).integers(3, model.n_vocab, n)
@@ -220,7 +225,7 @@ def prefilling(run: Run, source: Source) -> None:
             context.eval(tokens)
 
         taken = seconds(run.device, prefill)
-        share, goal = (2 * weights * n / taken / rate if rate else 0.0), PREFILL_SHARE.get(shape)
+        share, goal = (2 * prompt_products(model, n) / taken / rate if rate else 0.0), PREFILL_SHARE.get(shape)
         run.results.add("speed", f"{name} pp{n}", f"{n / taken:.0f} t/s, {100 * share:.0f}% of the FP16 rate", f"{100 * goal:.0f}%" if goal else "",
                         share >= goal if goal and rate else None)
 
