@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def test_a_second_process_compiles_nothing(toy):
     changed.write_bytes(bytes(b ^ (0x55 * (200 < n < 220)) for n, b in enumerate(changed.read_bytes())))
     assert another() == {**second, "compiled": 2}
     assert all(zipfile.ZipFile(path).testzip() is None for path in files)
+
+
+def test_kernels_that_nobody_uses_are_deleted(tmp_path):
+    old, new, other = (tmp_path / name for name in ("old-1.zip", "new-1.zip", "notes.txt"))
+    for path, days in ((old, 100), (new, 80), (other, 100)):
+        path.touch()
+        os.utime(path, (time.time() - days * 86400,) * 2)
+    kernelcache.delete_unused(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [new, other]
 
 
 def test_where_kernels_are_kept(monkeypatch, tmp_path):

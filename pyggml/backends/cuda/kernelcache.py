@@ -2,18 +2,21 @@
 
 A kernel's file is named by its function and a hash of all that it is made of: the sources of this package, the compiler's version, the GPU's compute
 capability, the types of its arguments, and the constants that its functions are closed over. It is a zip file, whose checksums tell a
-broken one; whatever cannot be read is compiled again. Files appear whole, so that processes can share a folder, and can be deleted any time.
+broken one; whatever cannot be read is compiled again. Files appear whole, so that processes can share a folder, and can be deleted any time;
+those that nobody has used for a season, as after an update, are deleted here.
 
 `PYGGML_KERNEL_CACHE` names another folder than the user's cache (~/.cache/pyggml/kernels); `PYGGML_KERNEL_CACHE=0` keeps nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
 import os
 import tempfile
+import time
 import types
 import zipfile
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from numba.core.types import Type
 log = logging.getLogger("pyggml")
 COMPILERS = ("numba", "numba-cuda", "llvmlite")
 MEMBERS = ("entry", "ptx", "cubin")
+UNUSED = 90 * 24 * 3600         # seconds after which a kernel that nobody loaded is deleted
 
 
 def folder() -> Path | None:
@@ -36,6 +40,15 @@ def folder() -> Path | None:
         return None
     home = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return Path(chosen) if chosen else Path(home or Path.home() / ".cache") / "pyggml" / "kernels"
+
+
+@cache
+def delete_unused(where: Path) -> None:
+    """Delete the kernels in a folder that nobody has used for long; once in a process."""
+    for path in where.glob("*.zip"):
+        with contextlib.suppress(OSError):      # another process was first
+            if path.stat().st_mtime < time.time() - UNUSED:
+                path.unlink()
 
 
 # ---- names ------------------------------------------------------------------------------------------------------------------------------
@@ -92,6 +105,8 @@ class KernelCache:
         try:
             with zipfile.ZipFile(path) as file:
                 entry, ptx, cubin = (file.read(member) for member in MEMBERS)
+            with contextlib.suppress(OSError):  # a folder of somebody else's
+                os.utime(path)
             return _kernel(library, capability, argument_types, entry.decode(), ptx.decode(), cubin)
         except Exception as error:      # noqa: BLE001  whatever is wrong with a file, the kernel can be compiled
             log.debug("%s cannot be used: %s", path, error)
@@ -113,6 +128,7 @@ class KernelCache:
                     for member, data in content.items():
                         archive.writestr(member, data)
                 os.replace(aside, path)
+            delete_unused(path.parent)
         except OSError as error:
             log.debug("compiled kernels cannot be kept in %s: %s", path.parent, error)
 
