@@ -5,15 +5,15 @@
 //
 //   ACT_F32   float [k][N]
 //   ACT_A32   per 32 weights     float d[N]   float s[N]   int32 minus[N]   int8 q[8][N][4]
-//             x = d * q,  d = max|x| / 127,  s = d * sum(q),  minus = -sum(q)                     (rounding of ggml's Q8_0)
+//             x = d * q,  d = max|x| / 127,  s = d * sum(q),  minus = -8 * sum(q)                 (rounding of ggml's Q8_0)
 //   ACT_A256  per 256 weights    float d[N]   int32 minus[16][N]   int16 pair16[8][N][2]   int16 pair32[4][N][2]   int8 q[64][N][4]
 //             x = d * q,  q = -127 at the value of largest magnitude                               (rounding of ggml's Q8_K)
-//             minus[i] = -(sum of the i-th 16 q), pair16 and pair32 are sums of 16 and 32 q, in order
+//             minus[i] = -32 * (sum of the i-th 16 q), pair16 and pair32 are sums of 16 and 32 q, in order
 //
 //   ACT_BF16  per 32 weights     bf16 x[16][32], always 16 columns, zeros from k on               (a square of simd.h's matrix unit)
 //   ACT_BF16X2                   the same twice: x rounded to bf16, then what was lost, rounded
 //
-// `minus` is what an unsigned weight needs: (w - zero) . q = w . q + zero * minus, the accumulator's start value.
+// `minus` is what an unsigned weight needs: (w - zero) . q = w . q - zero * sum(q), the accumulator's start value; as Q4_0 and Q6_K take it.
 // ACT_ROW_* is for a few columns against raw weights: each column a row of ggml blocks. Beyond SMALL_COLS columns weights
 // are unpacked into tiles on the fly, and the columns are interleaved as for packed weights (act_layout).
 // With a matrix unit and beyond WIDE_COLS columns, all weights but F32 are unpacked into bf16 (squares.h).
@@ -36,6 +36,7 @@ static const act_layout_row ACT_LAYOUT[] = {
     [ACT_BF16]     = {.block = MATRIX_DEPTH, .column_bytes = 2 * MATRIX_DEPTH, .parts = 1},
     [ACT_BF16X2]   = {.block = MATRIX_DEPTH, .column_bytes = 4 * MATRIX_DEPTH, .parts = 2},
 };
+enum { A32_SHIFT = 3, A256_SHIFT = 5 };            // zero points that `minus` is for, as powers of two
 enum { WIDE_COLS = PYG_WIDE_COLS };                // up to this many columns the matrix unit does not pay for the unpacking
 
 // The layout that `format` takes for this many columns.
@@ -109,7 +110,7 @@ static void act_a32(const float *x, int count, char *block, int N, int n) {
         float s = p.d[b] * (float)sum;
         memcpy(dword, &p.d[b], 4);
         memcpy(dword + N, &s, 4);
-        dword[2 * N] = -sum;
+        dword[2 * N] = -sum * (1 << A32_SHIFT);
         put_quads(p.q + 32 * b, 8, dword + 3 * N, N);
     }
 }
@@ -124,7 +125,7 @@ static void act_a256(const float *x, char *block, int N, int n) {
     round_piece(x, 256, same, &p);
     int32_t *dword = (int32_t *)block + n;
     memcpy(dword, &d, 4);
-    for (int i = 0; i < 16; i++) dword[(1 + i) * N] = -p.sum[i];
+    for (int i = 0; i < 16; i++) dword[(1 + i) * N] = -p.sum[i] * (1 << A256_SHIFT);
     for (int i = 0; i < 8; i++) dword[(17 + i) * N] = pair_of(p.sum[2 * i], p.sum[2 * i + 1]);
     for (int i = 0; i < 4; i++) dword[(25 + i) * N] = pair_of(p.sum[4 * i] + p.sum[4 * i + 1], p.sum[4 * i + 2] + p.sum[4 * i + 3]);
     put_quads(p.q, 64, dword + 29 * N, N);

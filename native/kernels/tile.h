@@ -69,9 +69,10 @@ INLINE vi quants(const tile_type d, const char *p, const int t, vi nibbles) {
     return q;
 }
 
-// Whether the second half of the lines is summed apart, so that fewer products wait for the one before: as long as registers last.
+// Whether the second half of the lines is summed apart, so that fewer products wait for the one before: with more columns there is
+// enough else to do, and the sums would have to be joined.
 INLINE int in_two_sums(const tile_type d, const pass_shape s, const int quads) {
-    return MAC_WHOLE_BYTES && quads == 8 && (d.block == 32 || (d.bits == 4 && !d.codebook && s.cols <= 4));
+    return MAC_WHOLE_BYTES && quads == 8 && s.cols <= 2 && (d.block == 32 || (d.bits == 4 && !d.codebook));
 }
 
 // Weights that fill the byte are stored plus 128 (see S8_BIAS), the others are small unsigned numbers.
@@ -103,6 +104,7 @@ INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, co
     if (apart) EACH(j, s.vecs * s.cols) c[j] += in_place ? rest[j] >> 4 : rest[j];
 }
 INLINE int needs_start(const tile_type d) { return d.zero == 7 ? S8_BIAS != 0 : d.zero != 0; }
+INLINE vi start_of(const char *minus, const int shift) { return shift ? vi_set4_shift(minus, shift) : vi_set4(minus); }     // a shift is one product's time
 
 INLINE vf scale_32(const tile_type d, const char *w, int v) {
     return d.scales == SCALES_E8M0 ? (vf)(vi_from_u8(w + VL * v) << 23) * 0.5f : vf_from_f16(w + 2 * VL * v);
@@ -118,7 +120,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
     for (int64_t b = 0; b < k / 32; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A32].column_bytes * N) {
         vi c[PASS_ACC];
         EACH(n, cols) {
-            vi start = needs_start(d) ? vi_set4_shift(a + 4 * (2 * N + s.n0 + n), d.zero) : vi_set(0);
+            vi start = needs_start(d) ? start_of(a + 4 * (2 * N + s.n0 + n), d.zero - A32_SHIFT) : vi_set(0);
             EACH(v, vecs) c[v * cols + n] = start;
         }
         fetch_ahead(s, ahead, w, tile_block_bytes(d));
@@ -137,8 +139,8 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
 }
 
 // ---- blocks of 256 x ACT_A256 -----------------------------------------------------------------------------------------------------
-// Sub-block sums meet their integer scales in integers, so a block rounds once. Where the sums of two sub-blocks fit in 16 bits
-// they meet both scales in one product.
+// Where the sums of two sub-blocks fit in 16 bits they meet both integer scales in one product. Others become floats first: a product of
+// whole lanes takes twice the time, and as floats, too, nearly all sums of a block are exact.
 INLINE int sums_fit_i16(const tile_type d) { return !d.codebook && (127 << (d.zero ? d.zero : d.bits)) * d.sub <= INT16_MAX; }
 INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
@@ -150,8 +152,9 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
     EACH(i, vecs * cols) f[i] = vf_set(0);
     for (int64_t b = 0; b < k / 256; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
         const char *scales = w + half * (1 + d.mins), *mins = scales + pairs * pair_line, *planes = w + header_bytes(d), *q = a + 4 * 29 * N;
-        vi sum[PASS_ACC];
-        EACH(i, vecs * cols) sum[i] = vi_set(0);
+        vi pair[PASS_ACC];
+        vf sum[PASS_ACC];
+        EACH(i, vecs * cols) pair[i] = vi_set(0), sum[i] = vf_set(0);
         UNROLL(1) for (int p = 0; p < pairs; p++) {
             vi first[PASS_ACC];
             fetch_ahead(s, ahead, w + p * share, share);
@@ -163,7 +166,8 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
                     vi start = vi_set(0);
                     if (needs_start(d)) {
                         const char *minus = a + 4 * N + (2 * p + side) * (d.sub / 16) * 4 * N + 4 * (s.n0 + n);
-                        start = d.sub == 32 ? vi_set4_shift(minus, d.zero) + vi_set4_shift(minus + 4 * N, d.zero) : vi_set4_shift(minus, d.zero);
+                        start = start_of(minus, d.zero - A256_SHIFT);
+                        if (d.sub == 32) start += start_of(minus + 4 * N, d.zero - A256_SHIFT);
                     }
                     EACH(v, vecs) c[v * cols + n] = start;
                 }
@@ -174,18 +178,18 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
                     if (d.scales == SCALES_NIBBLE) two &= 0x000f000f;
                     if (sums_fit_i16(d)) {
                         if (d.scales == SCALES_I8) two = vi_pairs_from_i8(two);
-                        EACH(n, cols) sum[v * cols + n] = vi_dot_i16(sum[v * cols + n], two, first[v * cols + n] | c[v * cols + n] << 16);
+                        EACH(n, cols) pair[v * cols + n] = vi_dot_i16(pair[v * cols + n], two, first[v * cols + n] | c[v * cols + n] << 16);
                         continue;
                     }
-                    vi scale = d.scales == SCALES_I8 ? (side ? two << 8 : two << 24) >> 24 : side ? two >> 16 : two & 0xff;
-                    EACH(n, cols) sum[v * cols + n] += c[v * cols + n] * scale;
+                    const vf scale = vf_from_i(d.scales == SCALES_I8 ? (side ? two << 8 : two << 24) >> 24 : side ? two >> 16 : two & 0xff);
+                    EACH(n, cols) sum[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale, sum[v * cols + n]);
                 }
             }
         }
         EACH(v, vecs) {
             vf scale = vf_from_f16(w + lane * (s.v0 + v));
             EACH(n, cols) {
-                vf y = vf_from_i(sum[v * cols + n]) * scale;
+                vf y = (sums_fit_i16(d) ? vf_from_i(pair[v * cols + n]) : sum[v * cols + n]) * scale;
                 if (d.mins) {
                     const char *sums = a + 4 * (d.sub == 32 ? 25 : 17) * N + 4 * (s.n0 + n);
                     vi m = vi_set(0);
@@ -216,7 +220,7 @@ INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, con
             vi c[PASS_ACC];
             EACH(n, cols) {
                 vi start = vi_set(0);
-                if (S8_BIAS && d.block == 256) start = vi_set4_shift(a + 4 * ((1 + 2 * g + h) * N + s.n0 + n), d.zero);
+                if (S8_BIAS && d.block == 256) start = start_of(a + 4 * ((1 + 2 * g + h) * N + s.n0 + n), d.zero - A256_SHIFT);
                 if (S8_BIAS && d.block == 32) {              // A32 has no sums of 16: take them here
                     EACH(t, 4) start = vi_dot_u7(start, vi_set((int32_t)0x80808080), vi_set4(quad + 4 * (t * N + s.n0 + n)));
                     start = -start;

@@ -76,7 +76,7 @@ INLINE u8x32 u8x32_mask(uint32_t bits) {        // 0xff where the bit is set
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)vmovl_u8(vld1_u8(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) { return (vi)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index); }
-static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return x * (1 << n) - (vi){0}; }     // 4 bytes << n in every lane
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (n < 0 ? x >> -n : x * (1 << n)) - (vi){0}; }     // 4 bytes << n in every lane
 // A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
 enum { MAC_WHOLE_BYTES = 0 };
 static inline int mac_steps(int bits) { (void)bits; return 8; }

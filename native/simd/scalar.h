@@ -93,7 +93,7 @@ static inline vi vi_lookup(const int8_t table[16], vi index) {     // each byte 
     vi v; memcpy(&v, x, 16);
     return v;
 }
-static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return x * (1 << n) - (vi){0}; }     // 4 bytes << n in every lane
+static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (n < 0 ? x >> -n : x * (1 << n)) - (vi){0}; }     // 4 bytes << n in every lane
 // A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
 enum { MAC_WHOLE_BYTES = 0 };
 static inline int mac_steps(int bits) { (void)bits; return 8; }

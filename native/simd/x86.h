@@ -49,7 +49,11 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, w, a); }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
 // (the operators would shift in a general register first, which costs a slow move per lane vector)
-static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm512_slli_epi32(_mm512_set1_epi32(x), n); }
+static inline __attribute__((always_inline)) vi vi_set4_shift(const void *p, const int n) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return (vi)(n < 0 ? _mm512_srai_epi32(_mm512_set1_epi32(x), -n) : _mm512_slli_epi32(_mm512_set1_epi32(x), n));
+}
 // A sum of byte products in the making, for w below 2^bits: open, a few mac, close. Here every step is already a full sum.
 enum { MAC_WHOLE_BYTES = 1 };                       // and w may be any unsigned byte
 static inline int mac_steps(int bits) { (void)bits; return 8; }
@@ -139,7 +143,11 @@ static inline vi mac(vi sum, vi w, vi a) {
 static inline vi mac_close(vi c, vi sum) { return c + (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
 #endif
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
-static inline vi vi_set4_shift(const void *p, int n) { int32_t x; memcpy(&x, p, 4); return (vi)_mm256_slli_epi32(_mm256_set1_epi32(x), n); }
+static inline __attribute__((always_inline)) vi vi_set4_shift(const void *p, const int n) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return (vi)(n < 0 ? _mm256_srai_epi32(_mm256_set1_epi32(x), -n) : _mm256_slli_epi32(_mm256_set1_epi32(x), n));
+}
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm256_cvtepu8_epi16(_mm_loadu_si128(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), (__m256i)index);
