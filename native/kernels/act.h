@@ -37,6 +37,7 @@ static const act_layout_row ACT_LAYOUT[] = {
     [ACT_BF16X2]   = {.block = MATRIX_DEPTH, .column_bytes = 4 * MATRIX_DEPTH, .parts = 2},
 };
 enum { A32_SHIFT = 3, A256_SHIFT = 5 };            // zero points that `minus` is for, as powers of two
+enum { FLOAT_COLS = VL == 8 ? 6 : SMALL_COLS };    // of a tile in a large batch: with two vectors of rows, six columns of sums fill 16 registers best
 enum { WIDE_COLS = PYG_WIDE_COLS };                // up to this many columns the matrix unit does not pay for the unpacking
 
 // The layout that `format` takes for this many columns.
@@ -45,9 +46,11 @@ static int act_layout(int format, int64_t cols) {
     return cols > SMALL_COLS ? ACT_LAYOUT[format % ACT_WIDE].interleaved : format % ACT_WIDE;
 }
 
-// Columns of a whole column tile.
-static int act_width(int layout) { return ACT_LAYOUT[layout].parts ? MATRIX_SIDE : SMALL_COLS; }
-static int64_t act_tiles(int layout, int64_t cols) { return (cols + act_width(layout) - 1) / act_width(layout); }
+// Columns of a whole column tile, of a batch of `cols`.
+static int act_width(int layout, int64_t cols) {
+    return ACT_LAYOUT[layout].parts ? MATRIX_SIDE : layout == ACT_F32 && cols > SMALL_COLS ? FLOAT_COLS : SMALL_COLS;
+}
+static int64_t act_tiles(int layout, int64_t cols) { return (cols + act_width(layout, cols) - 1) / act_width(layout, cols); }
 
 static int64_t act_column_bytes(int layout, int64_t k) {
     const act_layout_row *row = &ACT_LAYOUT[layout];
@@ -178,7 +181,7 @@ static void act_column(int layout, const float *x, act_norm norm, int64_t k, cha
 }
 
 static inline int act_tile_cols(int layout, int64_t cols, int64_t tile) {
-    int64_t width = act_width(layout), left = cols - tile * width;
+    int64_t width = act_width(layout, cols), left = cols - tile * width;
     return (int)(left < width ? left : width);
 }
 
@@ -201,7 +204,7 @@ static inline const char *column_at(const pyg_view *x, int64_t c) { return row_a
 
 static void act_view_tile(int layout, const pyg_view *x, act_norm norm, int64_t cols, int64_t tile, char *dst) {
     const char *columns[MATRIX_SIDE];
-    const int64_t first = tile * act_width(layout);
+    const int64_t first = tile * act_width(layout, cols);
     int N = act_tile_cols(layout, cols, tile);
     for (int n = 0; n < N; n++) columns[n] = column_at(x, first + n);
     act_tile(layout, columns, norm, x->ne[0], dst + first * act_column_bytes(layout, x->ne[0]), N);

@@ -333,17 +333,28 @@ INLINE void store_cells(worker *w, const pyg_step *s, const attention_args *a, a
     }
 }
 
-// Joins the splits of one KV head into the first and writes the result.
+// Whether a run of tokens t .. end sees cells of split k: with several sequences most runs lie elsewhere.
+INLINE int sees_split(const attention_args *a, int64_t t, int64_t end, const cell_splits *p, int64_t k) {
+    const int64_t from = p->from + k * p->length, lo = least(first_of_its(a, t, a->tile), a->cell[t]);
+    return lo < from + p->length && a->cell[end - 1] >= from;
+}
+
+// Joins the splits of one KV head into the first that a run sees and writes the result.
 static void merge_splits(const attention_args *a, attention_memory *m, const cell_splits *p, int64_t kv_head, float *states, int64_t state_size) {
     float *state = states + kv_head * p->count * state_size;
     for (int64_t t = 0, end; t < a->tokens; t = end) {
         end = run_end(a, t, a->tokens);
         int64_t n = cut_groups(a, m, t, end, state);
+        int64_t first = 0;
+        while (!sees_split(a, t, end, p, first)) first++;
         for (int64_t i = 0; i < n; i++) {
-            query_group *g = &m->groups[i];
-            for (int64_t k = 1; k < p->count; k++)
-                merge_group(g, a->padded, g->out, g->max, g->sum, g->out + k * state_size, g->max + k * state_size, g->sum + k * state_size);
-            write_group(a, g, t, kv_head);
+            query_group g = m->groups[i];
+            g.out += first * state_size, g.max += first * state_size, g.sum += first * state_size;
+            for (int64_t k = first + 1; k < p->count && sees_split(a, t, end, p, k); k++) {
+                const int64_t to = (k - first) * state_size;
+                merge_group(&g, a->padded, g.out, g.max, g.sum, g.out + to, g.max + to, g.sum + to);
+            }
+            write_group(a, &g, t, kv_head);
         }
         state = state_end(&m->groups[n - 1]);
     }
@@ -371,12 +382,12 @@ static void op_attention_step(worker *w, const pyg_step *s) {
         for (int64_t t = 0, end_of_run; t < a.tokens; t = end_of_run) {
             end_of_run = run_end(&a, t, a.tokens);
             int64_t n = cut_groups(&a, &m, t, end_of_run, state), lo = first_of_its(&a, t, a.tile), hi = a.cell[end_of_run - 1] + 1;
+            if (p.count > 1) state = state_end(&m.groups[n - 1]);
+            if (!sees_split(&a, t, end_of_run, &p, chunk % p.count)) continue;
             for (int64_t i = 0; i < n; i++) load_group(&a, &m, &m.groups[i], t, kv_head, view_of(w, s->src[7]), s->i[1], s->i[2]);
             attend_cells(&a, &m, kv_head, n, lo > from ? lo : from, hi < end ? hi : end, then_head, then);
             if (p.count == 1)
                 for (int64_t i = 0; i < n; i++) write_group(&a, &m.groups[i], t, kv_head);
-            else
-                state = state_end(&m.groups[n - 1]);
         }
     }
     if (p.count == 1) return;

@@ -46,7 +46,7 @@ static batch batch_at(const routing *r, int64_t b) {
 static void gather(const pyg_view *x, act_norm norm, int layout, const routing *r, const batch *b, char *acts) {
     const int64_t column_bytes = act_column_bytes(layout, x->ne[0]);
     const int shared = x->ne[2] == 1 && r->pairs != x->ne[1];            // x (T, K): the slots of a token share its column
-    const int width = act_width(layout);
+    const int width = act_width(layout, b->count);
     for (int64_t c = 0; c < b->count; c += width) {
         const char *columns[MATRIX_SIDE];
         const int N = (int)least(width, b->count - c);

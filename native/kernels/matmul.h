@@ -209,7 +209,7 @@ static inline const char *tile_after(const job *j, int i, int64_t t, int64_t sta
 static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
     _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
     const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
-    const int by_rows = ACT_LAYOUT[j->layout].row_type != 0;
+    const int by_rows = ACT_LAYOUT[j->layout].row_type != 0, width = act_width(j->layout, cols);
     const int from_memory = fetch_streams && cols <= SMALL_COLS;
     const char *made[2] = {NULL, NULL};                      // the one tile of a chunk whose weight is not packed
     for (int i = 0; i < j->matrices; i++) {
@@ -219,8 +219,8 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
     }
     for (int64_t c = first; c < last; c++) {
         const int N = act_tile_cols(j->layout, cols, c);
-        const char *a = acts + c * SMALL_COLS * column_bytes;
-        const landing at = landing_of(&j->to, c * SMALL_COLS, N);
+        const char *a = acts + c * width * column_bytes;
+        const landing at = landing_of(&j->to, c * width, N);
         for (int64_t start = first_tile; start < last_tile; start += RUN_TILES) {
             const int64_t end = least(start + RUN_TILES, last_tile);
             for (int i = 0; i < j->matrices; i++) {

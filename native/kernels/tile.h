@@ -21,11 +21,11 @@ typedef struct {
 // one kind only) fit its registers, and SPECIALIZED is INLINE where a function
 // per number of columns pays. The scalar build keeps its loops.
 #if defined ISA_scalar
-enum { PASS_ACC = 1, FLOAT_ACC = 1, FLOAT_PHASES = 1 };
+enum { PASS_ACC = 1, FLOAT_ACC = 1, FLOAT_VECS = 1, FLOAT_PHASES = 1 };
 #define SPECIALIZED static __attribute__((noinline))
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 #else
-enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = 8, FLOAT_PHASES = VL == 16 ? 2 : 1 };
+enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = VL == 8 ? 2 * FLOAT_COLS : 8, FLOAT_VECS = VL == 8 ? 2 : 1, FLOAT_PHASES = VL == 16 ? 2 : 1 };
 #define SPECIALIZED INLINE
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
@@ -250,16 +250,17 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
     vf f[FLOAT_PHASES][FLOAT_ACC];
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
-    for (; i + phases <= k; i += phases, w += phases * step, a += 4 * phases * N) {
-        if ((w - ahead.start) % share < phases * step) fetch_ahead(s, ahead, w, share);
-        EACH(p, phases) {
-            vf x[TILE_VECS];
-            EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
-            EACH(n, cols) {
-                vf y = vf_set(((const float *)a)[p * N + s.n0 + n]);
-                EACH(v, vecs) f[p][v * cols + n] = vf_fma(x[v], y, f[p][v * cols + n]);
+    for (; i + share / step <= k; i += share / step) {
+        fetch_ahead(s, ahead, w, share);
+        for (int j = 0; j < share / step; j += phases, w += phases * step, a += 4 * phases * N)
+            EACH(p, phases) {
+                vf x[TILE_VECS];
+                EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
+                EACH(n, cols) {
+                    vf y = vf_set(((const float *)a)[p * N + s.n0 + n]);
+                    EACH(v, vecs) f[p][v * cols + n] = vf_fma(x[v], y, f[p][v * cols + n]);
+                }
             }
-        }
     }
     for (; i < k; i++, w += step, a += 4 * N)
         EACH(v, vecs) EACH(n, cols) f[0][v * cols + n] = vf_fma(float_line(d, w + VL * d.bytes * (s.v0 + v)), vf_set(((const float *)a)[s.n0 + n]), f[0][v * cols + n]);
@@ -278,12 +279,12 @@ INLINE void pass(const tile_type d, const pass_shape s, const char *w, const cha
     else pass_256(d, s, w, a, k, out, next);
 }
 INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out, const char *next) {
-    const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
-    const int vecs = N * TILE_VECS <= acc ? TILE_VECS : 1, rest = N % acc;
-    const int across = (N + acc - 1) / acc, count = TILE_VECS / vecs * across;
+    const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC, wide = d.block == 1 ? FLOAT_VECS : 1;
+    const int vecs = N * TILE_VECS <= acc ? TILE_VECS : wide, across = (N * vecs + acc - 1) / acc, cols = acc == 1 ? 1 : (N + across - 1) / across;
+    const int rest = N % cols, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
         const int index = v / vecs * across;
-        UNROLL(1) for (int n = 0; n < N - rest; n += acc) pass(d, (pass_shape){N, v, vecs, n, acc, index + n / acc, count}, w, a, k, out, next);
+        UNROLL(1) for (int n = 0; n < N - rest; n += cols) pass(d, (pass_shape){N, v, vecs, n, cols, index + n / cols, count}, w, a, k, out, next);
         if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, index + across - 1, count}, w, a, k, out, next);
     }
 }
