@@ -9,7 +9,8 @@
 typedef void tile_fn(const char *w, const char *a, int64_t k, float *out, const char *next);
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
-// AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns.
+// AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns; of floats, all
+// rows of up to six.
 INLINE int least_int(int a, int b) { return a < b ? a : b; }
 enum { TILE_VECS = TILE_ROWS / VL };
 typedef struct {
