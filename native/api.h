@@ -48,7 +48,6 @@ typedef struct {
     int32_t   n_steps;
     pyg_step *steps;
     int32_t  *slots;        // run-time values: number of tokens, number of output rows, ...
-    int64_t  *claims;       // n_steps * 8: the next unclaimed chunk of each step, a cache line apart
     int64_t  *step_ns;      // NULL, or n_steps: time spent per step is added here (a barrier then follows each step)
     volatile int32_t *abort;// set to 1 from any thread: the run stops at the next chunk
     int32_t   alone;        // 1: the caller computes this plan by itself, the pool keeps sleeping

@@ -311,6 +311,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams | None = None) -> None:
         self.params = params or SamplingParams()
+        self._plain = self.params.plain
         self.reset()
 
     def reset(self) -> None:
@@ -346,6 +347,8 @@ class Sampler:
         drafted, draft: a guess of the token and what it was drawn from. They change how often the token is the guess, but not how
         tokens are distributed; a guess that was not drawn at random needs no mention.
         """
+        if self._plain and math.isfinite(logits[token := int(logits.argmax())]):       # what is not finite is refused below
+            return token
         c = self.candidates(logits)
         if self.params.temp == 0.0:
             return int(c.ids[0])  # type: ignore[index]
