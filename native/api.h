@@ -48,7 +48,6 @@ typedef struct {
     int32_t   n_steps;
     pyg_step *steps;
     int32_t  *slots;        // run-time values: number of tokens, number of output rows, ...
-    int64_t  *claims;       // n_steps * 8: the next unclaimed chunk of each step, a cache line apart
     int64_t  *step_ns;      // NULL, or n_steps: time spent per step is added here (a barrier then follows each step)
     volatile int32_t *abort;// set to 1 from any thread: the run stops at the next chunk
     int32_t   alone;        // 1: the caller computes this plan by itself, the pool keeps sleeping
@@ -99,6 +98,13 @@ pyg_merger *pyg_merger_bpe(pyg_table *table, const char *bytes, const int64_t *o
 void        pyg_merger_free(pyg_merger *merger);
 // ids has room for n. BPE: words are lengths in characters of UTF-8 text; SPM finds its words itself. Ids written, or -1: no memory.
 int64_t     pyg_merge(const pyg_merger *merger, const char *text, int64_t n, const int32_t *words, int64_t n_words, int32_t *ids);
+
+// ---- The next token (draw.c) --------------------------------------------------------------------------------------------------------
+// Of logits[0 .. n) the top_k largest, of those the likeliest that together have probability top_p, of those all that are at least min_p
+// times as likely as the first (in both steps min_keep at least); the one that u in [0, 1) falls on at temperature `temp`.
+// -1: one is NaN, or the largest is not finite.
+enum { PYG_MOST_TOP_K = 256 };
+int32_t pyg_draw(const float *logits, int32_t n, int32_t top_k, float top_p, float min_p, int32_t min_keep, float temp, double u);
 
 // ---- Metadata: `count` strings, each a length (8 bytes, or 4 when !wide; byte-swapped when swap) and its bytes ------------------
 // Starts at data[pos]; nothing at or past data[end] is read. starts: NULL, or count + 1 positions of the length fields and of the end.

@@ -21,9 +21,10 @@ typedef struct worker {
     struct worker  *team;               // all workers of the pool: a kernel may share worker 0's scratch between its barriers
     int             ith, nth;
     int             step;               // index of the running step
-    char           *memory;             // private: act_bytes for prepared activations, then scratch
+    char           *memory;             // private: claims, act_bytes for prepared activations, scratch
     size_t          memory_bytes;
-    char           *scratch;            // memory + plan->act_bytes
+    char           *scratch;
+    _Atomic int64_t *claims;            // how many of this worker's own chunks are taken, of each step in each phase
     act_cache       act;
 } worker;
 
@@ -35,15 +36,25 @@ static inline char *row_at(const pyg_view *v, int64_t i1, int64_t i2, int64_t i3
     return v->data + i1 * v->nb[1] + i2 * v->nb[2] + i3 * v->nb[3];
 }
 
-// The next chunk of the running step, or a number past every count once the run is aborted.
-// Chunks of one step may be claimed by any worker in any order; each is handed out once.
-// A kernel that works in two phases with a barrier between them counts the second one's chunks with claim_again.
-static inline int64_t claim_of(worker *w, int phase) {
+// The next of the running step's `chunks`, or a number past every count where none is left or the run is aborted. Each is handed out once.
+// A worker takes those of its own share first: it then meets the same weights in every run, in its own caches, and counts on a cache
+// line of its own. After them it helps the others. A kernel that works in two phases with a barrier between them counts the second
+// one's chunks with claim_again.
+enum { CLAIM_PHASES = 2 };
+static inline int64_t claim_of(worker *w, int phase, int64_t chunks) {
     if (w->plan->abort && *w->plan->abort) return INT64_MAX;
-    return atomic_fetch_add_explicit((_Atomic int64_t *)&w->plan->claims[8 * w->step + phase], 1, memory_order_relaxed);
+    for (int k = 0; k < w->nth; k++) {
+        const int owner = (w->ith + k) % w->nth;
+        const int64_t first = chunks * owner / w->nth, share = chunks * (owner + 1) / w->nth - first;
+        _Atomic int64_t *taken = &w->team[owner].claims[CLAIM_PHASES * w->step + phase];
+        if (atomic_load_explicit(taken, memory_order_relaxed) >= share) continue;
+        const int64_t i = atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (i < share) return first + i;
+    }
+    return INT64_MAX;
 }
-static inline int64_t claim(worker *w) { return claim_of(w, 0); }
-static inline int64_t claim_again(worker *w) { return claim_of(w, 1); }
+static inline int64_t claim(worker *w, int64_t chunks) { return claim_of(w, 0, chunks); }
+static inline int64_t claim_again(worker *w, int64_t chunks) { return claim_of(w, 1, chunks); }
 
 // All workers meet here; used by plan.c between steps and by kernels that work in phases.
 void pool_barrier(worker *w);

@@ -16,7 +16,9 @@
 #endif
 
 enum { CACHE_LINE = 64 };
-enum { SPIN_NS = 30000, SPINS_PER_LOOK = 32 };      // a wait spins this long, then parks; and how often it looks at the clock
+// How long a wait spins before it parks: for other workers, and for the next run, before which Python chooses a token and writes text.
+// And how often it looks at the clock.
+enum { SPIN_NS = 30000, SPIN_BETWEEN_RUNS_NS = 200000, SPINS_PER_LOOK = 32 };
 
 typedef struct { _Alignas(CACHE_LINE) atomic_int value; atomic_int sleepers; } gate;   // a number that waiters wait to change
 
@@ -51,7 +53,7 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static void gate_wait(pyg_pool *pool, gate *g, int old) {
+static void gate_wait(pyg_pool *pool, gate *g, int old, int64_t spin_ns) {
     int64_t since = 0;                  // by the clock: a pause takes from 10 to 150 cycles, as the processor likes
     for (int i = 1;; i++) {
         if (atomic_load_explicit(&g->value, memory_order_acquire) != old) return;
@@ -59,7 +61,7 @@ static void gate_wait(pyg_pool *pool, gate *g, int old) {
         if (i % SPINS_PER_LOOK) continue;
         int64_t now = now_ns();
         if (!since) since = now;
-        else if (now - since > SPIN_NS) break;
+        else if (now - since > spin_ns) break;
     }
     atomic_fetch_add(&g->sleepers, 1);
 #ifdef __linux__
@@ -98,7 +100,7 @@ void pool_barrier(worker *w) {
         atomic_fetch_add_explicit(&pool->barriers, 1, memory_order_relaxed);
         gate_bump(pool, &pool->phase);
     } else {
-        gate_wait(pool, &pool->phase, phase);
+        gate_wait(pool, &pool->phase, phase, SPIN_NS);
     }
 }
 
@@ -124,7 +126,7 @@ static void *helper(void *arg) {
     worker *w = arg;
     pyg_pool *pool = w->pool;
     for (int seen = 0;; seen++) {
-        gate_wait(pool, &pool->generation, seen);
+        gate_wait(pool, &pool->generation, seen, SPIN_BETWEEN_RUNS_NS);
         if (pool->quit) return NULL;
         w->plan = pool->plan;
         walk(w);
@@ -188,23 +190,25 @@ void pyg_plan_sizes(pyg_plan *plan) {
 }
 
 int pyg_run(pyg_pool *pool, const pyg_plan *plan) {
+    const size_t counters = CLAIM_PHASES * plan->n_steps * sizeof(int64_t), claims = (counters + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     for (int i = 0; i < pool->n_threads; i++) {           // grows only when a plan with a larger need first runs
         worker *w = &pool->workers[i];
-        size_t need = plan->act_bytes + plan->scratch;
+        size_t need = claims + plan->act_bytes + plan->scratch;
         if (w->memory_bytes < need) {
             pyg_arena_free(w->memory, w->memory_bytes);
             w->memory = pyg_arena_new(need);
             w->memory_bytes = w->memory ? need : 0;
             if (!w->memory) return 2;
         }
-        w->act.data = w->memory;
-        w->scratch = w->memory + plan->act_bytes;
+        w->claims = (_Atomic int64_t *)w->memory;
+        memset(w->memory, 0, counters);
+        w->act.data = w->memory + claims;
+        w->scratch = w->act.data + plan->act_bytes;
     }
     for (int i = 0; i < plan->n_views; i++) {
         pyg_view *v = &plan->views[i];
         if (v->slot >= 0) v->ne[v->slot_dim] = plan->slots[v->slot];
     }
-    memset(plan->claims, 0, (size_t)plan->n_steps * 8 * sizeof(int64_t));
     pool->plan = plan;
     pool->workers[0].plan = plan;
     pool->workers[0].nth = plan->alone ? 1 : pool->n_threads;
@@ -217,6 +221,6 @@ int pyg_run(pyg_pool *pool, const pyg_plan *plan) {
     walk(&pool->workers[0]);
     int seen;
     while ((seen = atomic_load_explicit(&pool->finished.value, memory_order_acquire)) - finished < pool->n_threads - 1)
-        gate_wait(pool, &pool->finished, seen);
+        gate_wait(pool, &pool->finished, seen, SPIN_NS);
     return plan->abort && *plan->abort ? 1 : 0;
 }

@@ -144,19 +144,19 @@ class Crew:
     def __init__(self, undecided: bool) -> None:
         self.alone = False
         self._times: dict[bool, list[float]] = {False: [], True: []}
-        self._left = self.TRIALS if undecided else 0
+        self.trials_left = self.TRIALS if undecided else 0
 
     def run(self, run: Callable[[bool], bool]) -> bool:
         """Call `run(alone)` for one token."""
-        if not self._left:
+        if not self.trials_left:
             return run(self.alone)
-        self._left -= 1
-        trial = self._left // self.ROW % 2 == 0         # the pool first: its first token packs weights and touches memory
+        self.trials_left -= 1
+        trial = self.trials_left // self.ROW % 2 == 0         # the pool first: its first token packs weights and touches memory
         start = time.perf_counter()
         done = run(trial)
-        if self._left % self.ROW != self.ROW - 1:       # the first of a row wakes the pool
+        if self.trials_left % self.ROW != self.ROW - 1:       # the first of a row wakes the pool
             self._times[trial].append(time.perf_counter() - start)
-        if not self._left:
+        if not self.trials_left:
             pool, alone = (sorted(self._times[way])[len(self._times[way]) // 2] for way in (False, True))
             self.alone = alone < pool
         return done
@@ -214,6 +214,8 @@ class Context:
         self._gpu = self._share(n_gpu_layers, device, main_gpu)
         self.cache = self._new_cache(host_tensor if self._gpu is None else self._gpu.cache_tensor)
         self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
+        self._follows = self.pool is not None and self._gpu is None and watch is None and not timing       # single tokens take the short way
+        self._one: Any = None
         self._logits = np.empty((0, model.n_vocab), np.float32)
 
     def _new_cache(self, new: Callable[..., Any]) -> KVCache:
@@ -316,6 +318,10 @@ class Context:
         logits: "last" (one row, after the last token), "all" (a row for each token) or "none".
         Raises ContextOverflow when they do not fit, PyggmlError for an id outside the vocabulary, Cancelled after `cancel()`.
         """
+        if self._follows and len(tokens) == 1 and logits in ("last", "all") and isinstance(tokens[0], (int, np.integer)):
+            token = int(tokens[0])
+            if 0 <= token < self.model.n_vocab and self.n_past < self.n_ctx and not self._crew.trials_left:
+                return self._follow(token)
         ids = np.asarray(tokens, np.int64).reshape(-1)
         if logits not in ("last", "all", "none"):
             raise PyggmlError(f"logits is {logits!r}; it must be last, all or none")
@@ -342,6 +348,20 @@ class Context:
                     rows[-1] = out.copy()
         self._logits = rows[0] if len(rows) == 1 else np.concatenate(rows) if rows else self._logits[:0]
         return self._logits
+
+    def _follow(self, token: int) -> np.ndarray:
+        """`eval` of one token on the CPU, by the shortest way."""
+        if self._one is None:
+            plan = self.plan(1, 1)
+            self._one = plan.program.token_by_token(plan.inputs, [symbol.slot for symbol in (TOKENS, OUTPUTS)]), plan.output[:1]
+        one, row = self._one
+        self._cancelled = False
+        one.run(self.pool, token, self.n_past, self._crew.alone)
+        self.model.file.verify()
+        if self._cancelled:
+            raise Cancelled("stopped before the token was done")
+        self.n_past += 1
+        return row
 
     def sequences(self, tokens: np.ndarray, start: int, wanted: Sequence[int]) -> np.ndarray:
         """Evaluate the tokens start..start+n of several independent sequences at once: tokens (sequences, n) -> logits (rows, n_vocab).

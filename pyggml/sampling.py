@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyggml.errors import ParameterError, PyggmlError
+from pyggml.native import ffi, lib
 
 RANDOM_SEED = 0xFFFFFFFF        # the seed that asks for a fresh one, as is -1
 
@@ -154,9 +155,12 @@ def typical(c: Candidates, p: float, min_keep: int = 0) -> Candidates:
     return c.take(order[:max(n, min_keep)], False)
 
 
+COLDEST = 1e-6          # a temperature below it counts as 0: the division would overflow
+
+
 def temperature(c: Candidates, temp: float) -> Candidates:
     """Logits divided by `temp`; 0 (and what is so near to it that the division overflows) leaves only the likeliest candidate."""
-    if temp < 1e-6:
+    if temp < COLDEST:
         return c.take(c.logits.argmax(axis=0, keepdims=True), True)
     return c if temp == 1.0 else Candidates(c.logits / np.float32(temp), c.ids, c.sorted)
 
@@ -292,7 +296,18 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether the next token is always the one with the largest logit."""
-        return self.temp == 0.0 and not self.logit_bias and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+        return self.temp == 0.0 and self.unmoved
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether logits stay what the model made of them."""
+        return not self.logit_bias and (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1.0, 0.0, 0.0)
+
+    @property
+    def usual(self) -> bool:
+        """Whether pyg_draw (native/draw.c) draws what the chain would, once logits were moved."""
+        return (lib is not None and self.temp >= COLDEST and not self.mirostat and self.typical_p >= 1.0 and self.samplers == tuple(SAMPLERS)
+                and 0 < self.top_k <= lib.PYG_MOST_TOP_K)
 
 
 def _check(name: str, value, *, low: float, high: float, integer: bool, help: str, above: bool) -> None:
@@ -311,6 +326,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams | None = None) -> None:
         self.params = params or SamplingParams()
+        self._plain, self._usual, self._unmoved = self.params.plain, self.params.usual, self.params.unmoved
         self.reset()
 
     def reset(self) -> None:
@@ -346,6 +362,10 @@ class Sampler:
         drafted, draft: a guess of the token and what it was drawn from. They change how often the token is the guess, but not how
         tokens are distributed; a guess that was not drawn at random needs no mention.
         """
+        if self._plain and math.isfinite(logits[token := int(logits.argmax())]):       # what is not finite is refused below
+            return token
+        if self._usual and draft is None and (token := self._draw(logits)) >= 0:
+            return token
         c = self.candidates(logits)
         if self.params.temp == 0.0:
             return int(c.ids[0])  # type: ignore[index]
@@ -356,6 +376,14 @@ class Sampler:
         if self.params.mirostat:
             self.mu = mirostat_next(self.mu, p, self.params.mirostat_tau, self.params.mirostat_eta)
         return token
+
+    def _draw(self, logits: np.ndarray) -> int:
+        """`sample` by the usual chain; -1 for what cannot be drawn from."""
+        p = self.params
+        if not self._unmoved:
+            logits = SAMPLERS["penalties"](Candidates(self._biased(logits) if p.logit_bias else logits), self).logits
+        x = ffi.from_buffer("float[]", np.ascontiguousarray(logits, np.float32))
+        return lib.pyg_draw(x, len(x), p.top_k, p.top_p, p.min_p, p.min_keep, p.temp, self.random.random())
 
     def candidates(self, logits: np.ndarray) -> Candidates:
         """What the chain leaves of `logits`: the next token is drawn from this."""

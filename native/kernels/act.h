@@ -216,7 +216,8 @@ static void op_prepare(worker *w, const pyg_step *s) {
     const pyg_view *x = view_of(w, s->src[0]);
     int64_t cols = x->ne[1] * x->ne[2];
     int layout = act_layout(s->i[1], cols);
-    for (int64_t t; (t = claim(w)) < act_tiles(layout, cols);) act_view_tile(layout, x, norm_of(w, s, 1), cols, t, view_of(w, s->dst)->data);
+    const int64_t tiles = act_tiles(layout, cols);
+    for (int64_t t; (t = claim(w, tiles)) < tiles;) act_view_tile(layout, x, norm_of(w, s, 1), cols, t, view_of(w, s->dst)->data);
 }
 
 // mul_mat and its kin, small path: the worker's own copy, kept for the next step with the same act id.

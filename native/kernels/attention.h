@@ -285,7 +285,7 @@ static void op_attention(worker *w, const pyg_step *s) {
         memset(q.zeros, 0, q.steps * MATRIX_DEPTH * sizeof(float));
         matrix_begin();
     }
-    for (int64_t chunk; (chunk = claim(w)) < a.kv_heads * runs;) {
+    for (int64_t chunk; (chunk = claim(w, a.kv_heads * runs)) < a.kv_heads * runs;) {
         int64_t kv_head = chunk / runs, run = runs - 1 - chunk % runs;      // a head's longest runs first
         if (a.squares) attend_squares(&a, &q, kv_head, m.run_start[run], m.run_start[run + 1]);
         else attend_run(&a, &m, kv_head, m.run_start[run], m.run_start[run + 1]);
@@ -372,8 +372,8 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     float *states = (float *)(w->team[0].scratch + used);
     const int64_t chunks = a.kv_heads * p.count;
     const int early = claims_early(w, chunks);
-    for (int64_t chunk = claim(w), next = 0; chunk < chunks; chunk = early ? next : claim(w)) {
-        if (early) next = claim(w);
+    for (int64_t chunk = claim(w, chunks), next = 0; chunk < chunks; chunk = early ? next : claim(w, chunks)) {
+        if (early) next = claim(w, chunks);
         const int64_t then_head = early && next < chunks ? next / p.count : -1, then = p.from + next % p.count * p.length;
         int64_t kv_head = chunk / p.count, from = p.from + chunk % p.count * p.length, end = from + p.length;
         if (end > p.end) end = p.end;
@@ -392,7 +392,7 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     }
     if (p.count == 1) return;
     pool_barrier(w);
-    for (int64_t kv_head; (kv_head = claim_again(w)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
+    for (int64_t kv_head; (kv_head = claim_again(w, a.kv_heads)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
 }
 static int64_t scratch_attention_step(const pyg_plan *plan, const pyg_step *s) {
     attention_args a = attention_shape(plan->views, s, s->i[3], 1);

@@ -69,7 +69,7 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
     const chunking c = chunks_of(w, tiles * r.batches, j.matrices, matrix_of(weight, 0, most_cols).bytes, most_cols, 1);
     const int64_t group = least(c.group, tiles), groups = div_up(tiles, group);
     batch b = {0};
-    for (int64_t i, held = -1; (i = claim(w)) < r.batches * groups;) {
+    for (int64_t i, held = -1; (i = claim(w, r.batches * groups)) < r.batches * groups;) {
         if (held != i / groups) {
             held = i / groups;
             b = batch_at(&r, held);

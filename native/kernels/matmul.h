@@ -319,8 +319,9 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
     const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols);
     const char *acts = NULL;
     const int early = cols <= SMALL_COLS && claims_early(w, c.groups);
-    for (int64_t i = claim(w), next = 0; i < c.groups * c.blocks; i = early ? next : claim(w)) {
-        if (early) j.then = least(next = claim(w), c.groups) * c.group;
+    const int64_t chunks = c.groups * c.blocks;
+    for (int64_t i = claim(w, chunks), next = 0; i < chunks; i = early ? next : claim(w, chunks)) {
+        if (early) j.then = least(next = claim(w, chunks), c.groups) * c.group;
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
         // a tile made in scratch is made for all columns of the block at once: row tiles outside

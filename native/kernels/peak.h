@@ -53,7 +53,7 @@ static void peak_matrix(char *memory) {            // all squares in the first-l
 // dst: what each chunk did, multiplications or bytes. src: chunks of bytes.
 static void op_peak(worker *w, const pyg_step *s) {
     const pyg_view *dst = view_of(w, s->dst), *src = view_of(w, s->src[0]);
-    for (int64_t chunk; (chunk = claim(w)) < dst->ne[0];) {
+    for (int64_t chunk; (chunk = claim(w, dst->ne[0])) < dst->ne[0];) {
         float *done = (float *)dst->data + chunk;
         const char *x = row_at(src, chunk, 0, 0);
         switch (s->i[0]) {

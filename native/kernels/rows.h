@@ -10,8 +10,8 @@ INLINE row_share share_rows(int64_t rows, int64_t row_floats) {
     return (row_share){rows, step, 0, 0};
 }
 INLINE int next_rows(worker *w, row_share *r) {
-    int64_t chunk = claim(w);
-    if (chunk >= (r->rows + r->step - 1) / r->step) return 0;
+    const int64_t chunks = (r->rows + r->step - 1) / r->step, chunk = claim(w, chunks);
+    if (chunk >= chunks) return 0;
     r->first = chunk * r->step;
     r->end = r->first + r->step < r->rows ? r->first + r->step : r->rows;
     return 1;

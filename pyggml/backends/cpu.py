@@ -216,16 +216,18 @@ class Program:
         """Freeze into the arrays C reads."""
         self._c_views = ffi.new("pyg_view[]", self._views)
         self._c_steps = ffi.new("pyg_step[]", self._steps)
-        self._claims = np.zeros(8 * max(1, len(self._steps)) + 8, np.int64)
-        aligned = self._claims[(-self._claims.ctypes.data // 8) % 8:]
         self.step_ns: np.ndarray | None = np.zeros(len(self._steps), np.int64) if timing else None
         self._plan = ffi.new("pyg_plan *", dict(
             views=self._c_views, n_views=len(self._views), steps=self._c_steps, n_steps=len(self._steps),
-            slots=ffi.cast("int32_t *", self.slots.ctypes.data), claims=ffi.cast("int64_t *", aligned.ctypes.data),
+            slots=ffi.cast("int32_t *", self.slots.ctypes.data),
             step_ns=ffi.cast("int64_t *", self.step_ns.ctypes.data) if self.step_ns is not None else ffi.NULL,
             abort=ffi.cast("int32_t *", self.aborted.ctypes.data)))
         lib.pyg_plan_sizes(self._plan)
         return self
+
+    def token_by_token(self, inputs: dict[str, np.ndarray], sizes: Sequence[int]) -> TokenByToken:
+        """The way of single tokens through this program; inputs: what each run is given, sizes: the slots that count tokens and rows."""
+        return TokenByToken(self, inputs, sizes)
 
     def run(self, pool: Pool, alone: bool = False) -> bool:
         """One native call, by the pool or by the calling thread alone. False when it was aborted."""
@@ -235,3 +237,35 @@ class Program:
         if status == 2:
             raise PyggmlError(f"no memory for {self._plan.act_bytes + self._plan.scratch} bytes of scratch per thread; use a smaller -ub")
         return status == 0
+
+
+class TokenByToken:
+    """Runs a program for one token, again and again.
+
+    After a native call the processor's caches are full of weights, and every object that Python touches then comes from memory: on a
+    small model an array's assignments and a few dictionaries cost more than a layer. So this writes numbers through pointers, and
+    little else happens.
+    """
+
+    INPUTS = ("tokens", "pos", "cell", "first", "wanted")
+
+    def __init__(self, program: Program, inputs: dict[str, np.ndarray], sizes: Sequence[int]) -> None:
+        self._program, self._sizes = program, tuple(sizes)
+        self._token, self._pos, self._cell, self._first, self._wanted = (
+            _int32(inputs[name]) if name in inputs else ffi.new("int32_t[1]") for name in self.INPUTS)
+        self._slots, self._aborted = _int32(program.slots), _int32(program.aborted)
+
+    def run(self, pool: Pool, token: int, cell: int, alone: bool) -> bool:
+        """The token at position `cell`, stored there and seeing all cells before it. False when it was aborted."""
+        self._token[0] = token
+        self._pos[0] = self._cell[0] = cell
+        self._first[0] = self._wanted[0] = 0
+        for slot in self._sizes:
+            self._slots[slot] = 1
+        self._aborted[0] = 0
+        return self._program.run(pool, alone)
+
+
+def _int32(array: np.ndarray) -> Any:
+    """A pointer to an int32 array, which must outlive it."""
+    return ffi.cast("int32_t *", array.ctypes.data)

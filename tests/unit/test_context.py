@@ -36,6 +36,27 @@ def test_a_token_is_one_native_call(context):
 
 
 @needs_native
+def test_single_tokens_after_batches_are_as_those_of_a_batch(context):
+    """Single tokens go a short way of their own (Context._follow): batches between them leave nothing behind that it relies on."""
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    expected = context.eval(tokens[:8], "all").copy(), context.sequences(np.array([[7], [8]]), 9, [0]), context.eval(tokens[8:], "all").copy()
+    context.reset()
+    rows = [context.eval([token])[0].copy() for token in tokens[:3]]
+    rows += [*context.eval(tokens[3:6], "all").copy()]
+    rows += [context.eval(np.array([token]), "all")[0].copy() for token in tokens[6:8]]
+    np.testing.assert_array_equal(rows, expected[0])
+    context.sequences(np.array([[7], [8]]), 9, [0])
+    rows = [context.eval(np.array(tokens[at:at + 1]))[0].copy() for at in range(8, 12)]
+    np.testing.assert_array_equal(rows, expected[2])
+    assert context.n_past == len(tokens)
+    with pytest.raises(PyggmlError, match="token -1 is outside"):
+        context.eval([-1])
+    with pytest.raises(PyggmlError, match="'first'; it must be last, all or none"):
+        context.eval([1], "first")
+    assert context.eval([1], "none").shape == (0, context.model.n_vocab) and context.eval(np.array([[1, 2]])).shape == (1, context.model.n_vocab)
+
+
+@needs_native
 def test_a_prompt_is_one_native_call_per_batch(model):
     context = Context(model, n_ctx=128, n_ubatch=16)
     context.eval(range(48))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyggml import sampling
+from pyggml import native, sampling
 from pyggml.errors import ParameterError, PyggmlError
 from pyggml.sampling import Candidates, Sampler, SamplingParams
 
@@ -250,6 +250,40 @@ def test_a_seed_repeats_itself(seed):
     assert [second.sample(values) for _ in range(20)] == drawn
     first.reset()
     assert [first.sample(values) for _ in range(20)] == drawn
+
+
+USUAL = [dict(), dict(top_k=1), dict(top_k=256, top_p=0.5), dict(top_k=7, min_p=0.0), dict(top_p=1.0, min_p=0.3), dict(top_p=0.0, min_keep=3),
+         dict(min_p=1.0, min_keep=2), dict(temp=0.05), dict(temp=3.0, top_p=0.99), dict(repeat_penalty=1.3, frequency_penalty=0.2),
+         dict(logit_bias={3: -math.inf, 5: 2.0})]
+
+
+@pytest.mark.skipif(native.lib is None, reason="compares the native draw with the chain")
+@pytest.mark.parametrize("given_params", USUAL, ids=str)
+def test_the_native_draw_is_the_chain(given_params):
+    """The same numbers fall on tokens of the same logit, but for one that lies on the border between two."""
+    params = SamplingParams(seed=7, **given_params)
+    quick, chain = Sampler(params), Sampler(params)
+    chain._usual = False
+    assert quick._usual
+    rng, different = np.random.default_rng(3), 0
+    for i in range(300):
+        size = rng.choice([1, 6, 15, 16, 17, 300, 4096]) if params.unmoved else 200
+        logits = rng.normal(0, rng.choice([0.5, 3, 10]), size).astype(np.float32)
+        if i % 3 == 0:
+            logits = np.round(logits)                                           # many are equal
+        if i % 5 == 0:
+            logits[1:][rng.random(logits.size - 1) < 0.5] = -np.inf
+        token = quick.sample(logits)
+        other = chain.sample(logits)
+        different += logits[token] != logits[other]                             # the chain keeps any k of equal ones
+        for sampler in (quick, chain):
+            sampler.accept(other)
+    assert different <= 1
+
+
+def test_what_the_native_draw_leaves_to_the_chain():
+    for given_params in (dict(top_k=0), dict(top_k=257), dict(typical_p=0.9), dict(mirostat=2), dict(temp=0.0), dict(samplers=("top_k",))):
+        assert not SamplingParams(**given_params).usual
 
 
 @pytest.mark.parametrize("seed", [None, -1, sampling.RANDOM_SEED])
