@@ -260,7 +260,8 @@ def _read(c: _Cursor, source: Source) -> TensorFile:
 def _read_header(c: _Cursor) -> tuple[int, int]:
     """Counts of tensors and keys; finds out version and byte order."""
     if c.size < len(MAGIC) + 4 or bytes(c.buffer[:4]) != MAGIC:
-        c.fail("not a GGUF file, the magic is not there" if c.size > 8 else f"not a GGUF file, it has {c.size} bytes")
+        start = bytes(c.buffer[:4])
+        c.fail(f"not a GGUF file, it starts with {start!r}" if start != MAGIC[:len(start)] else f"not a GGUF file, it has {c.size} bytes")
     c.pos = 4
     version = c.u32("version")
     if version & 0xFFFF == 0:                   # no version is that high: the other byte order
@@ -338,7 +339,7 @@ def _place(c: _Cursor, source: Source, infos: dict[str, _Info], data: int, align
     tensors, covered, owner = {}, 0, ""
     for k, info in enumerate(order):
         c.where, c.pos = f'tensor "{printable(info.name)}"', info.offset_at
-        type = BY_ID.get(info.type) or OpaqueType(info.type)
+        type = BY_ID.get(info.type) or OpaqueType(info.type, info.offset_at - 4)
         size = sizes[info.name]
         if size is None:                        # the bytes up to the next tensor; without knowing the type there is no better bound
             size = max(0, (order[k + 1].offset if k + 1 < len(order) else room) - info.offset)

@@ -6,7 +6,7 @@ import math
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ class OpaqueType:
     """A tensor type that this version does not know: its bytes can be listed, copied and hashed, never decoded."""
 
     id: int
+    at: int = field(default=0, compare=False)       # where the file says so
     block = 1
     quantized = True
 
