@@ -84,10 +84,10 @@ def parse(text: str, kind: str, key: str) -> Typed:
     element = value_type(kind.removesuffix("[]"))
     if kind == "str":
         return Typed("str", text)
-    form = "a JSON list" if kind.endswith("[]") else "a value"
-    wrong = PyggmlError(f'key "{printable(key)}": {printable(text)!r} is not {form} of type {kind}')
+    form = "a JSON list" if kind.endswith("[]") else element.range
+    wrong = PyggmlError(f'key "{printable(key)}": {printable(text)!r} is not of type {kind}; it takes {form}')
     try:
-        value = float(text) if element.name in ("f32", "f64") and not kind.endswith("[]") else json.loads(text)
+        value = float(text) if element.name in ("f32", "f64") and not kind.endswith("[]") else json.loads(text.lower() if kind == "bool" else text)
     except ValueError:
         raise wrong from None
     if kind.endswith("[]"):
@@ -136,17 +136,23 @@ def from_json(path: str) -> dict[str, Any]:
             if value.get("length", length) != length:
                 raise PyggmlError(f'{printable(path)}: key "{printable(key)}" is abbreviated; '
                                   "make the file with `pyggml info --json --full`")
-            values[key] = _typed_json(value["type"], value["value"])
+            values[key] = _typed_json(key, str(value["type"]), value["value"])
         else:
             values[key] = typed(value)
     return values
 
 
-def _typed_json(kind: str, value: Any) -> Typed:
+def _typed_json(key: str, kind: str, value: Any) -> Typed:
+    element = value_type(kind.removesuffix("[]"))
+    if kind.endswith("[]") and not isinstance(value, list):
+        raise PyggmlError(f'key "{printable(key)}": {printable(repr(value))} is not a list')
     if kind == "arr[]":
         return Typed(kind, [typed(v) for v in value])
-    if value_type(kind.removesuffix("[]")).name in ("f32", "f64"):      # NaN and infinities are text in JSON
-        return Typed(kind, [float(v) for v in value] if kind.endswith("[]") else float(value))
+    if element.name in ("f32", "f64"):              # NaN and infinities are text in JSON
+        try:
+            return Typed(kind, [float(v) for v in value] if kind.endswith("[]") else float(value))
+        except (TypeError, ValueError):
+            raise PyggmlError(f'key "{printable(key)}": {printable(repr(value))} is not of type {kind}; it takes {element.range}') from None
     return Typed(kind, value)
 
 

@@ -115,6 +115,8 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     both = remove & (set(values) | set(edits.rename))
     if both:
         raise PyggmlError(f'key "{printable(min(both))}" is to be removed and changed at once')
+    for key, value in values.items():
+        _encode(key, value, file.order)             # a value that no file can hold is told as that
     if not edits.force:
         for key, value in [*values.items(), *((new, kv.typed_value(old)) for old, new in edits.rename.items())]:
             problem = keys.problem(key, value)
@@ -152,7 +154,7 @@ def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes | memoryview]:
             pairs[key] = _encode(key, value, file.order)
     for key in pairs:
         if not 0 < len(key.encode()) <= gguf.Limits().key or "\0" in key:
-            raise PyggmlError(f'key "{printable(key)}": a key has 1 to {gguf.Limits().key} bytes and no NUL')
+            raise PyggmlError(f'key "{printable(key[:80])}": a key has 1 to {gguf.Limits().key} bytes and no NUL')
     return pairs
 
 

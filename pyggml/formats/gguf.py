@@ -260,8 +260,8 @@ def _read(c: _Cursor, source: Source) -> TensorFile:
 def _read_header(c: _Cursor) -> tuple[int, int]:
     """Counts of tensors and keys; finds out version and byte order."""
     if c.size < len(MAGIC) + 4 or bytes(c.buffer[:4]) != MAGIC:
-        start = bytes(c.buffer[:4])
-        c.fail(f"not a GGUF file, it starts with {start!r}" if start != MAGIC[:len(start)] else f"not a GGUF file, it has {c.size} bytes")
+        magic = bytes(c.buffer[:4])
+        c.fail(f"not a GGUF file, it starts with {magic!r}" if magic != MAGIC[:len(magic)] else f"not a GGUF file, it has {c.size} bytes")
     c.pos = 4
     version = c.u32("version")
     if version & 0xFFFF == 0:                   # no version is that high: the other byte order

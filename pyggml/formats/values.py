@@ -6,6 +6,7 @@ A type is written as users of llama.cpp write it: `u32`, `f32`, `bool`, `str`, .
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,15 @@ class ValueType:
     def size(self) -> int:
         """Bytes of a value; 0 for strings and arrays."""
         return struct.calcsize("<" + self.code) if self.code else 0
+
+    @property
+    def range(self) -> str:
+        """What it can hold, for errors."""
+        if self.code in "fd":
+            return "numbers" if self.code == "d" else "numbers up to 3.4e38"
+        bits = 8 * self.size
+        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if self.code.islower() else (0, (1 << bits) - 1)
+        return "true or false" if self.code == "?" else f"whole numbers from {low} to {high}"
 
     def dtype(self, order: str) -> np.dtype:
         return np.dtype("?" if self.code == "?" else order + self.code)
@@ -243,14 +253,18 @@ def _encode_scalar(t: ValueType, value: Any, order: str) -> bytes:
         if not isinstance(value, str | bytes):
             raise PyggmlError(f"{value!r} is not text")
         return encode_string(value, order)
-    try:
-        return struct.pack(order + t.code, value)
-    except (struct.error, OverflowError, TypeError) as error:
-        raise PyggmlError(f"{printable(repr(value))} does not fit type {t.name} ({error})") from None
+    if isinstance(value, bool | np.bool_) == (t is BOOL):           # Python packs anything as a bool, and a bool as a number
+        try:
+            return struct.pack(order + t.code, value)
+        except (struct.error, OverflowError, TypeError):
+            pass
+    raise PyggmlError(f"{printable(json.dumps(value, default=repr))} does not fit type {t.name}; it takes {t.range}")
 
 
 def _encode_array(array: Typed, order: str) -> bytes:
-    t, values = value_type(array.type[:-2]), array.value
+    t, values = value_type(array.type.removesuffix("[]")), array.value
+    if not array.type.endswith("[]") or isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        raise PyggmlError(f"{printable(repr(values))} is not a list")
     head = struct.pack(order + "IQ", t.id, len(values))
     if isinstance(values, StringArray) and t is STRING and values.order == order and values.prefix == 8:
         return head + values.encoded()
@@ -259,9 +273,11 @@ def _encode_array(array: Typed, order: str) -> bytes:
     if t is ARRAY:
         return head + b"".join(_encode_array(typed(v), order) for v in values)
     if isinstance(values, np.ndarray):
-        exact = values.astype(t.dtype(order))
-        if values.dtype.kind in "iub" and exact.dtype.kind in "iub" and not np.array_equal(exact, values):
-            raise PyggmlError(f"the array's values do not fit type {t.name}")
+        with np.errstate(all="ignore"):
+            exact = values.astype(t.dtype(order))
+        lost = exact != values if exact.dtype.kind in "iu" else np.isinf(exact) & np.isfinite(values) if exact.dtype.kind == "f" else False
+        if (values.dtype.kind == "b") != (t is BOOL) or np.any(lost):
+            raise PyggmlError(f"the array's values do not fit type {t.name}; it takes {t.range}")
         return head + exact.tobytes()
     return head + b"".join(_encode_scalar(t, v, order) for v in values)
 

@@ -139,7 +139,9 @@ def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     (Edits({"llama.block_count": 0}), "it is 0; it must be from 1 to 4096"),
     (Edits(rename={"n": "general.name"}, remove=["general.name"]), "its type is u32; it must be str"),
     (Edits({"general.alignment": Typed("u32", 3)}, force=True), "power of two"),
-    (Edits({"x": Typed("u8", 300)}), "300 does not fit type u8"),
+    (Edits({"x": Typed("u8", 300)}), "300 does not fit type u8; it takes whole numbers from 0 to 255"),
+    (Edits({"llama.attention.head_count": Typed("u32[]", ["a"])}), '"a" does not fit type u32'),
+    (Edits({"n": Typed("u32[]", 5)}), "5 is not a list"),
     (Edits({"": 5}), "1 to 65535 bytes"),
 ])
 def test_refused(model, edits, says):
@@ -403,8 +405,9 @@ def test_json_goes_round(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["n"], "is not of the form KEY"), (["=5"], "is not of the form"), (["n=x"], "'x' is not a value of type u32"),
-    (["n=true"], "not a value of type u32"), (["words=x"], "is not a JSON list of type str"),
+    (["n"], "is not of the form KEY"), (["=5"], "is not of the form"), (["n=x"], "'x' is not of type u32; it takes whole numbers from 0"),
+    (["n=true"], "not of type u32"), (["words=x"], "is not of type str.*; it takes a JSON list"),
+    (["x:bool=1"], "takes true or false"), (["x:bool[]=[1]"], "1 does not fit type bool"), (["x:u8[]=[true]"], "true does not fit type u8"),
     (["n:u9=1"], "'u9' is unknown"), (["--rename", "n"], "OLD=NEW"),
     (["--from-json", "none.json"], None), (["general.name:u32=1"], "must be str"),
 ])
@@ -413,6 +416,24 @@ def test_wrong_use(model, args, says):
     with pytest.raises((PyggmlError, OSError), match=says):
         run(model, *args)
     assert model.read_bytes() == before
+
+
+@pytest.mark.parametrize("value, says", [
+    ({"type": "f64", "value": "abc"}, "'abc' is not of type f64"), ({"type": "u8[]", "value": 5}, "5 is not a list"),
+    ({"type": 5, "value": 5}, "'5' is unknown"), ({"type": "arr[]", "value": 5}, "5 is not a list"),
+    ({"type": "bool", "value": "x"}, '"x" does not fit'),
+    ({"type": "str", "value": 5}, "5 is not text"), ({"type": "f32[]", "value": [[1]]}, "is not of type f32"), (None, "cannot be"),
+])
+def test_wrong_json(model, tmp_path, value, says):
+    document = tmp_path / "m.json"
+    document.write_text(json.dumps({"x": value}))
+    with pytest.raises(PyggmlError, match=says):
+        run(model, "--from-json", str(document))
+
+
+def test_true_as_python_writes_it(model):
+    run(model, "x:bool=True", "y=false")
+    assert contents(model)[0]["x"] == ("bool", True) and contents(model)[0]["y"] == ("bool", False)
 
 
 def test_abbreviated_json_is_refused(model, tmp_path):
