@@ -137,6 +137,9 @@ class StringArray(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and self.tolist() == list(other)
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return list, (self.tolist(),)           # what is pickled or copied is a list
+
     def __repr__(self) -> str:
         shown = ", ".join(repr(s) for s in self[:3])
         return f"[{shown}{', ...' if self._count > 3 else ''}] ({self._count} strings)"

@@ -134,6 +134,11 @@ def test_split_and_merge(model, tmp_path, capsys, flags, sizes):
     assert status == 0 and (tmp_path / "whole.gguf").read_bytes() == original
     status, _, error = run(capsys, "merge", parts[0], tmp_path / "whole.gguf")
     assert status == 1 and "exists already; --force" in error
+    assert run(capsys, "split", "--merge", parts[-1], tmp_path / "again.gguf")[0] == 0
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "again.gguf").unlink()
+    status, _, error = run(capsys, "merge", tmp_path / "whole.gguf", tmp_path / "other.gguf")
+    assert status == 1 and "not a part of one" in error
     status, _, error = run(capsys, "merge", parts[0], parts[-1], "--force")
     assert status == 1 and "is one of the parts" in error
     assert run(capsys, "merge", "--delete-splits", "--force", parts[0], tmp_path / "whole.gguf")[0] == 0
