@@ -10,7 +10,7 @@ from typing import Any
 from pyggml import formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import keys, show
-from pyggml.formats.edit import Change, Edits, edit
+from pyggml.formats.edit import PADDING, Change, Edits, edit
 from pyggml.formats.source import PlainFile
 from pyggml.formats.values import VALUE_TYPE, StringArray, Typed, printable, typed, value_type
 
@@ -128,6 +128,7 @@ def from_json(path: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise PyggmlError(f"{printable(path)}: must hold a JSON object of keys and values")
     values = {}
+    document.pop(PADDING, None)                 # room of the header that the document was made of
     for key, value in document.items():
         if isinstance(value, dict):
             if set(value) - {"type", "value", "length"} or not {"type", "value"} <= set(value):

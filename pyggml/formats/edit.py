@@ -112,6 +112,8 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
         if new in kv and new not in remove and new not in edits.rename:
             raise PyggmlError(f'{printable(file.path)}: key "{printable(new)}" is already there; '
                               f'remove it to rename "{printable(old)}" to it')
+    if PADDING in {*values, *remove, *edits.rename, *edits.rename.values()}:
+        raise PyggmlError(f'key "{PADDING}" holds the room that the header has to grow; it is not for values')
     both = remove & (set(values) | set(edits.rename))
     if both:
         raise PyggmlError(f'key "{printable(min(both))}" is to be removed and changed at once')

@@ -143,6 +143,9 @@ def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     (Edits({"llama.attention.head_count": Typed("u32[]", ["a"])}), '"a" does not fit type u32'),
     (Edits({"n": Typed("u32[]", 5)}), "5 is not a list"),
     (Edits({"": 5}), "1 to 65535 bytes"),
+    (Edits({PADDING: "x"}, force=True), "holds the room"),
+    (Edits({PADDING: "x" * 100_000}), "holds the room"),
+    (Edits(rename={"n": PADDING}), "holds the room"),
 ])
 def test_refused(model, edits, says):
     before = model.read_bytes()
@@ -389,12 +392,17 @@ def test_special_token_by_its_text(tmp_path, capsys):
         run(path, "--special-token", "eos", "a")
 
 
-def test_json_goes_round(model, tmp_path, capsys):
+def document_of(model, folder, capsys):
+    """A file with what `pyggml info --json --full` prints."""
     parser = argparse.ArgumentParser()
     info.add_arguments(parser)
     info.run(parser.parse_args([str(model), "--json", "--full"]))
-    document = tmp_path / "m.json"
-    document.write_text(capsys.readouterr().out)
+    (folder / "m.json").write_text(capsys.readouterr().out)
+    return folder / "m.json"
+
+
+def test_json_goes_round(model, tmp_path, capsys):
+    document = document_of(model, tmp_path, capsys)
     formats.write(tmp_path / "empty.gguf", {}, WEIGHTS)
     run(tmp_path / "empty.gguf", "--from-json", str(document))
     assert contents(tmp_path / "empty.gguf") == contents(model)
@@ -416,6 +424,19 @@ def test_wrong_use(model, args, says):
     with pytest.raises((PyggmlError, OSError), match=says):
         run(model, *args)
     assert model.read_bytes() == before
+
+
+def test_the_room_is_nobodys_to_set(model, tmp_path, capsys):
+    """Not even when it comes with all the keys of another file."""
+    edit(model, Edits({"n": [1] * 5000}))
+    assert PADDING in formats.open(model).kv
+    for wrong in (Edits({PADDING: ""}), Edits(remove=[PADDING]), Edits(rename={PADDING: "x"})):
+        with pytest.raises(PyggmlError, match="holds the room"):
+            edit(model, wrong)
+    document, other = document_of(model, tmp_path, capsys), tmp_path / "other.gguf"
+    formats.write(other, {"n": 1}, WEIGHTS)
+    run(other, "--from-json", str(document))
+    assert contents(other) == contents(model)
 
 
 @pytest.mark.parametrize("value, says", [
