@@ -53,6 +53,8 @@ VALUE_TYPES = (
 VALUE_TYPE = {t.name: t for t in VALUE_TYPES}
 STRING, ARRAY, BOOL = VALUE_TYPE["str"], VALUE_TYPE["arr"], VALUE_TYPE["bool"]
 
+MAX_KEY = 65535         # bytes of a key
+
 # Characters that would move a terminal's cursor, change its colours or reorder what is read, and half surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
@@ -237,8 +239,22 @@ def value_type(name: str) -> ValueType:
 
 
 def encode_string(text: str | bytes, order: str) -> bytes:
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    try:
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise PyggmlError(f"{printable(text[:80])!r} has half of a character (a lone surrogate); it cannot be written as UTF-8") from None
     return struct.pack(order + "Q", len(data)) + data
+
+
+def encode_key(key: str, order: str) -> bytes:
+    """A key as it stands before its value."""
+    try:
+        data = key.encode()
+    except UnicodeEncodeError:
+        data = b""
+    if not 0 < len(data) <= MAX_KEY or 0 in data:
+        raise PyggmlError(f'key "{printable(key[:80])}": a key is UTF-8 text of 1 to {MAX_KEY} bytes without NUL')
+    return encode_string(data, order)
 
 
 def encode(value: Typed, order: str = "<") -> bytes:
@@ -289,8 +305,9 @@ def encode_metadata(kv: Mapping[str, Typed], order: str = "<") -> bytes:
     """Every key with its value; a value that cannot be written is named by its key."""
     parts = []
     for key, value in kv.items():
+        parts.append(encode_key(key, order))
         try:
-            parts.append(encode_string(key, order) + encode(value, order))
+            parts.append(encode(value, order))
         except PyggmlError as error:
             raise PyggmlError(f'key "{printable(key)}": {error}') from None
     return b"".join(parts)

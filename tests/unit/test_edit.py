@@ -130,6 +130,10 @@ def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     assert keep is None or dict(keep.kv)["n"] == 5
 
 
+def nested(depth):
+    return 1 if depth == 0 else [nested(depth - 1)]
+
+
 @pytest.mark.parametrize("edits, says", [
     (Edits(remove=["general.nam"]), 'key "general.nam" is missing; did you mean general.name'),
     (Edits(rename={"x": "y"}), 'key "x" is missing'),
@@ -143,15 +147,24 @@ def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     (Edits({"llama.attention.head_count": Typed("u32[]", ["a"])}), '"a" does not fit type u32'),
     (Edits({"n": Typed("u32[]", 5)}), "5 is not a list"),
     (Edits({"": 5}), "1 to 65535 bytes"),
+    (Edits({"\ud800": 5}), "UTF-8 text of 1 to 65535 bytes"),
+    (Edits({"k\udcff": 5}), "UTF-8 text of 1 to 65535 bytes"),
+    (Edits(rename={"n": "k\0"}), "without NUL"),
+    (Edits({"x": "\ud800"}), "half of a character"),
+    (Edits({"x": ["a", "\udc41"]}), "half of a character"),
+    (Edits({"x": nested(65)}), "nested 65 deep .*; such a file could not be read again"),
+    (Edits({"x": "x" * (32 << 20) + "x"}), "length of the string is 33554433 .*; such a file could not be read again"),
+    (Edits({f"x{i}": "x" * (30 << 20) for i in range(3)}), "reach .* such a file could not be read again"),
     (Edits({PADDING: "x"}, force=True), "holds the room"),
     (Edits({PADDING: "x" * 100_000}), "holds the room"),
     (Edits(rename={"n": PADDING}), "holds the room"),
 ])
 def test_refused(model, edits, says):
     before = model.read_bytes()
-    with pytest.raises(PyggmlError, match=says):
-        edit(model, edits)
-    assert model.read_bytes() == before and len(list(model.parent.iterdir())) == 1
+    for how in ({}, {"dry_run": True}, {"output": model.parent / "b.gguf"}):
+        with pytest.raises(PyggmlError, match=says):
+            edit(model, edits, **how)
+        assert model.read_bytes() == before and len(list(model.parent.iterdir())) == 1
 
 
 def test_force(model):

@@ -132,8 +132,6 @@ def test_what_fits_into_a_sparse_file_is_still_limited(tmp_path, make, says, use
     path = tmp_path / "sparse.gguf"
     sparse(path, malformed.M.file((make(malformed.M),)), 4 << 30)
     tracemalloc.start()
-    if use_mmap and "reach" in says:            # a map costs no memory: the reader walks it and finds no key behind the array
-        says = "."
     try:
         with pytest.raises(GGUFError, match=says):
             formats.open(path, use_mmap=use_mmap)
