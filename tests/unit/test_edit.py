@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 
+import malformed
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,18 @@ def contents(path):
     kv = {key: (file.kv.type(key), value if isinstance(value := file.kv[key], str | int | float) else list(value))
           for key in file.kv if key != PADDING}
     return kv, {name: t.stored.tobytes() for name, t in file.tensors.items()}
+
+
+def test_every_legal_file_keeps_the_rest(tmp_path):
+    path = tmp_path / "m.gguf"
+    for case in malformed.legal():
+        if len(case.data) > 1 << 20:
+            continue
+        path.write_bytes(case.data)
+        before = repr(contents(path))
+        for edits in (Edits({"new": 5}), Edits({"new": "x" * 50_000}), Edits(rename={"new": "newer"}), Edits(remove=["newer"])):
+            edit(path, edits)
+        assert repr(contents(path)) == before, case.name
 
 
 def can_insert(folder):

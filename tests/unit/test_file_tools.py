@@ -193,5 +193,8 @@ def test_extract(tmp_path, capsys):
     assert np.load(out / "h.npy").tolist() == [1.0]
     assert run(capsys, "extract", path, "q", "--raw", "-o", tmp_path / "raw.npy")[0] == 0
     np.testing.assert_array_equal(np.load(tmp_path / "raw.npy"), blocks)
+    formats.write(tmp_path / "alike.gguf", {}, {"a/b": np.zeros(1, np.float32), "a:b": np.ones(1, np.float32)})
+    status, _, error = run(capsys, "extract", tmp_path / "alike.gguf", "*", "-o", tmp_path / "alike")
+    assert status == 1 and 'tensor "a:b" and "a/b" would both be a_b.npy' in error
     status, _, error = run(capsys, "extract", path, "none", "-o", out)
     assert status == 1 and 'tensor "none" is missing' in error

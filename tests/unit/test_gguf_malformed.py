@@ -1,12 +1,10 @@
 """Every malformed file is refused with one sentence that names the place; every legal oddity is read."""
 
-import importlib.util
 import re
-import sys
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
+import malformed
 import numpy as np
 import pytest
 
@@ -14,11 +12,6 @@ from pyggml import formats
 from pyggml.errors import GGUFError
 from pyggml.formats import values
 from pyggml.formats.source import Memory
-
-_spec = importlib.util.spec_from_file_location("malformed", Path(__file__).parents[2] / "tools" / "malformed.py")
-malformed = importlib.util.module_from_spec(_spec)
-sys.modules["malformed"] = malformed
-_spec.loader.exec_module(malformed)
 
 
 class InPieces(Memory):
