@@ -139,7 +139,7 @@ def from_json(path: str) -> dict[str, Any]:
                                   "make the file with `pyggml info --json --full`")
             values[key] = _typed_json(key, str(value["type"]), value["value"])
         else:
-            values[key] = typed(value)
+            values[key] = value
     return values
 
 

@@ -19,7 +19,7 @@ from pyggml.errors import PyggmlError
 from pyggml.formats import atomic, gguf, inplace, keys, writer
 from pyggml.formats.source import PlainFile
 from pyggml.formats.tensorfile import TensorFile
-from pyggml.formats.values import STRING, Typed, encode, encode_key, encode_string, printable, typed
+from pyggml.formats.values import STRING, Typed, encode, encode_key, encode_string, printable, typed_values
 
 PADDING = "pyggml.padding"
 RESERVE = 16 << 10              # bytes of room a header gets when it has to grow
@@ -103,7 +103,7 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
 
 def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     """The changes that `edits` make to a file, checked."""
-    kv, values = file.kv, {key: typed(value) for key, value in edits.set.items()}
+    kv, values = file.kv, typed_values(edits.set)
     remove = set(edits.remove)
     for key in [*remove, *edits.rename]:
         if key not in kv:
@@ -138,7 +138,7 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
 
 def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes | memoryview]:
     """Every key with its bytes (key, type, value) in the edited file, in order, without padding; what stays is a view, not a copy."""
-    values = {key: typed(value) for key, value in edits.set.items()}
+    values = typed_values(edits.set)
     remove, buffer = set(edits.remove), memoryview(file.sources[0].head(file.table_end))
     pairs: dict[str, bytes | memoryview] = {}
     for key in file.kv:

@@ -198,6 +198,17 @@ def typed(value: Any) -> Typed:
     raise PyggmlError(f"a metadata value cannot be a {type(value).__name__}; use a number, text, or a list of one of them")
 
 
+def typed_values(kv: Mapping[str, Any]) -> dict[str, Typed]:
+    """Every value with its type; one that has none is named by its key."""
+    values = {}
+    for key, value in kv.items():
+        try:
+            values[key] = typed(value)
+        except PyggmlError as error:
+            raise PyggmlError(f'key "{printable(key)}": {error}') from None
+    return values
+
+
 # Python classes of array elements; bool stands first because it is an int too
 _KINDS = ((bool, (bool, np.bool_)), (int, (int, np.integer)), (float, (float, np.floating)), (str, (str, bytes)))
 

@@ -16,7 +16,7 @@ from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import Output, replacing
 from pyggml.formats.gguf import DEFAULT_ALIGNMENT, MAGIC, MAX_WEIGHTS, VERSIONS, Limits, prove
 from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, swap
-from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed
+from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed_values
 from pyggml.types import TYPES, TensorType, tensor_type
 
 
@@ -108,7 +108,7 @@ def normal(tensors: Tensors) -> list[NewTensor]:
 
 def header(kv: Mapping[str, Any], tensors: list[NewTensor], order: str = "<", name: str = "<memory>") -> tuple[bytes, int]:
     """Everything before the data of the file `name`, padding included, and the alignment."""
-    values: dict[str, Typed] = kv.typed() if isinstance(kv, Metadata) else {k: typed(v) for k, v in kv.items()}
+    values: dict[str, Typed] = kv.typed() if isinstance(kv, Metadata) else typed_values(kv)
     alignment = _alignment(values)
     parts = [MAGIC, struct.pack(order + "IQQ", VERSIONS[-1], len(tensors), len(values)), encode_metadata(values, order)]
     offset = 0
