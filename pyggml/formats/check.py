@@ -147,11 +147,9 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 def tokenizer(file: TensorFile) -> Iterator[Finding]:
     kv, model = file.kv, _text(file, "tokenizer.ggml.model")
     embedding = file.tensors.get("token_embd.weight")
-    if not model:
-        if embedding is not None:
-            yield Finding(NOTE, 'key "tokenizer.ggml.model" is missing: the file has no tokenizer')
-        return
-    if model in NO_TOKENIZER:
+    if "tokenizer.ggml.model" not in kv and embedding is not None:
+        yield Finding(NOTE, 'key "tokenizer.ggml.model" is missing: the file has no tokenizer')
+    if kv.get("tokenizer.ggml.model") != model or model in NO_TOKENIZER:
         return
     if model not in TOKENIZERS:
         yield Finding("load", f'key "tokenizer.ggml.model" is "{printable(model)}"; known are {", ".join(TOKENIZERS)} and {NO_TOKENIZER[0]}')
