@@ -18,6 +18,8 @@ _HOME = {
     "PyggmlError": "pyggml.errors",
 }
 
+_MODULES = ("formats", "quants")      # gguf.quants.quantize is pyggml.quants.quantize
+
 __all__ = [*_HOME, "__version__"]     # noqa: PLE0604
 
 if TYPE_CHECKING:
@@ -35,14 +37,16 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'pyggml' has no attribute {name!r}")
     import importlib
 
+    home = _HOME.get(name)
+    if name in _MODULES:
+        return importlib.import_module(f"pyggml.{name}")
+    if home is None:
+        raise AttributeError(f"module 'pyggml' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(home), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_MODULES})

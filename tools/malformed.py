@@ -18,6 +18,12 @@ from typing import NamedTuple
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARR, U64, I64, F64 = range(13)
 T_F32, T_F16, T_Q4_0, T_Q4_K = 0, 1, 2, 12
+# Weights and bytes of a block, by type; and the types that were removed
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36), 10: (256, 84), 11: (256, 110),
+          12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50),
+          20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8),
+          29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18), 42: (64, 18)}
+REMOVED = (4, 5, 31, 32, 33, 36, 37, 38)
 HUGE = (2 ** 31, 2 ** 32 - 1, 2 ** 32, 2 ** 61, 2 ** 63 - 1, 2 ** 63, 2 ** 64 - 8, 2 ** 64 - 1)
 
 
@@ -73,7 +79,12 @@ def header_cases() -> Iterator[Case]:
         yield Case(f"header_cut_{n}", good[:n], "")._replace(says="bytes" if n else "empty")
     yield Case("magic_lower", b"gguf" + good[4:], "not a GGUF file")
     yield Case("magic_reversed", b"FUGG" + good[4:], "magic is backwards")
-    for version in (0, 4, 5, 99, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF):
+    yield Case("magic_zip_inside", b"\0GGUF" + good[5:], "not a GGUF file, it starts with b'\\x00GGU'")
+    yield Case("body_of_version_3_as_1", good[:4] + struct.pack("<I", 1) + good[8:], "NUL")
+    yield Case("order_of_version_only", good[:4] + struct.pack(">I", 3) + good[8:], "count is")
+    yield Case("order_of_body_only", Maker(">").file((ARCH,), (M.info(),), DATA)[:4] + struct.pack("<I", 3)
+               + Maker(">").file((ARCH,), (M.info(),), DATA)[8:], "count is")
+    for version in (0, 4, 5, 99, 0xFFFF, 0x30000, 0x3000300, 0x7FFFFFFF, 0x80000003, 0xFFFFFFFF):
         yield Case(f"version_{version:x}", M.file(magic=b"GGUF" + struct.pack("<I", version))[:8] + good[8:], "version is")
     for n in HUGE:
         yield Case(f"tensor_count_{n:x}", M.file((ARCH,), (M.info(),), DATA, n_tensors=n), "tensor count is")
@@ -105,6 +116,8 @@ def text_cases() -> Iterator[Case]:
     yield Case("name_empty", M.file((), (M.info(""),), DATA), "the tensor name is empty")
     yield Case("name_nul", M.file((), (M.info("a\0b"),), DATA), "NUL")
     yield Case("name_not_utf8", M.file((), (M.info(b"\x80"),), DATA), "not UTF-8")
+    yield Case("key_overlong", M.file((M.kv(b"\xc0\x80", U8, b"\1"),)), "not UTF-8 (byte 0xc0)")
+    yield Case("name_too_long_in_bytes", M.file((), (M.info("\u00e9" * 33),), DATA), "length of the tensor name is 66 (limit 64)")
     yield Case("name_too_long", M.file((), (M.info("n" * 65),), DATA), "length of the tensor name is 65 (limit 64)")
     yield Case("name_twice", M.file((), (M.info(), M.info(offset=32)), DATA * 2), "twice")
 
@@ -126,6 +139,12 @@ def value_cases() -> Iterator[Case]:
     for outer, inner in ((65537, 0), (300, 300)):
         arrays = M.array(ARR, inner, M.array(U8, 0, b"") * inner) if inner else M.array(U8, 0, b"")
         yield Case(f"nested_wide_{outer}_{inner}", M.file((M.kv("k", ARR, M.array(ARR, outer, arrays * outer)),)), "(limit 65536)")
+    for name, inner, says in (("bool", M.array(BOOL, 1, b"\2"), "bool 0 of the array is 2"), ("type", M.array(77, 1, b"\0"), "is 77 (limit 12)"),
+                              ("string", M.array(STR, 1, M.string("a", 2 ** 63)), "length of a string of the array"),
+                              ("empty", M.array(13, 0, b""), "is 13 (limit 12)")):
+        for depth in (1, 2, 63):
+            nested = M.array(ARR, 1, b"") * depth + inner
+            yield Case(f"nested_{name}_inside_{depth}", M.file((M.kv("k", ARR, nested),)), says)
     yield Case("nested_huge_inside", M.file((M.kv("k", ARR, M.array(ARR, 1, M.array(U64, 2 ** 61, bytes(8)))),)), "length of the array is")
 
 
@@ -144,6 +163,11 @@ def tensor_cases() -> Iterator[Case]:
         yield Case(f"data_past_end_{kind}_{name}", M.file((), (M.info(dims=dims, kind=kind),), DATA), says)
     for row, kind, block in ((1, T_Q4_0, 32), (33, T_Q4_0, 32), (16, T_Q4_0, 32), (32, T_Q4_K, 256), (255, T_Q4_K, 256)):
         yield Case(f"row_{row}_of_{block}", M.file((), (M.info(dims=(row, block), kind=kind),), bytes(1 << 16)), "do not divide into")
+    for kind, (block, size) in BLOCKS.items():
+        yield Case(f"one_byte_short_{kind}", M.file((), (M.info(dims=(block, 3), kind=kind),), bytes(3 * size - 1)), "ends 1 bytes past the end")
+        if block > 1:
+            for row in (block // 2, block + 1, 3 * block - 1):
+                yield Case(f"row_{row}_of_type_{kind}", M.file((), (M.info(dims=(row, block), kind=kind),), bytes(1 << 18)), f"blocks of {block}")
     for kind in (65536, 2 ** 24, 2 ** 31, 2 ** 32 - 1):
         yield Case(f"type_{kind:x}", M.file((), (M.info(kind=kind),), DATA), f"type is {kind} (limit 65535)")
     for offset in (1, 4, 16, 31, 2 ** 63 + 1, 2 ** 64 - 1):
@@ -165,6 +189,10 @@ def tensor_cases() -> Iterator[Case]:
 def alignment_cases() -> Iterator[Case]:
     for a in (0, 3, 5, 7, 12, 31, 33, 1 << 17, 2 ** 31, 2 ** 32 - 1):
         yield Case(f"alignment_{a:x}", M.file((M.kv("general.alignment", U32, M.pack("I", a)),), (M.info(),), DATA), f"alignment is {a}")
+    wide = M.kv("general.alignment", U32, M.pack("I", 4096))
+    yield Case("alignment_wider_than_padding", M.file((wide,), (M.info(),), DATA), "past the end")
+    closer = M.file((wide,), (M.info(), M.info("b", offset=32)), DATA * 2, align=4096)
+    yield Case("alignment_wider_than_offset", closer, "multiple of the alignment 4096")
     for kind, value in ((U64, M.pack("Q", 32)), (I32, M.pack("i", 32)), (U8, b"\x20"), (F32, M.pack("f", 32)), (STR, M.string("32")),
                         (BOOL, b"\1"), (ARR, M.array(U32, 1, M.pack("I", 32)))):
         yield Case(f"alignment_type_{kind}", M.file((M.kv("general.alignment", kind, value),), (M.info(),), DATA), "must be u32")
@@ -281,7 +309,7 @@ def legal_cases() -> Iterator[Case]:
     yield Case("unsorted", M.file((), (M.info("b", offset=32), M.info("a")), DATA * 2))
     yield Case("gap", M.file((), (M.info("a"), M.info("b", offset=128)), DATA * 5))
     yield Case("trailing", M.file((), (M.info(),), DATA * 9))
-    for kind in (4, 31, 43, 99, 397, 1000, 65535):
+    for kind in (*REMOVED, 43, 99, 397, 1000, 65535):
         yield Case(f"unknown_type_{kind}", M.file((), (M.info("a", kind=kind), M.info("b", offset=32)), DATA * 2))
     for a in (8, 16, 64, 4096, 65536, 1, 2, 4, 24, 40):
         key = M.kv("general.alignment", U32, M.pack("I", a))
@@ -308,6 +336,17 @@ def legal_cases() -> Iterator[Case]:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     yield Case("many_endless_templates", M.file(tuple(M.kv(f"tokenizer.chat_template.{i}", STR, M.string(endless)) for i in range(8))))
     yield Case("many_tensors", M.file((), tuple(M.info(f"t{i}", offset=32 * i) for i in range(2000)), DATA * 2000))
+    for kind, (block, size) in BLOCKS.items():
+        yield Case(f"type_{kind}", M.file((), (M.info(dims=(2 * block, 3), kind=kind), M.info("z", (0, block), kind, -(-6 * size // 32) * 32)),
+                                          bytes(6 * size)))
+    yield Case("name_of_64_bytes", M.file((), (M.info("\u00e9" * 32),), DATA))
+    mixed = M.array(ARR, 0, b"") + M.array(STR, 1, M.string("x")) + M.array(BOOL, 1, b"\1")
+    yield Case("mixed_nesting", M.file((M.kv("k", ARR, M.array(ARR, 3, mixed)),)))
+    vocabulary = (M.kv("tokenizer.ggml.model", STR, M.string("llama")), M.kv("tokenizer.ggml.tokens", ARR, M.array(STR, 1, M.string("x"))))
+    for n in (0, 2):
+        sizes = tuple(M.kv(f"llama.{name}", ARR, M.array(U32, n, b"\xff" * 4 * n)) for name in (
+            "vocab_size", "embedding_length", "block_count", "attention.head_count", "expert_used_count"))
+        yield Case(f"sizes_of_{n}_numbers", M.file((ARCH, *vocabulary, *sizes), (M.info("token_embd.weight", (4, 2)),), DATA))
     yield Case("quantized", M.file((), (M.info("q", (32, 2), T_Q4_0),), bytes(36)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyggml.formats as formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import show
-from pyggml.formats.check import LEVELS, NOTE, Finding, placed
+from pyggml.formats.check import LEVELS, NO_TOKENIZER, NOTE, Finding, placed
 from pyggml.formats.check import check as findings
 from pyggml.formats.values import printable
 
@@ -79,7 +79,7 @@ def reproduce(report: dict[str, Any], source: str | None, imatrix: str | None) -
 
 def engine(file: formats.TensorFile) -> list[Finding]:
     """What the engine says about a file in which nothing else is wrong: it reads the sizes, builds the graph and the tokenizer."""
-    from pyggml import arch
+    from pyggml import arch, tokenizers
     from pyggml.context import Context, Model
     name = str(file.kv.get("general.architecture", ""))
     if name not in arch.names():
@@ -87,8 +87,11 @@ def engine(file: formats.TensorFile) -> list[Finding]:
     try:
         model = Model(file)
         Context(model, n_ctx=8, n_threads=1).output     # noqa: B018  builds the graph, which looks at every weight's shape
-        if "tokenizer.ggml.model" in file.kv:
+        kind = file.kv.get("tokenizer.ggml.model", NO_TOKENIZER[0])
+        if kind in tokenizers.MODELS:
             model.tokenizer                             # noqa: B018  builds it
+        elif kind not in NO_TOKENIZER:
+            return [Finding(NOTE, f'key "tokenizer.ggml.model": pyggml does not run the tokenizer "{printable(kind)}": it was not tried')]
     except PyggmlError as error:
         return [Finding("load", str(error).removeprefix(f"{file.path}: "))]
     return []

@@ -10,7 +10,7 @@ from typing import Any
 from pyggml import formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import keys, show
-from pyggml.formats.edit import Change, Edits, edit
+from pyggml.formats.edit import PADDING, Change, Edits, edit
 from pyggml.formats.source import PlainFile
 from pyggml.formats.values import VALUE_TYPE, StringArray, Typed, printable, typed, value_type
 
@@ -84,10 +84,10 @@ def parse(text: str, kind: str, key: str) -> Typed:
     element = value_type(kind.removesuffix("[]"))
     if kind == "str":
         return Typed("str", text)
-    form = "a JSON list" if kind.endswith("[]") else "a value"
-    wrong = PyggmlError(f'key "{printable(key)}": {printable(text)!r} is not {form} of type {kind}')
+    form = "a JSON list" if kind.endswith("[]") else element.range
+    wrong = PyggmlError(f'key "{printable(key)}": {printable(text)!r} is not of type {kind}; it takes {form}')
     try:
-        value = float(text) if element.name in ("f32", "f64") and not kind.endswith("[]") else json.loads(text)
+        value = float(text) if element.name in ("f32", "f64") and not kind.endswith("[]") else json.loads(text.lower() if kind == "bool" else text)
     except ValueError:
         raise wrong from None
     if kind.endswith("[]"):
@@ -128,6 +128,7 @@ def from_json(path: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise PyggmlError(f"{printable(path)}: must hold a JSON object of keys and values")
     values = {}
+    document.pop(PADDING, None)                 # room of the header that the document was made of
     for key, value in document.items():
         if isinstance(value, dict):
             if set(value) - {"type", "value", "length"} or not {"type", "value"} <= set(value):
@@ -136,17 +137,23 @@ def from_json(path: str) -> dict[str, Any]:
             if value.get("length", length) != length:
                 raise PyggmlError(f'{printable(path)}: key "{printable(key)}" is abbreviated; '
                                   "make the file with `pyggml info --json --full`")
-            values[key] = _typed_json(value["type"], value["value"])
+            values[key] = _typed_json(key, str(value["type"]), value["value"])
         else:
-            values[key] = typed(value)
+            values[key] = value
     return values
 
 
-def _typed_json(kind: str, value: Any) -> Typed:
+def _typed_json(key: str, kind: str, value: Any) -> Typed:
+    element = value_type(kind.removesuffix("[]"))
+    if kind.endswith("[]") and not isinstance(value, list):
+        raise PyggmlError(f'key "{printable(key)}": {printable(repr(value))} is not a list')
     if kind == "arr[]":
         return Typed(kind, [typed(v) for v in value])
-    if value_type(kind.removesuffix("[]")).name in ("f32", "f64"):      # NaN and infinities are text in JSON
-        return Typed(kind, [float(v) for v in value] if kind.endswith("[]") else float(value))
+    if element.name in ("f32", "f64"):              # NaN and infinities are text in JSON
+        try:
+            return Typed(kind, [float(v) for v in value] if kind.endswith("[]") else float(value))
+        except (TypeError, ValueError):
+            raise PyggmlError(f'key "{printable(key)}": {printable(repr(value))} is not of type {kind}; it takes {element.range}') from None
     return Typed(kind, value)
 
 

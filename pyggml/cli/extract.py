@@ -33,6 +33,11 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output if args.output and (len(chosen) > 1 or os.path.isdir(args.output)) else None
     if folder:
         os.makedirs(folder, exist_ok=True)
+    first: dict[str, Tensor] = {}
+    for tensor in chosen:
+        if first.setdefault(file_name(tensor.name), tensor) is not tensor:
+            raise PyggmlError(f'{tensor.label} and "{printable(first[file_name(tensor.name)].name)}" would both be {file_name(tensor.name)}; '
+                              "extract one at a time with --output")
     for tensor in chosen:
         path = args.output if args.output and not folder else os.path.join(folder or ".", file_name(tensor.name))
         array = content(tensor, args.raw)

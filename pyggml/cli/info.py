@@ -63,7 +63,7 @@ def unknown_types(file: TensorFile) -> int:
     for t in unknown[:1]:
         assert isinstance(t.type, OpaqueType)
         more = f", and so are those of {len(unknown) - 1} more tensors" if len(unknown) > 1 else ""
-        print(f"pyggml info: {printable(t.source.name)}: offset 0x{t.offset:x}: tensor \"{printable(t.name)}\": {t.type.why()}{more}",
+        print(f"pyggml info: {printable(t.source.name)}: offset 0x{t.type.at:x}: tensor \"{printable(t.name)}\": {t.type.why()}{more}",
               file=sys.stderr)
     return int(bool(unknown))
 

@@ -36,10 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split-max-tensors", type=count, metavar="N", help=f"tensors in a part (default {DEFAULT_TENSORS})")
     parser.add_argument("--split-max-size", type=size, metavar="N(M|G)", help="bytes of tensors in a part, in units of 1000")
     parser.add_argument("--no-tensor-first-split", action="store_true", help="put no tensor into the first part, only metadata")
+    parser.add_argument("--split", action="store_true", help="as gguf-split says it: cut (default)")
+    parser.add_argument("--merge", action="store_true", help="as gguf-split says it: join FILE and its other parts; see `pyggml merge`")
     parser.add_argument("--dry-run", action="store_true", help="show the parts, write nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.merge:
+        from pyggml.cli import merge
+        return merge.run(argparse.Namespace(file=args.file, output=args.output, delete_splits=False, force=False))
     if args.split_max_size and args.split_max_tensors:
         raise PyggmlError("give --split-max-size or --split-max-tensors, not both")
     file = formats.open(args.file, use_mmap=False)

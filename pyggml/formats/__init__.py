@@ -15,14 +15,15 @@ from pyggml.formats.writer import NewTensor, new_tensor, write
 __all__ = ["Metadata", "NewTensor", "Tensor", "TensorFile", "Typed", "new_tensor", "open", "open_source", "write"]
 
 
-def open(path: str | os.PathLike[str], *, use_mmap: bool = True, split: bool = True, limits: gguf.Limits | None = None) -> TensorFile:
+def open(path: str | bytes | os.PathLike[str], *, use_mmap: bool = True, split: bool = True, limits: gguf.Limits | None = None) -> TensorFile:
     """The model file at `path`, memory-mapped (or read piece by piece with use_mmap=False, which a file cut meanwhile cannot hurt).
 
     `path` may be an address, https://... or hf:user/repo/file.gguf: only what is looked at is fetched then.
     split: a part of a split model opens the whole model; False opens that part alone.
     GGUFError says what is wrong with the file, or what it is instead.
     """
-    if not is_address(os.fspath(path)):
+    path = os.fsdecode(path)
+    if not is_address(path):
         inplace.recover(path)
     file = open_source(source_of(path, use_mmap), limits, lambda part: source_of(part, use_mmap))
     if split and shards.is_split(file.kv):

@@ -60,7 +60,7 @@ def placed(file: TensorFile, text: str) -> str:
 def structure(file: TensorFile) -> Iterator[Finding]:
     for t in file.tensors.values():
         if isinstance(t.type, OpaqueType):
-            yield Finding("parse", f"offset 0x{t.offset:x}: tensor \"{printable(t.name)}\": {t.type.why()}")
+            yield Finding("parse", f"offset 0x{t.type.at:x}: tensor \"{printable(t.name)}\": {t.type.why()}")
     for warning in file.warnings:
         if not warning.startswith("tensor "):
             yield Finding(NOTE, warning)
@@ -118,10 +118,11 @@ def metadata(file: TensorFile) -> Iterator[Finding]:
             if f"{arch}.{name}" not in file.kv:
                 yield Finding(NOTE, f'key "{printable(arch)}.{name}" is missing')
     used, experts = (_number(file, f"{arch}.{name}") for name in ("expert_used_count", "expert_count"))
-    if used is not None and experts is not None and used > experts:
-        yield Finding("load", f'key "{printable(arch)}.expert_used_count" is {used}, there are {experts} experts')
+    if used is not None and used > (experts or 0):
+        yield Finding("load", f'key "{printable(arch)}.expert_used_count" is {used}, there are {experts or 0} experts')
     heads, kv_heads = (_number(file, f"{arch}.attention.{name}") for name in ("head_count", "head_count_kv"))
-    if heads == 0 or kv_heads == 0 or (heads and kv_heads and heads % kv_heads):
+    recurrent = any(key.startswith((f"{arch}.ssm.", f"{arch}.wkv.")) for key in file.kv)      # such files may say that they have no heads
+    if (0 in (heads, kv_heads) and not recurrent) or (heads and kv_heads and heads % kv_heads):
         yield Finding("load", f'key "{printable(arch)}.attention.head_count_kv": {heads} attention heads cannot share {kv_heads} key-value heads')
 
 
@@ -136,6 +137,8 @@ def _number(file: TensorFile, key: str) -> int | None:
 
 
 TOKENS = "tokenizer.ggml.tokens"
+NO_TOKENIZER = ("none", "no_vocab")
+TOKENIZERS = ("llama", "gpt2", "bert", "t5", "gemma4", "rwkv", "plamo2", "hybriddna", "whitespace", "test")       # those of llama.cpp
 MOST_TOKENS = 1 << 20
 BYTE_TYPE = 6
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -144,11 +147,12 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 def tokenizer(file: TensorFile) -> Iterator[Finding]:
     kv, model = file.kv, _text(file, "tokenizer.ggml.model")
     embedding = file.tensors.get("token_embd.weight")
-    if not model:
-        if embedding is not None:
-            yield Finding(NOTE, 'key "tokenizer.ggml.model" is missing: the file has no tokenizer')
+    if "tokenizer.ggml.model" not in kv and embedding is not None:
+        yield Finding(NOTE, 'key "tokenizer.ggml.model" is missing: the file has no tokenizer')
+    if kv.get("tokenizer.ggml.model") != model or model in NO_TOKENIZER:
         return
-    if model in ("none", "no_vocab"):
+    if model not in TOKENIZERS:
+        yield Finding("load", f'key "tokenizer.ggml.model" is "{printable(model)}"; known are {", ".join(TOKENIZERS)} and {NO_TOKENIZER[0]}')
         return
     tokens = kv.get(TOKENS)
     if not isinstance(tokens, StringArray | list) or kv.type(TOKENS) != "str[]" or not len(tokens):
@@ -182,8 +186,9 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
         if embedding.shape[0] < len(tokens):
             yield Finding("load", f'tensor "token_embd.weight" has {embedding.shape[0]} rows for {len(tokens)} tokens')
         size_key = f"{_text(file, 'general.architecture')}.vocab_size"
-        if size_key in kv and kv[size_key] != embedding.shape[0]:
-            yield Finding(NOTE, f'key "{printable(size_key)}" is {kv[size_key]}, tensor "token_embd.weight" has {embedding.shape[0]} rows')
+        size = _number(file, size_key)
+        if size not in (None, embedding.shape[0]):
+            yield Finding(NOTE, f'key "{printable(size_key)}" is {size}, tensor "token_embd.weight" has {embedding.shape[0]} rows')
 
 
 def template(file: TensorFile) -> Iterator[Finding]:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from pyggml import formats
 from pyggml.errors import PyggmlError
-from pyggml.formats import atomic, gguf, inplace, keys
+from pyggml.formats import atomic, gguf, inplace, keys, writer
 from pyggml.formats.source import PlainFile
 from pyggml.formats.tensorfile import TensorFile
-from pyggml.formats.values import STRING, Typed, encode, encode_string, printable, typed
+from pyggml.formats.values import STRING, Typed, encode, encode_key, encode_string, printable, typed_values
 
 PADDING = "pyggml.padding"
 RESERVE = 16 << 10              # bytes of room a header gets when it has to grow
@@ -103,7 +103,7 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
 
 def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     """The changes that `edits` make to a file, checked."""
-    kv, values = file.kv, {key: typed(value) for key, value in edits.set.items()}
+    kv, values = file.kv, typed_values(edits.set)
     remove = set(edits.remove)
     for key in [*remove, *edits.rename]:
         if key not in kv:
@@ -112,9 +112,13 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
         if new in kv and new not in remove and new not in edits.rename:
             raise PyggmlError(f'{printable(file.path)}: key "{printable(new)}" is already there; '
                               f'remove it to rename "{printable(old)}" to it')
+    if PADDING in {*values, *remove, *edits.rename, *edits.rename.values()}:
+        raise PyggmlError(f'key "{PADDING}" holds the room that the header has to grow; it is not for values')
     both = remove & (set(values) | set(edits.rename))
     if both:
         raise PyggmlError(f'key "{printable(min(both))}" is to be removed and changed at once')
+    for key, value in values.items():
+        _encode(key, value, file.order)             # a value that no file can hold is told as that
     if not edits.force:
         for key, value in [*values.items(), *((new, kv.typed_value(old)) for old, new in edits.rename.items())]:
             problem = keys.problem(key, value)
@@ -134,7 +138,7 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
 
 def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes | memoryview]:
     """Every key with its bytes (key, type, value) in the edited file, in order, without padding; what stays is a view, not a copy."""
-    values = {key: typed(value) for key, value in edits.set.items()}
+    values = typed_values(edits.set)
     remove, buffer = set(edits.remove), memoryview(file.sources[0].head(file.table_end))
     pairs: dict[str, bytes | memoryview] = {}
     for key in file.kv:
@@ -146,19 +150,23 @@ def _pairs(file: TensorFile, edits: Edits) -> dict[str, bytes | memoryview]:
         elif name == key:
             pairs[name] = buffer[entry.key_start:entry.end]
         else:
-            pairs[name] = encode_string(name, file.order) + bytes(buffer[entry.key_start + 8 + len(key.encode()):entry.end])
+            pairs[name] = encode_key(name, file.order) + bytes(buffer[entry.key_start + 8 + len(key.encode()):entry.end])
     for key, value in values.items():
         if key not in pairs:
             pairs[key] = _encode(key, value, file.order)
-    for key in pairs:
-        if not 0 < len(key.encode()) <= gguf.Limits().key or "\0" in key:
-            raise PyggmlError(f'key "{printable(key)}": a key has 1 to {gguf.Limits().key} bytes and no NUL')
     return pairs
 
 
+def _values(file: TensorFile, edits: Edits) -> dict[str, Any]:
+    """The metadata of the edited file, for one that is written anew."""
+    gone = {*edits.remove, PADDING}
+    return {edits.rename.get(key, key): value for key, value in file.kv.typed().items() if key not in gone} | dict(edits.set)
+
+
 def _encode(key: str, value: Typed, order: str) -> bytes:
+    start = encode_key(key, order)
     try:
-        return encode_string(key, order) + encode(value, order)
+        return start + encode(value, order)
     except PyggmlError as error:
         raise PyggmlError(f'key "{printable(key)}": {error}') from None
 
@@ -187,7 +195,9 @@ def _header(file: TensorFile, edits: Edits, grow: bool) -> bytes | None:
         blanks = padding - _SMALLEST_PADDING
         pairs[PADDING] = encode_string(PADDING, file.order) + struct.pack(file.order + "IQ", STRING.id, blanks) + b" " * blanks
     start = bytes(buffer[:_HEADER - 8]) + struct.pack(file.order + "Q", len(pairs))
-    return b"".join([start, *pairs.values(), table, bytes(end - used - padding)])
+    head = b"".join([start, *pairs.values(), table, bytes(end - used - padding)])
+    gguf.prove(head, len(head) + max(0, file.nbytes - file.data_offset), file.path)
+    return head
 
 
 def _padding(used: int, table_end: int, end: int, alignment: int) -> int | None:
@@ -200,8 +210,11 @@ def _padding(used: int, table_end: int, end: int, alignment: int) -> int | None:
 
 
 def _forecast(file: TensorFile, edits: Edits) -> str:
+    """How the file would be changed; PyggmlError when it would not."""
     if _moves_tensors(file, edits):
+        writer.header(_values(file, edits), writer.normal(file.tensors), file.order, file.path)
         return REWRITTEN
+    _header(file, edits, grow=True)
     return IN_PLACE if _header(file, edits, grow=False) is not None else f"{INSERTED} or {REWRITTEN}"
 
 
@@ -221,9 +234,7 @@ def _rewrite(source: PlainFile, file: TensorFile, edits: Edits, output: str | os
     """Write the edited file to `output`, tensor data copied."""
     target = output if output is not None else source.name
     if _moves_tensors(file, edits):
-        values = file.kv.typed()
-        kv = {edits.rename.get(key, key): value for key, value in values.items() if key not in set(edits.remove) and key != PADDING}
-        formats.write(target, {**kv, **edits.set}, file.tensors, order=file.order)
+        formats.write(target, _values(file, edits), file.tensors, order=file.order)
         return
     head = _header(file, edits, grow=False) or _header(file, edits, grow=True)
     assert head is not None                     # a header that may grow always fits

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from pyggml.errors import GGUFError
-from pyggml.formats.source import FIRST_READ, Source
+from pyggml.errors import GGUFError, PyggmlError
+from pyggml.formats.source import FIRST_READ, Memory, Source
 from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, TensorFile
-from pyggml.formats.values import ARRAY, BOOL, STRING, VALUE_TYPES, StringArray, Typed, ValueType, printable, scan_strings
+from pyggml.formats.values import ARRAY, BOOL, MAX_KEY, STRING, VALUE_TYPES, StringArray, Typed, ValueType, printable, scan_strings
 from pyggml.types import BY_ID
 
 MAGIC = b"GGUF"
@@ -39,7 +39,7 @@ class Limits:
     tensors: int = 1 << 17
     elements: int = 64 << 20        # of one metadata array
     string: int = 32 << 20          # bytes of one metadata string
-    key: int = 65535                # bytes of a key
+    key: int = MAX_KEY              # bytes of a key
     name: int = 64                  # bytes of a tensor name
     dims: int = 4
     nesting: int = 64               # depth of arrays within arrays
@@ -94,9 +94,9 @@ class _Cursor:
         if count > left // each:
             self.fail(f"{what} needs {count * each} bytes, {left} are left in the file; it is cut short or damaged")
         end = self.pos + count * each
+        if end > self.limits.header:
+            self.fail(f"metadata and tensor table reach {end} bytes into the file (limit {self.limits.header})")
         if end > self.have:
-            if end > self.limits.header:
-                self.fail(f"metadata and tensor table reach {end} bytes into the file (limit {self.limits.header})")
             raise _NeedMore(end)
         return end
 
@@ -188,7 +188,7 @@ class _Cursor:
         return Entry(ARRAY, element, count, start, self.pos, key_start)
 
     def skip_strings(self, count: int) -> None:
-        end = scan_strings(self.buffer, self.pos, self.have, count, self.order, self.prefix, self.limits.string)
+        end = scan_strings(self.buffer, self.pos, min(self.have, self.limits.header), count, self.order, self.prefix, self.limits.string)
         if end < 0:                         # name the string, or ask for more of the file
             self.pos = -end - 1
             self.need(self.capped("length of a string of the array", self.limits.string, 1), 1, "a string of the array")
@@ -236,6 +236,18 @@ def read(source: Source, limits: Limits | None = None) -> TensorFile:
             n = max(min(2 * n, limits.header), more.args[0])
 
 
+def prove(head: bytes, size: int, name: str) -> None:
+    """PyggmlError when a file of `size` bytes that begins with `head` (all before the tensor data) could not be read again."""
+    source = Memory(head, name)
+    source.size = size
+    try:
+        file = _read(_Cursor(source, head, Limits()), source)
+    except GGUFError as error:
+        raise PyggmlError(f"{error}; such a file could not be read again, so it is not written") from None
+    if file.data_offset != len(head):
+        raise PyggmlError(f"{printable(name)}: a header of {file.data_offset} bytes was made where {len(head)} are needed; nothing is written")
+
+
 def _read(c: _Cursor, source: Source) -> TensorFile:
     n_tensors, n_kv = _read_header(c)
     entries: dict[str, Entry] = {}
@@ -260,7 +272,8 @@ def _read(c: _Cursor, source: Source) -> TensorFile:
 def _read_header(c: _Cursor) -> tuple[int, int]:
     """Counts of tensors and keys; finds out version and byte order."""
     if c.size < len(MAGIC) + 4 or bytes(c.buffer[:4]) != MAGIC:
-        c.fail("not a GGUF file, the magic is not there" if c.size > 8 else f"not a GGUF file, it has {c.size} bytes")
+        magic = bytes(c.buffer[:4])
+        c.fail(f"not a GGUF file, it starts with {magic!r}" if magic != MAGIC[:len(magic)] else f"not a GGUF file, it has {c.size} bytes")
     c.pos = 4
     version = c.u32("version")
     if version & 0xFFFF == 0:                   # no version is that high: the other byte order
@@ -338,7 +351,7 @@ def _place(c: _Cursor, source: Source, infos: dict[str, _Info], data: int, align
     tensors, covered, owner = {}, 0, ""
     for k, info in enumerate(order):
         c.where, c.pos = f'tensor "{printable(info.name)}"', info.offset_at
-        type = BY_ID.get(info.type) or OpaqueType(info.type)
+        type = BY_ID.get(info.type) or OpaqueType(info.type, info.offset_at - 4)
         size = sizes[info.name]
         if size is None:                        # the bytes up to the next tensor; without knowing the type there is no better bound
             size = max(0, (order[k + 1].offset if k + 1 < len(order) else room) - info.offset)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pyggml.errors import PyggmlError
 from pyggml.formats.values import Typed, printable
 
@@ -28,13 +30,14 @@ class Known:
         """What is wrong with a value, or ""."""
         if value.type not in self.types:
             return f"its type is {value.type}; it must be {' or '.join(self.types)}"
-        numbers = value.value if value.type.endswith("[]") else [value.value]
-        if value.type.startswith(("u", "i", "f")):
-            for n in numbers:
-                if not self.low <= n <= self.high:
-                    bounds = f"from {self.low:.10g} to {self.high:.10g}" if math.isfinite(self.high) else "a number"
-                    return f"it is {n}; it must be {bounds}"
-        return ""
+        if not value.type.startswith(("u", "i", "f")):
+            return ""
+        numbers = np.atleast_1d(value.value)
+        out = np.flatnonzero(~((numbers >= self.low) & (numbers <= self.high)))
+        if not len(out):
+            return ""
+        bounds = f"from {self.low:.10g} to {self.high:.10g}" if math.isfinite(self.high) else "a number"
+        return f"{f'element {out[0]}' if value.type.endswith('[]') else 'it'} is {numbers[out[0]].item()}; it must be {bounds}"
 
 
 TEXT, FLAG, TOKEN = Known(("str",)), Known(("bool",)), Known(INT, 0, 2 ** 31 - 1)
@@ -56,8 +59,8 @@ KNOWN: dict[str, Known] = {
     "tokenizer.ggml.pre": TEXT,
     "tokenizer.ggml.tokens": Known(("str[]",)),
     "tokenizer.ggml.merges": Known(("str[]",)),
-    "tokenizer.ggml.scores": Known(("f32[]",)),
-    "tokenizer.ggml.token_type": Known(("i32[]", "u32[]")),
+    "tokenizer.ggml.scores": Known(("f32[]", "i32[]")),
+    "tokenizer.ggml.token_type": Known(("i32[]", "u32[]"), 0, 6),
     "tokenizer.ggml.token_type_count": Known(INT, 0, 2 ** 20),
     **dict.fromkeys((f"tokenizer.ggml.{name}_token_id" for name in (
         "bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "cls")), TOKEN),

@@ -76,6 +76,9 @@ class HttpFile:
     def verify(self) -> None:
         """Every reply was checked when it came."""
 
+    def close(self) -> None:
+        """No connection stays open."""
+
     def _fetch(self, offset: int, n: int) -> np.ndarray:
         if not n:
             return np.empty(0, np.uint8)

@@ -34,6 +34,7 @@ class Source(Protocol):
     def head(self, n: int) -> Any: ...
     def array(self, offset: int, n: int) -> np.ndarray: ...
     def verify(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def _open_regular(path: str) -> tuple[int, os.stat_result]:
@@ -54,16 +55,22 @@ class _LocalFile:
     """A file that is opened here, or one whose descriptor the caller opened and keeps open."""
 
     map: mmap.mmap | None = None
+    fd, borrowed = -1, True
 
     def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
         self.name = os.fspath(path)
-        self.borrowed = fd is not None
         self.fd, self.state = _open_regular(self.name) if fd is None else (fd, os.fstat(fd))
+        self.borrowed = fd is not None
         self.size = self.state.st_size
 
     def __del__(self) -> None:
-        if not self.borrowed and hasattr(self, "fd"):
+        _LocalFile.close(self)
+
+    def close(self) -> None:
+        """Give the descriptor back; nothing can be read any more."""
+        if not self.borrowed:
             os.close(self.fd)
+        self.fd, self.borrowed = -1, True
 
     def changed(self) -> bool:
         """The file was written to or cut since it was opened (a new file renamed over it does not matter to the open one)."""
@@ -92,8 +99,21 @@ class MappedFile(_LocalFile):
             self._watch = lib.pyg_guard_watch(ffi.cast("void *", self._bytes.ctypes.data), self.size)
         self.guarded = self._watch >= 0 or self.map is None
         if self._watch >= 0:
-            weakref.finalize(self.map, lib.pyg_guard_forget, self._watch).atexit = False
+            self._forget = weakref.finalize(self.map, lib.pyg_guard_forget, self._watch)
+            self._forget.atexit = False
             mapped.add(self)
+
+    def close(self) -> None:
+        """Give the map back too, unless arrays of it are in use: they keep it until they are gone."""
+        self._bytes = np.empty(0, np.uint8)
+        try:
+            if self.map is not None:
+                self.map.close()
+                if self._watch >= 0:
+                    self._forget()
+        except BufferError:
+            pass
+        super().close()
 
     def read_ahead(self) -> None:
         """Ask the system for the whole file, in order and in the background: sooner than by touching page after page."""
@@ -119,6 +139,8 @@ class MappedFile(_LocalFile):
         return self.map if self.map is not None else b""
 
     def array(self, offset: int, n: int) -> np.ndarray:
+        if self.fd < 0:
+            raise PyggmlError(f"{printable(self.name)}: the file is closed; open it again")
         return self._bytes[offset:offset + n]
 
 
@@ -172,6 +194,9 @@ class Memory:
 
     def verify(self) -> None:
         """Memory stays."""
+
+    def close(self) -> None:
+        """Memory is whose it was."""
 
 
 def is_address(path: str) -> bool:

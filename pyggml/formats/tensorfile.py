@@ -6,7 +6,7 @@ import math
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ class OpaqueType:
     """A tensor type that this version does not know: its bytes can be listed, copied and hashed, never decoded."""
 
     id: int
+    at: int = field(default=0, compare=False)       # where the file says so
     block = 1
     quantized = True
 
@@ -249,6 +250,23 @@ class TensorFile:
         if name not in self.tensors:
             raise PyggmlError(f'{self.path}: tensor "{printable(name)}" is missing; the file has {len(self.tensors)} others')
         return self.tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file back now, not with the last reference to it. Arrays that were taken from it stay; nothing more can be taken."""
+        for source in self.sources:
+            source.close()
 
     def __repr__(self) -> str:
         return f"<{self.format} file {printable(self.path)}: {len(self.kv)} keys, {len(self.tensors)} tensors, {self.nbytes / 1e6:.1f} MB>"

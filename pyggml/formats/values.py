@@ -6,6 +6,7 @@ A type is written as users of llama.cpp write it: `u32`, `f32`, `bool`, `str`, .
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,15 @@ class ValueType:
         """Bytes of a value; 0 for strings and arrays."""
         return struct.calcsize("<" + self.code) if self.code else 0
 
+    @property
+    def range(self) -> str:
+        """What it can hold, for errors."""
+        if self.code in "fd":
+            return "numbers" if self.code == "d" else "numbers up to 3.4e38"
+        bits = 8 * self.size
+        low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if self.code.islower() else (0, (1 << bits) - 1)
+        return "true or false" if self.code == "?" else f"whole numbers from {low} to {high}"
+
     def dtype(self, order: str) -> np.dtype:
         return np.dtype("?" if self.code == "?" else order + self.code)
 
@@ -42,6 +52,8 @@ VALUE_TYPES = (
 )
 VALUE_TYPE = {t.name: t for t in VALUE_TYPES}
 STRING, ARRAY, BOOL = VALUE_TYPE["str"], VALUE_TYPE["arr"], VALUE_TYPE["bool"]
+
+MAX_KEY = 65535         # bytes of a key
 
 # Characters that would move a terminal's cursor, change its colours or reorder what is read, and half surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -127,6 +139,9 @@ class StringArray(Sequence[str]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and self.tolist() == list(other)
 
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        return list, (self.tolist(),)           # what is pickled or copied is a list
+
     def __repr__(self) -> str:
         shown = ", ".join(repr(s) for s in self[:3])
         return f"[{shown}{', ...' if self._count > 3 else ''}] ({self._count} strings)"
@@ -183,6 +198,17 @@ def typed(value: Any) -> Typed:
     raise PyggmlError(f"a metadata value cannot be a {type(value).__name__}; use a number, text, or a list of one of them")
 
 
+def typed_values(kv: Mapping[str, Any]) -> dict[str, Typed]:
+    """Every value with its type; one that has none is named by its key."""
+    values = {}
+    for key, value in kv.items():
+        try:
+            values[key] = typed(value)
+        except PyggmlError as error:
+            raise PyggmlError(f'key "{printable(key)}": {error}') from None
+    return values
+
+
 # Python classes of array elements; bool stands first because it is an int too
 _KINDS = ((bool, (bool, np.bool_)), (int, (int, np.integer)), (float, (float, np.floating)), (str, (str, bytes)))
 
@@ -224,8 +250,22 @@ def value_type(name: str) -> ValueType:
 
 
 def encode_string(text: str | bytes, order: str) -> bytes:
-    data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    try:
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise PyggmlError(f"{printable(text[:80])!r} has half of a character (a lone surrogate); it cannot be written as UTF-8") from None
     return struct.pack(order + "Q", len(data)) + data
+
+
+def encode_key(key: str, order: str) -> bytes:
+    """A key as it stands before its value."""
+    try:
+        data = key.encode()
+    except UnicodeEncodeError:
+        data = b""
+    if not 0 < len(data) <= MAX_KEY or 0 in data:
+        raise PyggmlError(f'key "{printable(key[:80])}": a key is UTF-8 text of 1 to {MAX_KEY} bytes without NUL')
+    return encode_string(data, order)
 
 
 def encode(value: Typed, order: str = "<") -> bytes:
@@ -243,14 +283,18 @@ def _encode_scalar(t: ValueType, value: Any, order: str) -> bytes:
         if not isinstance(value, str | bytes):
             raise PyggmlError(f"{value!r} is not text")
         return encode_string(value, order)
-    try:
-        return struct.pack(order + t.code, value)
-    except (struct.error, OverflowError, TypeError) as error:
-        raise PyggmlError(f"{printable(repr(value))} does not fit type {t.name} ({error})") from None
+    if isinstance(value, bool | np.bool_) == (t is BOOL):           # Python packs anything as a bool, and a bool as a number
+        try:
+            return struct.pack(order + t.code, value)
+        except (struct.error, OverflowError, TypeError):
+            pass
+    raise PyggmlError(f"{printable(json.dumps(value, default=repr))} does not fit type {t.name}; it takes {t.range}")
 
 
 def _encode_array(array: Typed, order: str) -> bytes:
-    t, values = value_type(array.type[:-2]), array.value
+    t, values = value_type(array.type.removesuffix("[]")), array.value
+    if not array.type.endswith("[]") or isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        raise PyggmlError(f"{printable(repr(values))} is not a list")
     head = struct.pack(order + "IQ", t.id, len(values))
     if isinstance(values, StringArray) and t is STRING and values.order == order and values.prefix == 8:
         return head + values.encoded()
@@ -259,9 +303,11 @@ def _encode_array(array: Typed, order: str) -> bytes:
     if t is ARRAY:
         return head + b"".join(_encode_array(typed(v), order) for v in values)
     if isinstance(values, np.ndarray):
-        exact = values.astype(t.dtype(order))
-        if values.dtype.kind in "iub" and exact.dtype.kind in "iub" and not np.array_equal(exact, values):
-            raise PyggmlError(f"the array's values do not fit type {t.name}")
+        with np.errstate(all="ignore"):
+            exact = values.astype(t.dtype(order))
+        lost = exact != values if exact.dtype.kind in "iu" else np.isinf(exact) & np.isfinite(values) if exact.dtype.kind == "f" else False
+        if (values.dtype.kind == "b") != (t is BOOL) or np.any(lost):
+            raise PyggmlError(f"the array's values do not fit type {t.name}; it takes {t.range}")
         return head + exact.tobytes()
     return head + b"".join(_encode_scalar(t, v, order) for v in values)
 
@@ -270,8 +316,9 @@ def encode_metadata(kv: Mapping[str, Typed], order: str = "<") -> bytes:
     """Every key with its value; a value that cannot be written is named by its key."""
     parts = []
     for key, value in kv.items():
+        parts.append(encode_key(key, order))
         try:
-            parts.append(encode_string(key, order) + encode(value, order))
+            parts.append(encode(value, order))
         except PyggmlError as error:
             raise PyggmlError(f'key "{printable(key)}": {error}') from None
     return b"".join(parts)

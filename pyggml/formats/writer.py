@@ -14,9 +14,9 @@ import numpy as np
 
 from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import Output, replacing
-from pyggml.formats.gguf import DEFAULT_ALIGNMENT, MAGIC, MAX_WEIGHTS, VERSIONS, Limits
+from pyggml.formats.gguf import DEFAULT_ALIGNMENT, MAGIC, MAX_WEIGHTS, VERSIONS, Limits, prove
 from pyggml.formats.tensorfile import Metadata, OpaqueType, Tensor, swap
-from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed
+from pyggml.formats.values import Typed, encode_metadata, encode_string, printable, typed_values
 from pyggml.types import TYPES, TensorType, tensor_type
 
 
@@ -88,7 +88,7 @@ def _existing(t: Tensor) -> NewTensor:
 Tensors = Mapping[str, Any] | Iterable[Tensor | NewTensor]
 
 
-def _normal(tensors: Tensors) -> list[NewTensor]:
+def normal(tensors: Tensors) -> list[NewTensor]:
     """Tensors of any accepted form as NewTensor, with unique names of legal length."""
     if isinstance(tensors, Mapping):
         tensors = [v if isinstance(v, Tensor | NewTensor) else new_tensor(k, v) for k, v in tensors.items()]
@@ -106,13 +106,10 @@ def _normal(tensors: Tensors) -> list[NewTensor]:
     return result
 
 
-def header(kv: Mapping[str, Any], tensors: list[NewTensor], order: str = "<") -> tuple[bytes, int]:
-    """Everything before the data, padding included, and the alignment."""
-    values: dict[str, Typed] = kv.typed() if isinstance(kv, Metadata) else {k: typed(v) for k, v in kv.items()}
+def header(kv: Mapping[str, Any], tensors: list[NewTensor], order: str = "<", name: str = "<memory>") -> tuple[bytes, int]:
+    """Everything before the data of the file `name`, padding included, and the alignment."""
+    values: dict[str, Typed] = kv.typed() if isinstance(kv, Metadata) else typed_values(kv)
     alignment = _alignment(values)
-    for key in values:
-        if not 0 < len(key.encode()) <= Limits().key or "\0" in key:
-            raise PyggmlError(f'key "{printable(key)}": a key has 1 to {Limits().key} bytes and no NUL')
     parts = [MAGIC, struct.pack(order + "IQQ", VERSIONS[-1], len(tensors), len(values)), encode_metadata(values, order)]
     offset = 0
     for t in tensors:
@@ -120,7 +117,9 @@ def header(kv: Mapping[str, Any], tensors: list[NewTensor], order: str = "<") ->
         parts += [encode_string(t.name, order), struct.pack(f"{order}I{len(dims)}QIQ", len(dims), *dims, t.type.id, offset)]
         offset += -(-t.nbytes // alignment) * alignment
     head = b"".join(parts)
-    return head + bytes(-len(head) % alignment), alignment
+    head += bytes(-len(head) % alignment)
+    prove(head, len(head) + offset, name)
+    return head, alignment
 
 
 def _alignment(values: Mapping[str, Typed]) -> int:
@@ -139,8 +138,8 @@ def write(path: str | os.PathLike[str], kv: Mapping[str, Any], tensors: Tensors 
     kv: metadata; a `Metadata` or `Typed` values keep their types, other values get their natural one (see values.typed).
     tensors: name -> array, or Tensor (of an open file) and NewTensor objects. order: "<" little-endian, ">" big-endian.
     """
-    items = _normal(tensors)
-    head, alignment = header(kv, items, order)
+    items = normal(tensors)
+    head, alignment = header(kv, items, order, os.fspath(path))
     total = len(head) + sum(-(-t.nbytes // alignment) * alignment for t in items)
 
     def check(out: Output) -> None:

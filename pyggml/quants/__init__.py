@@ -24,10 +24,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
 
 
-def _pointer(kind: str, array: np.ndarray):
-    return ffi.cast(kind, array.ctypes.data)
-
-
 def _in_chunks(rows: int, per_row: int, threads: int | None, work) -> None:
     """Call work(first, last) over ranges of rows, on several threads when there is enough to do (C calls release the GIL)."""
     step = max(1, _CHUNK // max(1, per_row))
@@ -79,7 +75,7 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, out: np.ndar
     flat, result = raw.reshape(-1, raw.shape[-1]), out.reshape(-1, per_row)
     if lib is not None and not row.user_defined:
         def work(first: int, last: int) -> None:
-            lib.pyg_dequantize(row.id, (last - first) * per_row, _pointer("void *", flat[first:]), _pointer("float *", result[first:]))
+            lib.pyg_dequantize(row.id, (last - first) * per_row, ffi.from_buffer(flat[first:]), ffi.from_buffer("float[]", result[first:]))
         _in_chunks(len(flat), per_row, threads, work)
     else:
         with np.errstate(all="ignore"):
@@ -146,11 +142,11 @@ def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.
     """x, float32 (rows, n), with importance w (n,) or None into out, uint8 (rows, bytes). False when a blocked type gets what is not finite."""
     n = x.shape[1]
     if lib is not None and not row.user_defined:
-        importance = ffi.NULL if w is None else _pointer("float *", w)
+        importance = ffi.NULL if w is None else ffi.from_buffer("float[]", w)
         found = set()
 
         def work(first: int, last: int) -> None:
-            found.add(lib.pyg_quantize(row.id, last - first, n, _pointer("float *", x[first:]), _pointer("void *", out[first:]), importance,
+            found.add(lib.pyg_quantize(row.id, last - first, n, ffi.from_buffer("float[]", x[first:]), ffi.from_buffer(out[first:]), importance,
                                        search, row.quantized))
         _in_chunks(len(x), n, threads, work)
         if 3 in found:

@@ -5,6 +5,7 @@ import pytest
 from pyggml import chat, tokenizers
 from pyggml.chat import CHATML, ChatTemplate, chat_template
 from pyggml.errors import ModelError, PyggmlError
+from pyggml.formats import sandbox
 
 MESSAGES = [{"role": "system", "content": "Be <brief>."}, {"role": "user", "content": " Hé! "}, {"role": "assistant", "content": "Yes?"}]
 VOCAB = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>"], "tokenizer.ggml.token_type": [2, 3, 3]}
@@ -73,7 +74,7 @@ def test_today():
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
 ])
 def test_failures_are_one_sentence(template, sentence, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_STEPS", 10_000)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
     with pytest.raises(PyggmlError, match="the chat template fails") as error:
         ChatTemplate(template).render(MESSAGES)
     assert sentence in str(error.value).lower() and "\n" not in str(error.value)

@@ -80,10 +80,15 @@ METADATA = [
     ("tokenizer.ggml.tokens", [f"t{i}" for i in range(TOKENS - 1)] + ["<0x-1>"], 'byte token 39 is "<0x-1>"'),
     ("tokenizer.ggml.tokens", [f"t{i}" for i in range(TOKENS + 1)], "has 40 rows for 41 tokens"),
     ("tokenizer.ggml.scores", [0.0], "has 1 elements for 40 tokens"),
-    ("tokenizer.ggml.scores", Typed("i8[]", [0] * TOKENS), "its type is i8[]; it must be f32[]"),
+    ("tokenizer.ggml.scores", Typed("i8[]", [0] * TOKENS), "its type is i8[]; it must be f32[] or i32[]"),
     ("tokenizer.ggml.scores", WITHOUT, '"tokenizer.ggml.scores" is missing'),
     ("tokenizer.ggml.token_type", [1], "has 1 elements for 40 tokens"),
+    ("tokenizer.ggml.token_type", [1] * (TOKENS - 1) + [7], "element 39 is 7; it must be from 0 to 6"),
     ("tokenizer.ggml.bos_token_id", 40, "is 40, there are 40 tokens"),
+    ("tokenizer.ggml.model", "", 'is ""; known are llama, gpt2'),
+    ("tokenizer.ggml.model", "lama", 'is "lama"; known are llama, gpt2'),
+    ("llama.vocab_size", [TOKENS, TOKENS], "its type is i32[]; it must be u32"),
+    ("llama.expert_used_count", 2, "is 2, there are 0 experts"),
     ("tokenizer.ggml.model", "gpt2", '"tokenizer.ggml.merges" is missing'),
     (TEMPLATE, "{% for %}", "does not render: TemplateSyntaxError in line 1"),
     (TEMPLATE, "{{ messages[0].__class__.__mro__ }}", "does not render: SecurityError"),
@@ -115,6 +120,24 @@ def test_the_engine_has_the_last_word(tmp_path, capsys):
 def test_experts(tmp_path, capsys):
     kv = sound_kv() | {"llama.expert_count": 2, "llama.expert_used_count": 3}
     assert any("is 3, there are 2 experts" in line for line in problems(tmp_path, capsys, kv, sound_tensors())[1])
+
+
+def test_what_other_programs_can_run_is_no_error(tmp_path, capsys):
+    def others(**changes):
+        status, errors, rest = problems(tmp_path, capsys, sound_kv() | changes, sound_tensors())
+        assert status == 0 and not errors
+        return rest[:-1]
+
+    assert others(**{"tokenizer.ggml.scores": Typed("i32[]", [0] * TOKENS)}) == []
+    assert others(**{"tokenizer.ggml.model": "no_vocab"}) == []
+    assert 'does not run the tokenizer "rwkv"' in others(**{"tokenizer.ggml.model": "rwkv"})[0]
+
+
+@pytest.mark.parametrize("arch, key", [("mamba", "ssm.conv_kernel"), ("rwkv7", "wkv.head_size")])
+def test_recurrent_models_have_no_heads(tmp_path, capsys, arch, key):
+    kv = {"general.architecture": arch, f"{arch}.attention.head_count": 0}
+    assert any("0 attention heads" in line for line in problems(tmp_path, capsys, kv, sound_tensors())[1])
+    assert not problems(tmp_path, capsys, kv | {f"{arch}.{key}": 4}, sound_tensors())[1]
 
 
 FLOATS = [row for row in TYPES if numbers.scales(row) or row.name == "IQ1_M"]
@@ -202,6 +225,7 @@ def test_json_and_many_files(tmp_path, capsys):
 
 HOSTILE = {
     "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "work": "{% for a in range(9999) %}{{ range(99999)|sum }}{% endfor %}",
     "memory": "{{ 'a' * 10**10 }}",
     "output": "{% for a in range(99999) %}{{ 'aaaaaaaaaa' * 100 }}{% endfor %}",
     "class": "{{ ''.__class__.__base__.__subclasses__() }}",
@@ -220,13 +244,20 @@ def test_hostile_templates_are_refused_in_time(name):
 
 
 def test_templates_are_tried_together():
-    found = render.problems(["fine", "{{ x.y.z }}", "x" * (1 << 21), HOSTILE["loop"], "fine too"])
+    found = render.problems(["fine", "{{ x.y.z }}", "x" * (1 << 21), HOSTILE["work"], "fine too"])
     assert found[0] == "" and "UndefinedError" in found[1] and "limit" in found[2] and "does not finish" in found[3] and "not tried" in found[4]
 
 
 def test_a_template_that_refuses_a_conversation_is_fine():
     assert render.problem("{{ raise_exception('system first') }}") == ""
     assert render.problem("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% endfor %}") == ""
+
+
+@pytest.mark.parametrize("template", ["{% generation %}{{ messages[1].content }}{% endgeneration %}",
+                                      "{{ messages|tojson(ensure_ascii=false, indent=4) }}", "{{ strftime_now('%d %b %Y') }}"])
+def test_templates_are_tried_as_the_chat_renders_them(template):
+    from pyggml.chat import ChatTemplate
+    assert render.problem(template) == "" and ChatTemplate(template).render(render.CONVERSATION)
 
 
 def test_sound_numbers_of_every_layout_pass(tmp_path):

@@ -135,7 +135,7 @@ def test_run_imports_what_it_uses():
 def test_public_names_exist():
     import pyggml
 
-    for name in pyggml.__all__:
+    for name in (*pyggml.__all__, "formats", "quants"):
         assert getattr(pyggml, name) is not None and name in dir(pyggml)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = pyggml.nonsense

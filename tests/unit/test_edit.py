@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 
+import malformed
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,18 @@ def contents(path):
     kv = {key: (file.kv.type(key), value if isinstance(value := file.kv[key], str | int | float) else list(value))
           for key in file.kv if key != PADDING}
     return kv, {name: t.stored.tobytes() for name, t in file.tensors.items()}
+
+
+def test_every_legal_file_keeps_the_rest(tmp_path):
+    path = tmp_path / "m.gguf"
+    for case in malformed.legal():
+        if len(case.data) > 1 << 20:
+            continue
+        path.write_bytes(case.data)
+        before = repr(contents(path))
+        for edits in (Edits({"new": 5}), Edits({"new": "x" * 50_000}), Edits(rename={"new": "newer"}), Edits(remove=["newer"])):
+            edit(path, edits)
+        assert repr(contents(path)) == before, case.name
 
 
 def can_insert(folder):
@@ -130,6 +143,10 @@ def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     assert keep is None or dict(keep.kv)["n"] == 5
 
 
+def nested(depth):
+    return 1 if depth == 0 else [nested(depth - 1)]
+
+
 @pytest.mark.parametrize("edits, says", [
     (Edits(remove=["general.nam"]), 'key "general.nam" is missing; did you mean general.name'),
     (Edits(rename={"x": "y"}), 'key "x" is missing'),
@@ -139,14 +156,28 @@ def test_any_sequence_of_edits(tmp_path_factory, steps, held_open):
     (Edits({"llama.block_count": 0}), "it is 0; it must be from 1 to 4096"),
     (Edits(rename={"n": "general.name"}, remove=["general.name"]), "its type is u32; it must be str"),
     (Edits({"general.alignment": Typed("u32", 3)}, force=True), "power of two"),
-    (Edits({"x": Typed("u8", 300)}), "300 does not fit type u8"),
+    (Edits({"x": Typed("u8", 300)}), "300 does not fit type u8; it takes whole numbers from 0 to 255"),
+    (Edits({"llama.attention.head_count": Typed("u32[]", ["a"])}), '"a" does not fit type u32'),
+    (Edits({"n": Typed("u32[]", 5)}), "5 is not a list"),
     (Edits({"": 5}), "1 to 65535 bytes"),
+    (Edits({"\ud800": 5}), "UTF-8 text of 1 to 65535 bytes"),
+    (Edits({"k\udcff": 5}), "UTF-8 text of 1 to 65535 bytes"),
+    (Edits(rename={"n": "k\0"}), "without NUL"),
+    (Edits({"x": "\ud800"}), "half of a character"),
+    (Edits({"x": ["a", "\udc41"]}), "half of a character"),
+    (Edits({"x": nested(65)}), "nested 65 deep .*; such a file could not be read again"),
+    (Edits({"x": "x" * (32 << 20) + "x"}), "length of the string is 33554433 .*; such a file could not be read again"),
+    (Edits({f"x{i}": "x" * (30 << 20) for i in range(3)}), "reach .* such a file could not be read again"),
+    (Edits({PADDING: "x"}, force=True), "holds the room"),
+    (Edits({PADDING: "x" * 100_000}), "holds the room"),
+    (Edits(rename={"n": PADDING}), "holds the room"),
 ])
 def test_refused(model, edits, says):
     before = model.read_bytes()
-    with pytest.raises(PyggmlError, match=says):
-        edit(model, edits)
-    assert model.read_bytes() == before and len(list(model.parent.iterdir())) == 1
+    for how in ({}, {"dry_run": True}, {"output": model.parent / "b.gguf"}):
+        with pytest.raises(PyggmlError, match=says):
+            edit(model, edits, **how)
+        assert model.read_bytes() == before and len(list(model.parent.iterdir())) == 1
 
 
 def test_force(model):
@@ -387,12 +418,17 @@ def test_special_token_by_its_text(tmp_path, capsys):
         run(path, "--special-token", "eos", "a")
 
 
-def test_json_goes_round(model, tmp_path, capsys):
+def document_of(model, folder, capsys):
+    """A file with what `pyggml info --json --full` prints."""
     parser = argparse.ArgumentParser()
     info.add_arguments(parser)
     info.run(parser.parse_args([str(model), "--json", "--full"]))
-    document = tmp_path / "m.json"
-    document.write_text(capsys.readouterr().out)
+    (folder / "m.json").write_text(capsys.readouterr().out)
+    return folder / "m.json"
+
+
+def test_json_goes_round(model, tmp_path, capsys):
+    document = document_of(model, tmp_path, capsys)
     formats.write(tmp_path / "empty.gguf", {}, WEIGHTS)
     run(tmp_path / "empty.gguf", "--from-json", str(document))
     assert contents(tmp_path / "empty.gguf") == contents(model)
@@ -403,8 +439,9 @@ def test_json_goes_round(model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["n"], "is not of the form KEY"), (["=5"], "is not of the form"), (["n=x"], "'x' is not a value of type u32"),
-    (["n=true"], "not a value of type u32"), (["words=x"], "is not a JSON list of type str"),
+    (["n"], "is not of the form KEY"), (["=5"], "is not of the form"), (["n=x"], "'x' is not of type u32; it takes whole numbers from 0"),
+    (["n=true"], "not of type u32"), (["words=x"], "is not of type str.*; it takes a JSON list"),
+    (["x:bool=1"], "takes true or false"), (["x:bool[]=[1]"], "1 does not fit type bool"), (["x:u8[]=[true]"], "true does not fit type u8"),
     (["n:u9=1"], "'u9' is unknown"), (["--rename", "n"], "OLD=NEW"),
     (["--from-json", "none.json"], None), (["general.name:u32=1"], "must be str"),
 ])
@@ -413,6 +450,37 @@ def test_wrong_use(model, args, says):
     with pytest.raises((PyggmlError, OSError), match=says):
         run(model, *args)
     assert model.read_bytes() == before
+
+
+def test_the_room_is_nobodys_to_set(model, tmp_path, capsys):
+    """Not even when it comes with all the keys of another file."""
+    edit(model, Edits({"n": [1] * 5000}))
+    assert PADDING in formats.open(model).kv
+    for wrong in (Edits({PADDING: ""}), Edits(remove=[PADDING]), Edits(rename={PADDING: "x"})):
+        with pytest.raises(PyggmlError, match="holds the room"):
+            edit(model, wrong)
+    document, other = document_of(model, tmp_path, capsys), tmp_path / "other.gguf"
+    formats.write(other, {"n": 1}, WEIGHTS)
+    run(other, "--from-json", str(document))
+    assert contents(other) == contents(model)
+
+
+@pytest.mark.parametrize("value, says", [
+    ({"type": "f64", "value": "abc"}, "'abc' is not of type f64"), ({"type": "u8[]", "value": 5}, "5 is not a list"),
+    ({"type": 5, "value": 5}, "'5' is unknown"), ({"type": "arr[]", "value": 5}, "5 is not a list"),
+    ({"type": "bool", "value": "x"}, '"x" does not fit'),
+    ({"type": "str", "value": 5}, "5 is not text"), ({"type": "f32[]", "value": [[1]]}, "is not of type f32"), (None, "cannot be"),
+])
+def test_wrong_json(model, tmp_path, value, says):
+    document = tmp_path / "m.json"
+    document.write_text(json.dumps({"x": value}))
+    with pytest.raises(PyggmlError, match=says):
+        run(model, "--from-json", str(document))
+
+
+def test_true_as_python_writes_it(model):
+    run(model, "x:bool=True", "y=false")
+    assert contents(model)[0]["x"] == ("bool", True) and contents(model)[0]["y"] == ("bool", False)
 
 
 def test_abbreviated_json_is_refused(model, tmp_path):

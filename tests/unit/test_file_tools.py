@@ -134,6 +134,11 @@ def test_split_and_merge(model, tmp_path, capsys, flags, sizes):
     assert status == 0 and (tmp_path / "whole.gguf").read_bytes() == original
     status, _, error = run(capsys, "merge", parts[0], tmp_path / "whole.gguf")
     assert status == 1 and "exists already; --force" in error
+    assert run(capsys, "split", "--merge", parts[-1], tmp_path / "again.gguf")[0] == 0
+    assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "again.gguf").unlink()
+    status, _, error = run(capsys, "merge", tmp_path / "whole.gguf", tmp_path / "other.gguf")
+    assert status == 1 and "not a part of one" in error
     status, _, error = run(capsys, "merge", parts[0], parts[-1], "--force")
     assert status == 1 and "is one of the parts" in error
     assert run(capsys, "merge", "--delete-splits", "--force", parts[0], tmp_path / "whole.gguf")[0] == 0
@@ -188,5 +193,8 @@ def test_extract(tmp_path, capsys):
     assert np.load(out / "h.npy").tolist() == [1.0]
     assert run(capsys, "extract", path, "q", "--raw", "-o", tmp_path / "raw.npy")[0] == 0
     np.testing.assert_array_equal(np.load(tmp_path / "raw.npy"), blocks)
+    formats.write(tmp_path / "alike.gguf", {}, {"a/b": np.zeros(1, np.float32), "a:b": np.ones(1, np.float32)})
+    status, _, error = run(capsys, "extract", tmp_path / "alike.gguf", "*", "-o", tmp_path / "alike")
+    assert status == 1 and 'tensor "a:b" and "a/b" would both be a_b.npy' in error
     status, _, error = run(capsys, "extract", path, "none", "-o", out)
     assert status == 1 and 'tensor "none" is missing' in error

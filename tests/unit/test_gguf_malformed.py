@@ -1,12 +1,10 @@
 """Every malformed file is refused with one sentence that names the place; every legal oddity is read."""
 
-import importlib.util
 import re
-import sys
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
+import malformed
 import numpy as np
 import pytest
 
@@ -14,11 +12,6 @@ from pyggml import formats
 from pyggml.errors import GGUFError
 from pyggml.formats import values
 from pyggml.formats.source import Memory
-
-_spec = importlib.util.spec_from_file_location("malformed", Path(__file__).parents[2] / "tools" / "malformed.py")
-malformed = importlib.util.module_from_spec(_spec)
-sys.modules["malformed"] = malformed
-_spec.loader.exec_module(malformed)
 
 
 class InPieces(Memory):
@@ -132,8 +125,6 @@ def test_what_fits_into_a_sparse_file_is_still_limited(tmp_path, make, says, use
     path = tmp_path / "sparse.gguf"
     sparse(path, malformed.M.file((make(malformed.M),)), 4 << 30)
     tracemalloc.start()
-    if use_mmap and "reach" in says:            # a map costs no memory: the reader walks it and finds no key behind the array
-        says = "."
     try:
         with pytest.raises(GGUFError, match=says):
             formats.open(path, use_mmap=use_mmap)

@@ -1,6 +1,7 @@
 """Where bytes come from: what is not a regular file is named, and a file that changes under a reader is noticed, not crashed on."""
 
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -62,6 +63,35 @@ def test_descriptors_are_given_back(model):
         for _ in range(20):
             formats.open(model, use_mmap=use_mmap)["w"].raw.sum()
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_closing(model, use_mmap):
+    before = len(os.listdir("/proc/self/fd"))
+    with formats.open(model, use_mmap=use_mmap) as file:
+        weights, mapping = file["w"].numpy(), file.map
+        assert "w" in file and "v" not in file and list(file) == ["w"]
+    with pytest.raises(PyggmlError, match="closed|cannot read"):
+        file["w"].dequantize()
+    assert len(os.listdir("/proc/self/fd")) == before + use_mmap           # a map has a descriptor of its own
+    assert weights[5] == 5 and (mapping is None or not mapping.closed)
+    with formats.open(model, use_mmap=use_mmap) as file:
+        mapping = file.map
+    assert mapping is None or mapping.closed
+    file.close()
+
+
+def test_what_cannot_be_a_path(recwarn):
+    for nonsense in (None, 5, []):
+        with pytest.raises(TypeError):
+            formats.open(nonsense)
+    assert not recwarn
+
+
+def test_copies_of_text_arrays_are_lists(tmp_path):
+    path = tmp_path / "t.gguf"
+    formats.write(path, {"t": ["a", "\udcff"]})
+    assert pickle.loads(pickle.dumps(dict(formats.open(os.fsencode(path)).kv))) == {"t": ["a", "\udcff"]}
 
 
 def test_reading_ahead_asks_for_the_whole_file(model, monkeypatch):

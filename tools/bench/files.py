@@ -2,9 +2,10 @@
 
     python tools/bench/files.py [--size GB] [--folder DIR] [--ggml FOLDER] [--only SECTION]
 
-Times are the smallest of several runs with the file in the page cache; `cp` of the same file is the yardstick for a rewrite. Codecs run on
-one thread, and through the public functions on all; copying the floats is what memory allows. A hash of one piece of data is one thread. --ggml
-names the folder of libggml-base.so and libggml-cpu.so (the llama_cpp package has them in lib/). What is not installed is left out.
+Times are the smallest of several runs with the file in the page cache; `cp` of the same file is the yardstick for a rewrite. A hash of one
+piece of data is one thread. Codecs run on one thread into an array that is there, and as a user calls them: a new array, all threads. Beside
+them stand ggml's C and the gguf package's numpy, which have one thread; copying the floats is what memory allows. --ggml names the folder of
+libggml-base.so and libggml-cpu.so (the llama_cpp package has them in lib/). What is not installed is left out.
 """
 
 from __future__ import annotations
@@ -192,24 +193,25 @@ def in_turn(contestants: list[list[Work]]) -> list[float]:
 
 
 def measure_codecs(folder: Path | None) -> None:
-    """Millions of weights a second; in brackets how many times ggml's C on one thread, and the gguf package on one thread and on all."""
+    """Millions of weights a second, and how many times those of ggml's C and of the gguf package."""
     x = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)
     ggml = Ggml(folder) if folder else None
     copied = np.zeros_like(x)
     once = smallest(TURNS, lambda i: np.copyto(copied, x))
-    print(f"{'millions of weights a second (x ggml, x gguf, all threads x gguf)':<46}   copying floats: {x.size / once / 1e6:.0f}")
-    print(f"{'type':<10}{'decode':>31}{'encode':>31}")
+    print(f"millions of weights a second, times ggml's C, times gguf's numpy (one thread each); copying floats: {x.size / once / 1e6:.0f}")
+    print(f"{'':<8}{''.join(f'{codec + how:>24}' for codec in ('decode', 'encode') for how in (', one thread', ', default call'))}")
     for row in TYPES:
         if not row.activation or row.name == "F32":
             continue
         blocks, cells = quantize(x, row), []
         for codec, array, out in ((dequantize, blocks, np.zeros_like(x)), (quantize, x, np.zeros_like(blocks))):
-            ours = [[partial(codec, array, row, out=out, threads=t)] for t in (1, None)]
+            ours = [[partial(codec, array, row, out=out, threads=1)], [partial(codec, array, row.name)]]
             rival = (ggml.decode if codec is dequantize else ggml.encode)(row, array, out) if ggml else []
-            one, every, c, python = in_turn([*ours, rival, package(row, codec.__name__, array)])
-            ratios = [f"{theirs / time:.2f}" if theirs else "-" for theirs, time in ((c, one), (python, one), (python, every))]
-            cells.append(f"{x.size / one / 1e6:>8.0f} ({ratios[0]:>5},{ratios[1]:>7},{ratios[2]:>7})")
-        print(f"{row.name:<10}{''.join(cells)}", flush=True)
+            *times, c, python = in_turn([*ours, rival, package(row, codec.__name__, array)])
+            for seconds in times:
+                ratios = [f"{theirs / seconds:.2f}" if theirs else "-" for theirs in (c, python)]
+                cells.append(f"{x.size / seconds / 1e6:>8.0f}{ratios[0]:>8}{ratios[1]:>8}")
+        print(f"{row.name:<8}{''.join(cells)}", flush=True)
 
 
 def main() -> None:
