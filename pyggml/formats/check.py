@@ -255,10 +255,22 @@ def _shape_text(t: Tensor, expected: tuple[Any, ...]) -> str:
 
 def values(file: TensorFile) -> Iterator[Finding]:
     """NaN and infinity among weights and scales: the first of each tensor. Tensors are read side by side."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) as pool:
-        for t, bad in zip(file.tensors.values(), pool.map(numbers.first_bad, file.tensors.values()), strict=True):
-            if bad is None or isinstance(t.type, OpaqueType):
-                continue
+    found, left = {}, iter(file.tensors.values())
+
+    def take(_: int) -> None:
+        for t in left:
+            if (bad := numbers.first_bad(t)) is not None:
+                found[t.name] = bad
+
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            list(pool.map(take, range(threads)))
+        finally:
+            list(left)                  # an error or Ctrl-C leaves nothing for the other threads
+    for t in file.tensors.values():
+        if t.name in found:
+            bad = found[t.name]
             row_blocks = max(1, t.shape[-1] // t.type.block if t.shape else 1)
             row, block = divmod(bad.block, row_blocks)
             what = f"block {block}: {bad.field}" if bad.field else f"weight {block}"

@@ -28,6 +28,7 @@ from pyggml.types import BY_ID
 MAGIC = b"GGUF"
 VERSIONS = (1, 2, 3)
 DEFAULT_ALIGNMENT = 32
+GROWTH = 8                     # how much more of a file is read when what was read is not all of its header, which is then gone through again
 MAX_WEIGHTS = 2 ** 60          # zero dimensions counted as one: numpy and C address arrays of this shape, of up to 8 bytes a weight
 
 
@@ -233,7 +234,7 @@ def read(source: Source, limits: Limits | None = None) -> TensorFile:
         try:
             return _read(_Cursor(source, source.head(n), limits), source)
         except _NeedMore as more:
-            n = max(min(2 * n, limits.header), more.args[0])
+            n = max(min(GROWTH * n, limits.header), more.args[0])
 
 
 def prove(head: bytes, size: int, name: str) -> None:
