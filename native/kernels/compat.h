@@ -2,6 +2,7 @@
 // Blocks stand side by side as in search.h, which also does the fits; here is what ggml does otherwise.
 #pragma once
 
+INLINE weights as_ggml(const vf *x, const vf *w) { return (weights){x, w, NULL}; }        // sums in its order
 INLINE void group_weights(int groups, int n, const vf *w, vf *sw) {
     for (int g = 0; g < groups; g++) {
         sw[g] = w[g * n];
@@ -55,26 +56,36 @@ INLINE vf positive_multipliers(int n, float most, const vf *x, const vf *w, vf *
     }
     return vf_select(ll > 0, lx / ll, vf_set(0));
 }
-// The scale of n values on -4 .. 3 under the weights x^2: the top on -4, then single codes are moved while that helps.
-INLINE vf scale_by_moves(int n, const vf *x) {
-    vf factor = -4.0f * vf_inverse(signed_top(n, x)), l[16], lx = {0}, ll = {0};
-    for (int i = 0; i < n; i++) {
-        vf w = x[i] * x[i];
-        l[i] = vf_clamp(vf_round(factor * x[i]), -4, 3);
-        lx += w * x[i] * l[i];
-        ll += w * l[i] * l[i];
-    }
-    for (int sweep = 0; sweep < 5; sweep++) {
-        for (int i = 0; i < n; i++) {
-            vf w = x[i] * x[i], wx = w * x[i], other_lx = lx - wx * l[i], other_ll = ll - w * l[i] * l[i];
-            vf moved = vf_clamp(vf_round(x[i] * other_ll / other_lx), -4, 3), new_lx = other_lx + wx * moved, new_ll = other_ll + w * moved * moved;
-            vi better = (other_lx > 0) & (moved != l[i]) & (new_ll > 0) & (new_lx * new_lx * ll > lx * lx * new_ll);
-            vf_keep(better, &l[i], moved);
-            vf_keep(better, &lx, new_lx);
-            vf_keep(better, &ll, new_ll);
+// The scales of 4 groups of 16 values on -4 .. 3 under the weights x^2: the top on -4, then single codes are moved while that helps.
+INLINE void scales_by_moves(const vf *x, vf *scale) {
+    vf l[4][16], lx[4], ll[4];
+    for (int g = 0; g < 4; g++) {
+        vf factor = -4.0f * vf_inverse(signed_top(16, x + 16 * g));
+        lx[g] = ll[g] = vf_set(0);
+        for (int i = 0; i < 16; i++) {
+            vf xi = x[16 * g + i], w = xi * xi;
+            l[g][i] = vf_clamp(vf_round(factor * xi), -4, 3);
+            lx[g] += w * xi * l[g][i];
+            ll[g] += w * l[g][i] * l[g][i];
         }
     }
-    return vf_select(ll > 0, lx / ll, vf_set(0));
+    vi any = vi_set(-1);
+    for (int sweep = 0; sweep < 5 && vi_any(any); sweep++) {
+        any = vi_set(0);
+        for (int i = 0; i < 16; i++) {
+            UNROLL(4) for (int g = 0; g < 4; g++) {        // a step of one group waits for its step before, not for the others'
+                vf xi = x[16 * g + i], w = xi * xi, wx = w * xi, other_lx = lx[g] - wx * l[g][i], other_ll = ll[g] - w * l[g][i] * l[g][i];
+                vf moved = vf_clamp(vf_round(xi * other_ll / other_lx), -4, 3);
+                vf new_lx = other_lx + wx * moved, new_ll = other_ll + w * moved * moved;
+                vi better = (other_lx > 0) & (moved != l[g][i]) & (new_ll > 0) & (new_lx * new_lx * ll[g] > lx[g] * lx[g] * new_ll);
+                vf_keep(better, &l[g][i], moved);
+                vf_keep(better, &lx[g], new_lx);
+                vf_keep(better, &ll[g], new_ll);
+                any |= better;
+            }
+        }
+    }
+    for (int g = 0; g < 4; g++) scale[g] = vf_select(ll[g] > 0, lx[g] / ll[g], vf_set(0));
 }
 // Integers for given scales: the largest gets `extreme`, the others the nearest.
 INLINE vf nearest_multipliers(int n, float extreme, float low, float high, const vf *scale, vf *s) {
@@ -84,11 +95,57 @@ INLINE vf nearest_multipliers(int n, float extreme, float low, float high, const
     for (int g = 0; g < n; g++) s[g] = vf_clamp(vf_round(factor * scale[g]), low, high);
     return vf_half(top / extreme);
 }
+typedef enum { BY_SQUARES, BY_MAGNITUDES } measure;                        // the least of what: w e e, w |e|
+// Scale and minimum for codes 0..top, the minimum at most 0. The range reaches from the best minimum so far to the largest weight.
+INLINE affine_fit compat_affine(float top, measure by, affine_candidates c, int n, const vf *x, const vf *w) {
+    vf low = x[0], high = low, sw = w[0], sx = w[0] * x[0];
+    for (int i = 1; i < n; i++) {
+        low = vf_min(low, x[i]);
+        high = vf_max(high, x[i]);
+        sw += w[i];
+        sx += w[i] * x[i];
+    }
+    low = vf_min(low, vf_set(0));
+    vi some = high > low;
+    affine_fit best = {(vf)((vi)(1.0f / (top / (high - low))) & some), low, {0}, low, vf_set(-INFINITY)};
+    for (int i = -1; i < c.n; i++) {             // first the range itself, as it is
+        vf a = best.scale, m = best.minimum, base = m, factor = (vf)((vi)((i < 0 ? top : c.from + c.step * i) / (high - base)) & some);
+        affine_sums s = {{0}, {0}, {0}};
+        for (int j = 0; j < n; j++) {
+            vf q = affine_code(x[j], base, factor, top), wq = w[j] * q;
+            s.q += wq;
+            s.qq += wq * q;
+            s.xq += wq * x[j];
+        }
+        vi solved = some;
+        if (i >= 0) {
+            vf det = sw * s.qq - s.q * s.q;
+            solved &= det > 0;
+            a = (sw * s.xq - sx * s.q) / det;
+            m = (s.qq * sx - s.q * s.xq) / det;
+            vi over = m > 0;
+            vf_keep(over, &m, vf_set(0));
+            vf_keep(over, &a, s.xq / s.qq);
+        }
+        vf gain = {0};
+        for (int j = 0; j < n; j++) {
+            vf e = a * affine_code(x[j], base, factor, top) + m - x[j];
+            gain -= w[j] * (by == BY_SQUARES ? e * e : vf_abs(e));
+        }
+        vi better = (gain > best.gain) & solved;
+        vf_keep(better, &best.gain, gain);
+        vf_keep(better, &best.scale, a);
+        vf_keep(better, &best.minimum, m);
+        vf_keep(better, &best.factor, factor);
+        vf_keep(better, &best.base, base);
+    }
+    return best;
+}
 INLINE void compat_scaled_affine(float top, float most, affine_candidates c, measure by, int weighted, int groups, int n, const vf *x, const vf *w,
                                  fitted *out) {
     vf scale[MAX_GROUPS], minimum[MAX_GROUPS], sw[MAX_GROUPS];
     for (int g = 0; g < groups; g++) {
-        affine_fit a = fit_affine(top, 1, by, c, n, x + g * n, w + g * n);
+        affine_fit a = compat_affine(top, by, c, n, x + g * n, w + g * n);
         scale[g] = a.scale;
         minimum[g] = -a.minimum;
     }

@@ -23,31 +23,25 @@ INLINE void load_lanes(int n, const float *const from[VL], vf *out) {
         memcpy(out + i, t, sizeof t);
     }
 }
-// And back: n vectors, lane l to out[l].
-INLINE void store_lanes(int n, const vf *in, float out[VL][MAX_BLOCK]) {
-    for (int i = 0; i < n; i += VL) {
-        vf t[VL];
-        memcpy(t, in + i, sizeof t);
-        transpose(t);
-        UNROLL(16) for (int l = 0; l < VL; l++) vf_store(out[l] + i, t[l]);
-    }
-}
-static float mean_square(int64_t n, const float *x) {      // summed in order, as ggml does
-    float sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
-    return sum / n;
+typedef struct { int64_t row; float mean; } row_square;      // the mean square of the row that was last asked for
+static float mean_square(int64_t row, int64_t n, const float *x, row_square *last) {
+    if (last->row == row) return last->mean;
+    float sum = 0;                                         // in order, as ggml does
+    for (int64_t i = 0; i < n; i++) sum += x[row * n + i] * x[row * n + i];
+    *last = (row_square){row, sum / n};
+    return last->mean;
 }
 // Blocks k, k + 1, ... of rows of n weights (missing ones repeat the last) with what their errors weigh; returns how many there are.
 INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n, const float *x, const float *importance,
-                       plain_weights plain, importance_weights given) {
+                       plain_weights plain, importance_weights given, row_square *last) {
     const float *from[VL], *weights[VL];
     float row[VL];
     int count = blocks - k < VL ? blocks - k : VL;
     for (int l = 0; l < VL; l++) {
-        int64_t b = k + (l < count ? l : count - 1), per_row = n / block, r = b / per_row;
+        int64_t b = k + (l < count ? l : count - 1), per_row = n / block;
         from[l] = x + b * block;
         weights[l] = importance ? importance + b % per_row * block : x;
-        if (importance && given == WITH_ROW) row[l] = l && (b - 1) / per_row == r ? row[l - 1] : mean_square(n, x + r * n);
+        if (importance && given == WITH_ROW) row[l] = mean_square(b / per_row, n, x, last);
     }
     load_lanes(block, from, t->x);
     if (importance) load_lanes(block, weights, t->w);
@@ -58,12 +52,13 @@ INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n,
 // ---- blocks of a type ----------------------------------------------------------------------------------------------------------------------
 typedef enum { NEVER, WITHOUT_IMPORTANCE, WITH_IMPORTANCE, ALWAYS } when;
 INLINE int holds(when w, const float *importance) { return w == ALWAYS || w == (importance ? WITH_IMPORTANCE : WITHOUT_IMPORTANCE); }
+typedef struct { vf xx, ex, ee; } errors;        // sums over weights x and their errors e of w x x, w e x, w e e
+static const errors no_errors = {{0}, {0}, {0}};
 typedef struct {
     int block, bytes;
-    int scale, n_scales;         // where the half floats are that multiply all of a block
     void (*fit)(const slab *t, int search, int weighted, fitted *f);
+    errors (*errors)(const slab *t, const fitted *f);
     void (*pack)(const float *x, const fitted *f, int lane, void *block);
-    void (*decode)(int64_t n, const void *block, float *y);
     void (*formula)(int64_t n, const float *x, void *dst, const float *importance);
     when ggml_fits;              // its formula otherwise
     plain_weights plain;         // what errors count without importance, for ggml
@@ -71,76 +66,102 @@ typedef struct {
     importance_weights given;
     when stretched;              // where divergence is the less for it, on several texts
 } encoder;
-enum { LARGEST = sizeof(block_q6_K) };
 
-// What a block loses: squared errors, or with `longer` the loss, after the block was stretched to where that is least.
-static float stretch(const encoder *e, const float *x, const float *w, uint8_t *block, int longer) {
-    float y[MAX_BLOCK], ratio = 1;
-    vf xx = {0}, ex = {0}, ee = {0};
-    e->decode(e->block, block, y);
-    for (int i = 0; i < e->block; i += VL) {
-        vf v = vf_load(x + i), off = v - vf_load(y + i), weighted = vf_load(w + i) * off;
-        xx = vf_fma(vf_load(w + i) * v, v, xx);
-        ex = vf_fma(weighted, v, ex);
-        ee = vf_fma(weighted, off, ee);
-    }
-    float energy = vf_sum(xx), shrunk = vf_sum(ex), squares = vf_sum(ee);
-    if (!longer) return squares;
-    moments m = {energy, energy - shrunk, energy - 2 * shrunk + squares};
-    float loss = loss_of(squares, shrunk, energy), best = best_scale(m);
-    f16 old[2], new[2];
-    memcpy(old, block + e->scale, e->n_scales * sizeof *old);
-    for (int i = 0; i < e->n_scales; i++) new[i] = f32_to_f16(f16_to_f32(old[i]) * best);
-    if (f16_to_f32(old[0]) != 0) ratio = f16_to_f32(new[0]) / f16_to_f32(old[0]);
-    float saved = curvature(m) * ((best - 1) * (best - 1) - (ratio - best) * (ratio - best));
-    if (!(ratio > 1 && saved > 0)) return loss;
-    memcpy(block + e->scale, new, e->n_scales * sizeof *new);
-    return loss - saved;
+// What blocks lose: squared errors, or with `longer` the loss, after they were stretched to where that is least.
+INLINE vf stretch(errors s, int longer, fitted *f) {
+    f->stored = f->d;
+    f->stored_min = f->dmin;
+    if (!longer) return s.ee;
+    vf along = (COHERENCE - 1) * vf_inverse(s.xx), xv = s.xx - s.ex, vv = s.xx - 2.0f * s.ex + s.ee;
+    vf loss = s.ee + along * s.ex * s.ex, curvature = vv + along * xv * xv, best = COHERENCE * xv * vf_inverse(curvature);
+    vf ratio = vf_half(f->d * best) * vf_inverse(vf_half(f->d));
+    vf saved = curvature * ((best - 1) * (best - 1) - (ratio - best) * (ratio - best));
+    vi better = (ratio > 1) & (saved > 0);
+    vf_keep(better, &f->stored, f->d * best);
+    vf_keep(better, &f->stored_min, f->dmin * best);
+    return loss - vf_select(better, saved, vf_set(0));
+}
+INLINE void keep_fit(vi better, fitted *best, const fitted *f) {
+    vf *to = (vf *)best;
+    const vf *from = (const vf *)f;
+    for (size_t i = 0; i < sizeof *f / sizeof *from; i++) vf_keep(better, to + i, from[i]);
 }
 
 // A search minimizes the plain squared error (but see Q4_0), or the weighted one that ggml minimizes: with importance alone, divergence was higher (the
 // factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). Where ggml fits too and its choice loses less, that
 // is taken.
 static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float *x, uint8_t *dst, const float *importance, int search) {
-    int fits = holds(e->ggml_fits, importance), longer = holds(e->stretched, importance), given = importance != NULL;
+    int fits = holds(e->ggml_fits, importance), longer = search && holds(e->stretched, importance), given = importance != NULL;
     int weighted = given || (search && e->searched != EQUAL);
     if (!search && !fits) {
         e->formula(rows * n, x, dst, NULL);
         return 0;
     }
     int64_t blocks = rows * (n / e->block);
-    float w[VL][MAX_BLOCK];
-    for (int l = 0; l < VL; l++)
-        for (int i = 0; i < e->block; i++) w[l][i] = 1;
+    row_square last = {-1, 0};
     for (int64_t k = 0; k < blocks; k += VL, dst += VL * e->bytes) {
         slab t;
-        fitted f;
-        int count = load_blocks(&t, e->block, k, blocks, n, x, importance, search ? e->searched : e->plain, e->given);
+        fitted f = {0}, other = {0};
+        int count = load_blocks(&t, e->block, k, blocks, n, x, importance, search ? e->searched : e->plain, e->given, &last);
         e->fit(&t, search, weighted, &f);
+        if (!search || !(fits || longer)) stretch(no_errors, 0, &f);
+        else {
+            vf loss = stretch(e->errors(&t, &f), longer, &f);
+            if (fits) {
+                if (!given) weigh(e->plain, e->given, 0, vf_set(0), e->block, t.x, t.w);
+                e->fit(&t, 0, given, &other);
+                if (!given) weigh(e->searched, e->given, 0, vf_set(0), e->block, t.x, t.w);
+                keep_fit(stretch(e->errors(&t, &other), longer, &other) < loss, &f, &other);
+            }
+        }
         for (int l = 0; l < count; l++) e->pack(x + (k + l) * e->block, &f, l, dst + l * e->bytes);
-        if (!search || !(fits || longer)) continue;
-        if (weighted) store_lanes(e->block, t.w, w);
-        if (fits) {
-            load_blocks(&t, e->block, k, blocks, n, x, importance, e->plain, e->given);
-            e->fit(&t, 0, given, &f);
-        }
-        for (int l = 0; l < count; l++) {
-            const float *from = x + (k + l) * e->block;
-            uint8_t *block = dst + l * e->bytes, other[LARGEST];
-            float loss = stretch(e, from, w[l], block, longer);
-            if (!fits) continue;
-            e->pack(from, &f, l, other);
-            if (stretch(e, from, w[l], other, longer) < loss) memcpy(block, other, e->bytes);
-        }
     }
     return 0;
 }
-#define ENCODER(name, QK, first, n_scales, formula, ggml_fits, plain, searched, given, stretched)       \
-    static const encoder encoder_##name = {QK, sizeof(block_##name), offsetof(block_##name, first), n_scales, fit_##name, pack_##name, \
-                                           dequantize_##name, formula, ggml_fits, plain, searched, given, stretched}; \
+#define ENCODER(name, QK, ERRORS, formula, ggml_fits, plain, searched, given, stretched)                \
+    static errors errors_##name(const slab *t, const fitted *f) { (void)t; (void)f; return ERRORS; }    \
+    static const encoder encoder_##name = {QK, sizeof(block_##name), fit_##name, errors_##name, pack_##name, formula, ggml_fits, plain, searched, \
+                                           given, stretched};                                           \
     static int encode_##name(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
         return encode_blocks(&encoder_##name, rows, n, x, dst, importance, search);                     \
     }
+
+// ---- errors, blocks side by side ------------------------------------------------------------------------------------------------------------
+INLINE void add_error(errors *s, vf w, vf x, vf v) {
+    vf e = x - v, wx = w * x;
+    s->xx = vf_fma(wx, x, s->xx);
+    s->ex = vf_fma(wx, e, s->ex);
+    s->ee = vf_fma(w * e, e, s->ee);
+}
+// Of weight = d * value, and of weight = d * code + minimum; with groups, of integer multiples of those.
+INLINE errors direct_errors(const levels *p, int n, const slab *t, const fitted *f) {
+    errors s = {{0}, {0}, {0}};
+    vf d = vf_half(f->d);
+    for (int i = 0; i < n; i++) add_error(&s, t->w[i], t->x[i], d * value_at(p, t->x[i], f->factor));
+    return s;
+}
+INLINE errors direct_affine_errors(float top, int n, const slab *t, const fitted *f) {
+    errors s = {{0}, {0}, {0}};
+    vf d = vf_half(f->d), m = vf_half(f->dmin);
+    for (int i = 0; i < n; i++) add_error(&s, t->w[i], t->x[i], vf_fma(d, affine_code(t->x[i], f->m[0], f->factor, top), m));
+    return s;
+}
+INLINE errors scaled_errors(const levels *p, int groups, int n, const slab *t, const fitted *f) {
+    errors s = {{0}, {0}, {0}};
+    for (int g = 0; g < groups; g++) {
+        vf d = f->d * f->s[g], factor = vf_inverse(d);
+        for (int i = g * n; i < (g + 1) * n; i++) add_error(&s, t->w[i], t->x[i], d * value_at(p, t->x[i], factor));
+    }
+    return s;
+}
+INLINE errors scaled_affine_errors(float top, int groups, int n, const slab *t, const fitted *f) {
+    errors s = {{0}, {0}, {0}};
+    for (int g = 0; g < groups; g++) {
+        vf d = f->d * f->s[g], m = -f->dmin * f->m[g], factor = vf_inverse(d);
+        for (int i = g * n; i < (g + 1) * n; i++) add_error(&s, t->w[i], t->x[i], vf_fma(d, affine_code(t->x[i], m, factor, top), m));
+    }
+    return s;
+}
 
 // ---- codes, one block at a time -------------------------------------------------------------------------------------------------------------
 // codes = nearest value of x * factor, plus zero

@@ -113,7 +113,7 @@ static void nearest_magnitudes(const grid_type *type, const grid *g, const float
         c->minus[i / 8] = minus;
         c->down[i / 8] = 0;
         for (int j = i; j < i + 8; j += type->width) {
-            int e = c->entry[j / type->width] = nearest_entry(g, t + j, level + j, w + j, g->levels, 0);
+            int e = c->entry[j / type->width] = nearest_entry(g, t + j, level + j, w + j, &g->own, 0);
             for (int k = 0; k < type->width; k++) {
                 float v = g->value[e * type->width + k];
                 c->value[j + k] = minus >> (j + k - i) & 1 ? -v : v;
@@ -135,7 +135,7 @@ static void nearest_ternary(const grid_type *type, const grid *g, const float *x
             uint16_t entry[4];
             for (int j = 0; j < type->span; j += 8) {
                 const float *tj = t[down] + i + j;
-                int e = entry[j / 8] = nearest_entry(g, tj, level[down] + i + j, w + i + j, g->levels, 0);
+                int e = entry[j / 8] = nearest_entry(g, tj, level[down] + i + j, w + i + j, &g->own, 0);
                 for (int k = 0; k < 8; k++) {
                     float off = tj[k] - g->value[8 * e + k];
                     distance += w[i + j + k] * off * off;

@@ -11,13 +11,13 @@ static void fit_q2_K(const slab *t, int search, int weighted, fitted *f) {
 static void pack_q2_K(const float *x, const fitted *f, int l, void *block) {
     block_q2_K *b = block;
     int8_t codes[256];
-    b->d = f32_to_f16(f->d[l]);
-    b->dmin = f32_to_f16(f->dmin[l]);
+    b->d = f32_to_f16(f->stored[l]);
+    b->dmin = f32_to_f16(f->stored_min[l]);
     for (int g = 0; g < 16; g++) b->scales[g] = (int)f->s[g][l] | (int)f->m[g][l] << 4;
     scaled_affine_codes(16, 16, x, f, l, 3, codes);
     pack_plane_bits(codes, 2, 0, 64, b->qs);
 }
-ENCODER(q2_K, 256, d, 2, NULL, ALWAYS, MAGNITUDE, EQUAL, WITH_BLOCK, ALWAYS)
+ENCODER(q2_K, 256, scaled_affine_errors(3, 16, 16, t, f), NULL, ALWAYS, MAGNITUDE, EQUAL, WITH_BLOCK, ALWAYS)
 
 INLINE void pack_scales_k4(const fitted *f, int l, uint8_t *packed) {
     uint8_t s[8], m[8];
@@ -37,14 +37,14 @@ INLINE void pack_scales_k4(const fitted *f, int l, uint8_t *packed) {
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
         block_##name *b = block;                                                                        \
         int8_t codes[256];                                                                              \
-        b->d = f32_to_f16(f->d[l]);                                                                     \
-        b->dmin = f32_to_f16(f->dmin[l]);                                                               \
+        b->d = f32_to_f16(f->stored[l]);                                                                     \
+        b->dmin = f32_to_f16(f->stored_min[l]);                                                               \
         pack_scales_k4(f, l, b->scales);                                                                \
         scaled_affine_codes(8, 32, x, f, l, TOP, codes);                                                \
         pack_plane_bits(codes, 4, 0, 128, b->qs);                                                       \
         FIFTH;                                                                                          \
     }                                                                                                   \
-    ENCODER(name, 256, d, 2, NULL, ALWAYS, RMS_AND_MAGNITUDE, EQUAL, WITH_TWICE_BLOCK, WITHOUT_IMPORTANCE)
+    ENCODER(name, 256, scaled_affine_errors(TOP, 8, 32, t, f), NULL, ALWAYS, RMS_AND_MAGNITUDE, EQUAL, WITH_TWICE_BLOCK, WITHOUT_IMPORTANCE)
 ENCODE_K4(q4_K, 15, RANGES(14, 0.1f, 21), )
 ENCODE_K4(q5_K, 31, RANGES(30.5f, 0.1f, 16), pack_plane_bits(codes, 1, 4, 32, b->qh))
 
@@ -57,20 +57,20 @@ static void fit_q3_K(const slab *t, int search, int weighted, fitted *f) {
     } else if (weighted) {
         static const levels signed_six = INTEGERS(-32, 31);
         candidates c = tenths_around(4), c_scale = tenths_around(32);
-        for (int g = 0; g < 16; g++) scale[g] = fit_scale(&levels_q3_K, &c, 0, 16, t->x + 16 * g, t->w + 16 * g).scale;
+        for (int g = 0; g < 16; g++) scale[g] = fit_scale(&levels_q3_K, &c, 0, 16, as_ggml(t->x + 16 * g, t->w + 16 * g)).scale;
         group_weights(16, 16, t->w, sw);
-        scale_fit s = fit_scale(&signed_six, &c_scale, 0, 16, scale, sw);
+        scale_fit s = fit_scale(&signed_six, &c_scale, 0, 16, as_ggml(scale, sw));
         f->d = vf_half(s.scale);
         for (int g = 0; g < 16; g++) f->s[g] = nearest(&signed_six, scale[g] * s.factor);
     } else {
-        for (int g = 0; g < 16; g++) scale[g] = scale_by_moves(16, t->x + 16 * g);
+        for (int g = 0; g < 16; g += 4) scales_by_moves(t->x + 16 * g, scale + g);
         f->d = nearest_multipliers(16, -32, -32, 31, scale, f->s);
     }
 }
 static void pack_q3_K(const float *x, const fitted *f, int l, void *block) {
     block_q3_K *b = block;
     int8_t codes[256];
-    b->d = f32_to_f16(f->d[l]);
+    b->d = f32_to_f16(f->stored[l]);
     memset(b->scales, 0, sizeof b->scales);
     for (int g = 0; g < 16; g++) {
         int six = (int)f->s[g][l] + 32;
@@ -81,7 +81,7 @@ static void pack_q3_K(const float *x, const fitted *f, int l, void *block) {
     pack_plane_bits(codes, 2, 0, 64, b->qs);
     pack_plane_bits(codes, 1, 2, 32, b->hmask);
 }
-ENCODER(q3_K, 256, d, 1, NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(q3_K, 256, scaled_errors(&levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
 
 static void fit_q6_K(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
@@ -92,13 +92,13 @@ static void fit_q6_K(const slab *t, int search, int weighted, fitted *f) {
     }
     vf scale[16];
     candidates c = tenths_around(32);
-    for (int g = 0; g < 16; g++) scale[g] = fit_scale(&levels_q6_K, &c, 0, 16, t->x + 16 * g, t->w + 16 * g).scale;
+    for (int g = 0; g < 16; g++) scale[g] = fit_scale(&levels_q6_K, &c, 0, 16, as_ggml(t->x + 16 * g, t->w + 16 * g)).scale;
     f->d = nearest_multipliers(16, -128, -128, 127, scale, f->s);
 }
 static void pack_q6_K(const float *x, const fitted *f, int l, void *block) {
     block_q6_K *b = block;
     int8_t codes[256];
-    b->d = f32_to_f16(f->d[l]);
+    b->d = f32_to_f16(f->stored[l]);
     for (int g = 0; g < 16; g++) b->scales[g] = f->s[g][l];
     scaled_codes(&levels_q6_K, 16, 16, x, f, l, 32, codes);
     for (int j = 0; j < 128; j++) {
@@ -107,7 +107,7 @@ static void pack_q6_K(const float *x, const fitted *f, int l, void *block) {
     }
     pack_plane_bits(codes, 2, 4, 64, b->qh);
 }
-ENCODER(q6_K, 256, d, 1, NULL, ALWAYS, SQUARE, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(q6_K, 256, scaled_errors(&levels_q6_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, AS_GIVEN, ALWAYS)
 
 static void fit_iq4_xs(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
@@ -118,14 +118,14 @@ static void fit_iq4_xs(const slab *t, int search, int weighted, fitted *f) {
         return;
     }
     vf scale[8];
-    for (int g = 0; g < 8; g++) scale[g] = fit_scale(&p, &c, 0, 32, t->x + 32 * g, t->w + 32 * g).scale;
+    for (int g = 0; g < 8; g++) scale[g] = fit_scale(&p, &c, 0, 32, as_ggml(t->x + 32 * g, t->w + 32 * g)).scale;
     f->d = nearest_multipliers(8, -32, -32, 31, scale, f->s);
 }
 static void pack_iq4_xs(const float *x, const fitted *f, int l, void *block) {
     block_iq4_xs *b = block;
     const levels p = levels_of(iq4_values);
     int8_t codes[256];
-    b->d = f32_to_f16(f->d[l]);
+    b->d = f32_to_f16(f->stored[l]);
     scaled_codes(&p, 8, 32, x, f, l, 0, codes);
     memset(b->scales_l, 0, sizeof b->scales_l);
     b->scales_h = 0;
@@ -136,4 +136,4 @@ static void pack_iq4_xs(const float *x, const fitted *f, int l, void *block) {
         pack_nibbles(codes + 32 * g, b->qs + 16 * g);
     }
 }
-ENCODER(iq4_xs, 256, d, 1, NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_xs, 256, scaled_errors(levels_of_iq4(&(levels){0}), 8, 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)

@@ -14,8 +14,10 @@ static candidates from_ends(const levels *p, float above, float step, int n) {
     static const levels levels_##name = INTEGERS(first, last);                                          \
     static void fit_##name(const slab *t, int search, int weighted, fitted *f) {                        \
         candidates c = search ? from_ends(&levels_##name, above, step, n) : tenths_around(-(first));    \
-        scale_fit s = !search ? fit_scale(&levels_##name, &c, 0, QK, t->x, t->w)                        \
-                    : weighted ? fit_direct(&levels_##name, &c, QK, t->x, t->w) : fit_direct(&levels_##name, &c, QK, t->x, NULL); \
+        vf products[QK];                                                                                \
+        scale_fit s = !search ? fit_scale(&levels_##name, &c, 0, QK, as_ggml(t->x, t->w))               \
+                    : weighted ? fit_direct(&levels_##name, &c, QK, weights_of(QK, t->x, t->w, products)) \
+                    : fit_direct(&levels_##name, &c, QK, weights_of(QK, t->x, NULL, products));         \
         f->d = s.scale;                                                                                 \
         f->factor = s.factor;                                                                           \
     }
@@ -30,7 +32,7 @@ FIT_INTEGERS(tq2_0, 256, -1, 1, 0.95f, 0.1f, 20)
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
         block_##name *b = block;                                                                        \
         int8_t codes[QK];                                                                               \
-        b->d = f32_to_f16(f->d[l]);                                                                     \
+        b->d = f32_to_f16(f->stored[l]);                                                                     \
         codes_of(&levels_##name, QK, x, f->factor[l], ZERO, codes);                                     \
         PUT;                                                                                            \
     }
@@ -43,21 +45,23 @@ PACK_INTEGERS(tq2_0, 256, 0, codes_to_tq2_0(codes, b))
 // Q4_0 without importance: its formula spares the largest weight of a block. A search for the least plain error clips it, which divergence
 // on text like the model's own rewards by 8 % and on other text punishes by 15 %; errors that count by the square of a weight win by 3 to 5 %
 // on both.
-ENCODER(q4_0, 32, d, 1, quantize_q4_0, WITH_IMPORTANCE, EQUAL, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q5_0, 32, d, 1, quantize_q5_0, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q8_0, 32, d, 0, quantize_q8_0, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
-ENCODER(q2_0, 64, d, 1, quantize_q2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq1_0, 256, d, 1, quantize_tq1_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq2_0, 256, d, 1, quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(q4_0, 32, direct_errors(&levels_q4_0, 32, t, f), quantize_q4_0, WITH_IMPORTANCE, EQUAL, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q5_0, 32, direct_errors(&levels_q5_0, 32, t, f), quantize_q5_0, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q8_0, 32, direct_errors(&levels_q8_0, 32, t, f), quantize_q8_0, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(q2_0, 64, direct_errors(&levels_q2_0, 64, t, f), quantize_q2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq1_0, 256, direct_errors(&levels_tq1_0, 256, t, f), quantize_tq1_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq2_0, 256, direct_errors(&levels_tq2_0, 256, t, f), quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
 
 // ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
 #define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
 #define SEARCHED_RANGES(top) {(top) - 3, 0.3f, 14, 1}
 #define AFFINE(name, TOP, FIFTH)                                                                        \
     static void fit_##name(const slab *t, int search, int weighted, fitted *f) {                        \
-        (void)weighted;                                                                                 \
-        affine_fit a = search ? fit_affine_direct(TOP, (affine_candidates)SEARCHED_RANGES(TOP), 32, t->x, t->w) \
-                              : fit_affine(TOP, 1, BY_SQUARES, (affine_candidates)WEIGHTED_RANGES(TOP), 32, t->x, t->w); \
+        vf products[32];                                                                                \
+        affine_candidates c = SEARCHED_RANGES(TOP);                                                     \
+        affine_fit a = !search ? compat_affine(TOP, BY_SQUARES, (affine_candidates)WEIGHTED_RANGES(TOP), 32, t->x, t->w) \
+                     : weighted ? fit_affine_direct(TOP, c, 32, weights_of(32, t->x, t->w, products))   \
+                     : fit_affine_direct(TOP, c, 32, weights_of(32, t->x, NULL, products));             \
         f->d = a.scale;                                                                                 \
         f->dmin = a.minimum;                                                                            \
         f->factor = a.factor;                                                                           \
@@ -66,13 +70,13 @@ ENCODER(tq2_0, 256, d, 1, quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
         block_##name *b = block;                                                                        \
         int8_t codes[32];                                                                               \
-        b->d = f32_to_f16(f->d[l]);                                                                     \
-        b->m = f32_to_f16(f->dmin[l]);                                                                  \
+        b->d = f32_to_f16(f->stored[l]);                                                                     \
+        b->m = f32_to_f16(f->stored_min[l]);                                                                  \
         affine_codes(32, x, f->m[0][l], f->factor[l], TOP, codes);                                      \
         pack_nibbles(codes, b->qs);                                                                     \
         FIFTH;                                                                                          \
     }                                                                                                   \
-    ENCODER(name, 32, d, 2, quantize_##name, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+    ENCODER(name, 32, direct_affine_errors(TOP, 32, t, f), quantize_##name, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
 AFFINE(q4_1, 15, )
 AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
 
@@ -94,6 +98,7 @@ static int encode_q1_0(int64_t rows, int64_t n, const float *x, void *dst, const
 }
 
 // ---- nonlinear 4-bit codes ---------------------------------------------------------------------------------------------------------------
+INLINE const levels *levels_of_iq4(levels *p) { *p = levels_of(iq4_values); return p; }
 static candidates iq4_candidates(const levels *p, int search) {
     candidates c = {0};
     if (search) return from_ends(p, 17, 5, 12);
@@ -105,17 +110,19 @@ static void fit_iq4_nl(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
     const levels p = levels_of(iq4_values);
     candidates c = iq4_candidates(&p, search);
-    f->d = search ? fit_direct(&p, &c, 32, t->x, t->w).scale : fit_scale(&p, &c, 0, 32, t->x, t->w).scale;
+    vf products[32];
+    f->d = search ? fit_direct(&p, &c, 32, weights_of(32, t->x, t->w, products)).scale : fit_scale(&p, &c, 0, 32, as_ggml(t->x, t->w)).scale;
+    f->factor = vf_inverse(f->d);
 }
 static void pack_iq4_nl(const float *x, const fitted *f, int l, void *block) {
     block_iq4_nl *b = block;
     const levels p = levels_of(iq4_values);
     int8_t codes[32];
-    b->d = f32_to_f16(f->d[l]);
-    codes_of(&p, 32, x, inverse(f->d[l]), 0, codes);
+    b->d = f32_to_f16(f->stored[l]);
+    codes_of(&p, 32, x, f->factor[l], 0, codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(iq4_nl, 32, d, 1, NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_nl, 32, direct_errors(levels_of_iq4(&(levels){0}), 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
 
 // ---- 4-bit floats ---------------------------------------------------------------------------------------------------------------------------
 // Few exponents can be best: all of them are tried.
@@ -129,7 +136,7 @@ static void fit_mxfp4(const slab *t, int search, int weighted, fitted *f) {
         e = e & (e > 0);
         vf d;
         for (int l = 0; l < VL; l++) d[l] = e8m0_to_f32_half((e8m0){e[l]});
-        vf gain = gain_of(sums_at(&p, 32, t->x, t->w, 1.0f / d), d);
+        vf gain = gain_of(sums_at(&p, 32, as_ggml(t->x, t->w), 1.0f / d), d);
         vi better = gain > best;
         vf_keep(better, &best, gain);
         vf_keep(better, &f->s[0], vf_from_i(e));
@@ -142,7 +149,7 @@ static void pack_mxfp4(const float *x, const fitted *f, int l, void *block) {
     codes_nearest16(32, x, fp4_values, e8m0_to_f32_half(b->e), codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(mxfp4, 32, e, 0, quantize_mxfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(mxfp4, 32, no_errors, quantize_mxfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
 
 static void fit_nvfp4(const slab *t, int search, int weighted, fitted *f) {
     (void)search; (void)weighted;
@@ -157,7 +164,7 @@ static void fit_nvfp4(const slab *t, int search, int weighted, fitted *f) {
             e = (e & ~over) | (over & 0x7e);
             vf d;
             for (int l = 0; l < VL; l++) d[l] = ue4m3_to_f32_half((ue4m3){e[l]});
-            vf gain = gain_of(sums_at(&p, 16, t->x + 16 * g, t->w + 16 * g, vf_inverse(d)), d);
+            vf gain = gain_of(sums_at(&p, 16, as_ggml(t->x + 16 * g, t->w + 16 * g), vf_inverse(d)), d);
             vi better = gain > best;
             vf_keep(better, &best, gain);
             vf_keep(better, &f->s[g], vf_from_i(e));
@@ -171,4 +178,4 @@ static void pack_nvfp4(const float *x, const fitted *f, int l, void *block) {
         put_nvfp4(x + 16 * g, g, b);
     }
 }
-ENCODER(nvfp4, 64, d, 0, quantize_nvfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(nvfp4, 64, no_errors, quantize_nvfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)

@@ -11,9 +11,11 @@
 enum { MAX_ENTRIES = 2048, MAX_LEVELS = 8, MAX_PATTERNS = 6561, SHELLS = 3 };
 
 typedef struct { int32_t start, few, all; } nearby;        // of a pattern: entries in grid.list, `few` in the nearest distances that ggml looks at
+typedef struct { float low[16], high[16]; } nibble_levels; // what a nibble stands for: the levels of its two coordinates, or of one in `low`
 typedef struct {
     int     width, n_levels, n;                            // coordinates, levels per coordinate, entries
     float   levels[MAX_LEVELS];
+    nibble_levels own, odd;                                // by these levels, and by 1, 3, 5 ..., as ggml counts them
     uint8_t level[MAX_ENTRIES * 8];                        // of each coordinate of each entry
     float   value[MAX_ENTRIES * 8];
     nearby  near[MAX_PATTERNS];                            // start < 0: the pattern is entry -1 - start
@@ -61,6 +63,11 @@ static grid *grid_build(const void *codebook, int n, int width, const float *lev
     if (!g || !(g->list = malloc(room * sizeof *g->list))) return free(g), NULL;
     g->width = width, g->n_levels = n_levels, g->n = n;
     memcpy(g->levels, levels, n_levels * sizeof *levels);
+    for (int c = 0; c < 16; c++) {
+        int low = c % n_levels, high = c / n_levels % n_levels;
+        g->own.low[c] = levels[low], g->own.high[c] = levels[high];
+        g->odd.low[c] = 2 * low + 1, g->odd.high[c] = 2 * high + 1;
+    }
     for (int e = 0; e < n; e++) {
         nibbles[e] = 0;
         for (int j = 0; j < width; j++) {
@@ -89,34 +96,34 @@ static grid *grid_build(const void *codebook, int n, int width, const float *lev
     return g;
 }
 
-// The entry nearest to t (width), whose nearest levels are `level`, under the weights w. levels: what the levels stand for; few: as far as
-// ggml looks.
-static int nearest_entry(const grid *g, const float *t, const uint8_t *level, const float *w, const float *levels, int few) {
+// The entry nearest to t (width), whose nearest levels are `level`, under the weights w. of: what the levels stand for; few: as far as ggml looks.
+static int nearest_entry(const grid *g, const float *t, const uint8_t *level, const float *w, const nibble_levels *of, int few) {
     const nearby *near = g->near + pattern_of(g, level);
     if (near->start < 0) return -1 - near->start;
-    float cost[4][16] = {{0}}, step[8][MAX_LEVELS];
-    for (int j = 0; j < g->width; j++)
-        for (int l = 0; l < g->n_levels; l++) step[j][l] = w[j] * (levels[l] - t[j]) * (levels[l] - t[j]);
+    float cost[4][16];
     for (int k = 0; k < 4; k++) {
-        if (g->width == 4) memcpy(cost[k], step[k], sizeof step[k]);
-        else for (int b = 0; b < 3; b++)
-            for (int a = 0; a < 3; a++) cost[k][3 * b + a] = step[2 * k][a] + step[2 * k + 1][b];
+        const int j = g->width / 4 * k;
+        for (int i = 0; i < 16; i += VL) {
+            vf low = vf_load(of->low + i) - t[j], sum = w[j] * low * low;
+            if (g->width == 8) {
+                vf high = vf_load(of->high + i) - t[j + 1];
+                sum += w[j + 1] * high * high;
+            }
+            vf_store(cost[k] + i, sum);
+        }
     }
-    int n = few ? near->few : near->all, best = n;
     const int32_t *list = g->list + near->start;
-    vf least = vf_set(INFINITY);
-    vi found = vi_set(n), lane;
-    for (int l = 0; l < VL; l++) lane[l] = l;
-    for (int e = 0; e < n; e += VL) {
-        vi at = vi_load(list + e);
+    float n = few ? near->few : near->all;
+    vf least = vf_set(INFINITY), found = vf_set(n), place;
+    for (int l = 0; l < VL; l++) place[l] = l;
+    for (; place[0] < n; place += (float)VL, list += VL) {
+        vi at = vi_load(list);
         vf d = vf_lookup16(cost[0], at & 15) + vf_lookup16(cost[1], at >> 4 & 15)
              + (vf_lookup16(cost[2], at >> 8 & 15) + vf_lookup16(cost[3], at >> 12 & 15));
-        vi better = (d < least) & (lane + e < n);
-        found = (found & ~better) | ((lane + e) & better);
-        least = vf_select(better, d, least);
+        vi better = (d < least) & (place < n);
+        vf_keep(better, &found, place);
+        vf_keep(better, &least, d);
     }
-    float distance = -vf_hmax(-least);
-    for (int l = 0; l < VL; l++)
-        if (least[l] == distance && found[l] < best) best = found[l];       // of equals the first
-    return list[best < n ? best : 0] >> 16;
+    int best = -vf_hmax(-vf_select(least == -vf_hmax(-least), found, vf_set(n)));       // of equals the first
+    return g->list[near->start + (best < n ? best : 0)] >> 16;
 }

@@ -39,7 +39,7 @@ INLINE void pack_nibbles(const int8_t *codes, uint8_t *qs) {       // 32 codes: 
 }
 INLINE void pack_fifth_bits(const int8_t *codes, uint8_t *qh) {
     uint32_t bits = 0;
-    for (int j = 0; j < 32; j++) bits |= (uint32_t)(codes[j] >> 4 & 1) << j;
+    for (int j = 0; j < 32; j += VL) bits |= vi_signs(vi_from_i8(codes + j) << 27) << j;
     memcpy(qh, &bits, 4);
 }
 

@@ -23,10 +23,12 @@ typedef struct { int integers; float low, high, value[16], middle[16]; } levels;
 static levels levels_of(const int8_t *table) {
     levels p = {0};
     int n = 0;
-    for (int v = -128; v < 128; v++) {
-        int c = 0;
-        while (c < 16 && table[c] != v) c++;
-        if (c < 16) p.value[n++] = v;
+    for (int c = 0; c < 16; c++) {
+        int at = n;
+        while (at && p.value[at - 1] > table[c]) at--;
+        if (at && p.value[at - 1] == table[c]) continue;
+        memmove(p.value + at + 1, p.value + at, (n++ - at) * sizeof *p.value);
+        p.value[at] = table[c];
     }
     for (p.low = p.value[0], p.high = p.value[n - 1]; n < 16; n++) p.value[n] = p.high;
     for (int i = 1; i < 16; i++) p.middle[i] = 0.5f * (p.value[i - 1] + p.value[i]);
@@ -40,22 +42,52 @@ INLINE vi nearest_place(const levels *p, vf t) {       // by halves
 INLINE vf nearest(const levels *p, vf t) {
     return p->integers ? vf_clamp(vf_round(t), p->low, p->high) : vf_lookup16(p->value, nearest_place(p, t));
 }
+// The whole number nearest to x * factor: added, 1.5 * 2^23 leaves no room for fractions. What is too large for that is clamped.
+#define WHOLE 12582912.0f
+INLINE vf whole_at(vf x, vf factor, float low, float high) {
+    return vf_clamp(vf_fma(x, factor, vf_set(WHOLE)), WHOLE + low, WHOLE + high) - WHOLE;
+}
+INLINE vf value_at(const levels *p, vf x, vf factor) {
+    return p->integers ? whole_at(x, factor, p->low, p->high) : nearest(p, x * factor);
+}
+
+// ---- weights in groups -----------------------------------------------------------------------------------------------------------------------
+// What a search works on: weights, what their errors count, the products of the two. w NULL: all count one, and wx is x.
+typedef struct { const vf *x, *w, *wx; } weights;
+INLINE weights weights_of(int n, const vf *x, const vf *w, vf *products) {
+    for (int i = 0; w && i < n; i++) products[i] = w[i] * x[i];
+    return (weights){x, w, w ? products : x};
+}
+INLINE weights part(weights t, int at) { return (weights){t.x + at, t.w ? t.w + at : NULL, t.wx + at}; }
+INLINE vf weighted(weights t, int i, vf v) { return t.w ? t.w[i] * v : v; }
+INLINE vf energy_of(int n, weights t) {
+    vf sum = {0};
+    for (int i = 0; i < n; i++) sum = vf_fma(t.wx[i], t.x[i], sum);
+    return sum;
+}
 
 // ---- one scale -------------------------------------------------------------------------------------------------------------------------------
 typedef struct { vf xv, vv; } sums;              // of w x v, w v v
-// w may be NULL, for ones.
-INLINE sums sums_at(const levels *p, int n, const vf *x, const vf *w, vf factor) {
-    sums s = {{0}, {0}};
+// For `count` factors at once, so that no sum waits for itself. wx NULL: products in the order of ggml, so that its ties fall as they do there.
+INLINE void sums_of(const levels *p, int n, weights t, int count, const vf *factor, sums *s) {
+    for (int k = 0; k < count; k++) s[k] = (sums){{0}, {0}};
     for (int i = 0; i < n; i++) {
-        vf v = nearest(p, x[i] * factor);
-        if (!w) {
-            s.xv = vf_fma(x[i], v, s.xv);
-            s.vv = vf_fma(v, v, s.vv);
-        } else {                                 // products in the order of ggml, so that its ties fall as they do there
-            s.xv += p->integers ? w[i] * x[i] * v : w[i] * v * x[i];
-            s.vv += w[i] * v * v;
+        UNROLL(4) for (int k = 0; k < count; k++) {
+            if (t.wx) {
+                vf v = value_at(p, t.x[i], factor[k]);
+                s[k].xv = vf_fma(t.wx[i], v, s[k].xv);
+                s[k].vv = vf_fma(weighted(t, i, v), v, s[k].vv);
+            } else {
+                vf v = nearest(p, t.x[i] * factor[k]);
+                s[k].xv += p->integers ? t.w[i] * t.x[i] * v : t.w[i] * v * t.x[i];
+                s[k].vv += t.w[i] * v * v;
+            }
         }
     }
+}
+INLINE sums sums_at(const levels *p, int n, weights t, vf factor) {
+    sums s;
+    sums_of(p, n, t, 1, &factor, &s);
     return s;
 }
 INLINE vf gain_of(sums s, vf d) { return d * (2.0f * s.xv - d * s.vv); }
@@ -71,79 +103,81 @@ static void add_candidates(candidates *c, float from, float step, int n) { for (
 
 typedef struct { vf scale, factor, gain; } scale_fit;      // factor: what made the codes, the inverse of the scale before its quotient
 // half: the scale is stored as a half float, so it is judged after that rounding.
-INLINE scale_fit fit_scale(const levels *p, const candidates *c, int half, int n, const vf *x, const vf *w) {
+INLINE scale_fit fit_scale(const levels *p, const candidates *c, int half, int n, weights t) {
     scale_fit best = {{0}, {0}, {0}};
-    vf inverse_top = vf_inverse(signed_top(n, x));
-    for (int i = 0; i < c->n; i++) {
-        vf factor = c->anchor[i] * inverse_top;
-        sums s = sums_at(p, n, x, w, factor);
-        vf d = s.xv / s.vv, gain = d * s.xv;
-        vi better = (s.xv * s.xv > best.gain * s.vv) & (s.vv > 0);
-        if (half) {
-            d = vf_half(d);
-            gain = gain_of(s, d);
-            better = (gain > best.gain) & (s.vv > 0);
+    vf inverse_top = vf_inverse(signed_top(n, t.x));
+    for (int i = 0; i < c->n; i += 2) {
+        vf factor[2] = {c->anchor[i] * inverse_top, c->anchor[i + 1 < c->n ? i + 1 : i] * inverse_top};
+        sums both[2];
+        sums_of(p, n, t, 2, factor, both);
+        UNROLL(2) for (int k = 0; k < 2; k++) {
+            sums s = both[k];
+            vf d = s.xv / s.vv, gain = d * s.xv;
+            vi better = (s.xv * s.xv > best.gain * s.vv) & (s.vv > 0);
+            if (half) {
+                d = vf_half(d);
+                gain = gain_of(s, d);
+                better = (gain > best.gain) & (s.vv > 0);
+            }
+            vf_keep(better, &best.gain, gain);
+            vf_keep(better, &best.scale, d);
+            vf_keep(better, &best.factor, factor[k]);
         }
-        vf_keep(better, &best.gain, gain);
-        vf_keep(better, &best.scale, d);
-        vf_keep(better, &best.factor, factor);
     }
     return best;
 }
-// A half-float scale that is stored as it is, polished; its codes are the nearest.
-INLINE scale_fit fit_direct(const levels *p, const candidates *c, int n, const vf *x, const vf *w) {
-    scale_fit best = fit_scale(p, c, 1, n, x, w);
-    vf start = best.scale;
+// A fit that leaves this little of the energy of the weights errs by the rounding of half floats alone: then it pays to try many scales, and
+// to sum up errors themselves, for a gain is a difference of sums and knows no more than six digits.
+#define NEARLY_EXACT 5e-5f
+enum { MANY_SCALES = 24 };
+#define EXACT 2e-4f             // and for a single scale the half floats beside it
+INLINE vf error_at(const levels *p, int n, weights t, vf d) {
+    vf sum = {0}, factor = vf_inverse(d);
+    for (int i = 0; i < n; i++) {
+        vf e = t.x[i] - d * value_at(p, t.x[i], factor);
+        sum = vf_fma(weighted(t, i, e), e, sum);
+    }
+    return sum;
+}
+// A half-float scale that is stored as it is, polished; its codes are the nearest. Its neighbours matter where it is nearly exact.
+INLINE scale_fit fit_direct(const levels *p, const candidates *c, int n, weights t) {
+    scale_fit best = fit_scale(p, c, 1, n, t);
+    vf start = best.scale, enough = (1 - EXACT) * energy_of(n, t), polished = start;
     best.gain = vf_set(0);
     for (int step = 0; step < 4; step++) {
-        vf d = step == 3 ? start : vf_half_step(start, step == 0 ? 0 : 2 * step - 3);
-        sums s = sums_at(p, n, x, w, vf_inverse(d));
+        if (step == 2 && !vi_any(best.gain > enough)) break;
+        vf d = step == 0 ? start : step == 1 ? polished : vf_half_step(start, 2 * step - 5);
+        sums s = sums_at(p, n, t, vf_inverse(d));
         vf gain = gain_of(s, d);
         vi better = gain > best.gain;
         vf_keep(better, &best.gain, gain);
         vf_keep(better, &best.scale, d);
-        if (step == 2) start = vf_half(s.xv * vf_inverse(s.vv));
+        polished = vf_half(s.xv * vf_inverse(s.vv));
     }
     best.factor = vf_inverse(best.scale);
     return best;
 }
 
 // ---- a block of groups: weight = d * s[group] * value ------------------------------------------------------------------------------------
-typedef struct { vf d, dmin, factor, s[MAX_GROUPS], m[MAX_GROUPS]; } fitted;
-
-// A fit that leaves this little of the energy of the weights errs by the rounding of half floats alone: then it pays to try many scales, and
-// to sum up errors themselves, for a gain is a difference of sums and knows no more than six digits.
-#define NEARLY_EXACT 5e-5f
-enum { MANY_SCALES = 24 };
-INLINE vf energy_of(int n, const vf *x, const vf *w) {
-    vf sum = {0};
-    for (int i = 0; i < n; i++) sum += w[i] * x[i] * x[i];
-    return sum;
-}
-INLINE vf error_at(const levels *p, int n, const vf *x, const vf *w, vf d) {
-    vf sum = {0}, factor = vf_inverse(d);
-    for (int i = 0; i < n; i++) {
-        vf e = x[i] - d * nearest(p, x[i] * factor);
-        sum += w[i] * e * e;
-    }
-    return sum;
-}
+// d, dmin: codes are the nearest for these; what is stored may be longer.
+typedef struct { vf d, dmin, stored, stored_min, factor, s[MAX_GROUPS], m[MAX_GROUPS]; } fitted;
 
 typedef struct { float low, high; int reach, anchors, rounds; } multipliers;       // s from low to high; how far and how often to look
 INLINE void fit_scaled(const levels *p, const candidates *c, multipliers f, int groups, int n, const vf *x, const vf *w, fitted *out) {
-    vf start[MAX_GROUPS], top = {0}, best = vf_set(-1);
+    vf start[MAX_GROUPS], top = {0}, best = vf_set(-1), products[MAX_BLOCK];
+    weights t = weights_of(groups * n, x, w, products);
     for (int g = 0; g < groups; g++) {
-        start[g] = fit_scale(p, c, 0, n, x + g * n, w + g * n).scale;
+        start[g] = fit_scale(p, c, 0, n, part(t, g * n)).scale;
         top = vf_select(vf_abs(start[g]) > vf_abs(top), start[g], top);
     }
-    vf enough = (1 - NEARLY_EXACT) * energy_of(groups * n, x, w);
+    vf enough = (1 - NEARLY_EXACT) * energy_of(groups * n, t);
     vi wanted = vi_set(-1);
     for (int a = 0; a < MANY_SCALES; a++) {      // the largest scale gets the extreme multiplier, or one of its neighbours
         int exact = a >= f.anchors;
         if (a == f.anchors) {
             if (!vi_any(wanted = (best > enough) & (top != 0))) break;
             best = vf_set(0);
-            for (int g = 0; g < groups; g++) best -= error_at(p, n, x + g * n, w + g * n, out->d * out->s[g]);
+            for (int g = 0; g < groups; g++) best -= error_at(p, n, part(t, g * n), out->d * out->s[g]);
         }
         vf d = top * (1 / (f.low + 0.5f * a)), scale[MAX_GROUPS];
         memcpy(scale, start, sizeof scale);
@@ -156,8 +190,8 @@ INLINE void fit_scaled(const levels *p, const candidates *c, multipliers f, int 
                 sums sum = {{0}, {0}};
                 for (int i = -f.reach; i <= f.reach; i++) {
                     vf k = vf_clamp(middle + (float)i, f.low, f.high), dk = d * k;
-                    sums at = sums_at(p, n, x + g * n, w + g * n, vf_inverse(dk));
-                    vf gain = exact ? -error_at(p, n, x + g * n, w + g * n, dk) : gain_of(at, dk);
+                    sums at = sums_at(p, n, part(t, g * n), vf_inverse(dk));
+                    vf gain = exact ? -error_at(p, n, part(t, g * n), dk) : gain_of(at, dk);
                     vi better = gain > most;
                     vf_keep(better, &most, gain);
                     vf_keep(better, &s[g], k);
@@ -181,77 +215,68 @@ INLINE void fit_scaled(const levels *p, const candidates *c, multipliers f, int 
 // ---- scale and minimum ---------------------------------------------------------------------------------------------------------------------
 typedef struct { vf q, qq, xq; } affine_sums;    // of w q, w q q, w x q
 INLINE vf affine_code(vf x, vf minimum, vf factor, float top) { return vf_clamp(vf_round((x - minimum) * factor), 0, top); }
-INLINE affine_sums affine_sums_at(int n, const vf *x, const vf *w, vf minimum, vf factor, float top) {
-    affine_sums s = {{0}, {0}, {0}};
-    for (int i = 0; i < n; i++) {
-        vf q = affine_code(x[i], minimum, factor, top), wq = w[i] * q;
-        s.q += wq;
-        s.qq += wq * q;
-        s.xq += wq * x[i];
+INLINE affine_sums affine_sums_at(int n, weights t, vf minimum, vf factor, float top) {
+    affine_sums s[2] = {{{0}, {0}, {0}}, {{0}, {0}, {0}}};       // of every other weight, so that no sum waits for itself
+    for (int i = 0; i < n; i += 2) {
+        UNROLL(2) for (int k = 0; k < 2; k++) {
+            vf q = whole_at(t.x[i + k] - minimum, factor, 0, top), wq = weighted(t, i + k, q);
+            s[k].q += wq;
+            s[k].qq = vf_fma(wq, q, s[k].qq);
+            s[k].xq = vf_fma(t.wx[i + k], q, s[k].xq);
+        }
     }
-    return s;
+    return (affine_sums){s[0].q + s[1].q, s[0].qq + s[1].qq, s[0].xq + s[1].xq};
 }
 // What scale a and minimum m take off the error of all zeros; w, x: sums of w, w x.
 INLINE vf affine_gain(affine_sums s, vf w, vf x, vf a, vf m) {
     return a * (2.0f * s.xq - a * s.qq - 2.0f * m * s.q) + m * (2.0f * x - m * w);
 }
+INLINE void totals(int n, weights t, vf *w, vf *x) {
+    *w = *x = vf_set(0);
+    for (int i = 0; i < n; i++) *w += weighted(t, i, vf_set(1)), *x += t.wx[i];
+}
 typedef struct { vf scale, minimum, factor, base, gain; } affine_fit;      // codes are those of (x - base) * factor
 typedef struct { float from, step; int n, polish; } affine_candidates;     // steps that the range of the weights may have
-typedef enum { BY_GAIN, BY_SQUARES, BY_MAGNITUDES } measure;               // the least of what: errors from the sums, or summed up: w e e, w |e|
-// Scale and minimum for codes 0..top; `negative`: the minimum is at most 0.
-// The range reaches from the best minimum so far to the largest weight.
-INLINE affine_fit fit_affine(float top, int negative, measure by, affine_candidates c, int n, const vf *x, const vf *w) {
-    vf low = x[0], high = low, sw = w[0], sx = w[0] * x[0];
+// Scale and minimum for codes 0..top; `negative`: the minimum is at most 0. Ranges reach from the
+// best minimum so far to the largest weight; the best one is polished.
+INLINE affine_fit fit_affine(float top, int negative, affine_candidates c, int n, weights t, vf sw, vf sx) {
+    vf low = t.x[0], high = low;
     for (int i = 1; i < n; i++) {
-        low = vf_min(low, x[i]);
-        high = vf_max(high, x[i]);
-        sw += w[i];
-        sx += w[i] * x[i];
+        low = vf_min(low, t.x[i]);
+        high = vf_max(high, t.x[i]);
     }
     if (negative) low = vf_min(low, vf_set(0));
-    vi some = high > low;
-    affine_fit best = {(vf)((vi)(1.0f / (top / (high - low))) & some), low, {0}, low, vf_set(-INFINITY)};
-    for (int i = -1; i < c.n + c.polish; i++) {  // first the range itself, as it is
-        vf a = best.scale, m = best.minimum, base = m, factor = i < c.n ? (i < 0 ? top : c.from + c.step * i) / (high - base) : 1.0f / a;
-        factor = (vf)((vi)factor & some);
-        affine_sums s = affine_sums_at(n, x, w, base, factor, top);
-        vi solved = some;
-        if (i >= 0) {
-            vf det = sw * s.qq - s.q * s.q;
-            solved &= det > 0;
-            a = (sw * s.xq - sx * s.q) / det;
-            m = (s.qq * sx - s.q * s.xq) / det;
-            if (negative) {
-                vi above = m > 0;
-                vf_keep(above, &m, vf_set(0));
-                vf_keep(above, &a, s.xq / s.qq);
-            }
+    affine_fit best = {.scale = (high - low) * (1 / top), .minimum = low, .gain = vf_set(-INFINITY)};
+    for (int i = -1; i < c.n + c.polish; i++) {  // first the range itself
+        vf factor = i < c.n ? (i < 0 ? top : c.from + c.step * i) * vf_inverse(high - best.minimum) : vf_inverse(best.scale);
+        affine_sums s = affine_sums_at(n, t, best.minimum, factor, top);
+        vf det = sw * s.qq - s.q * s.q, inverse_det = 1.0f / det;
+        vf a = (sw * s.xq - sx * s.q) * inverse_det, m = (s.qq * sx - s.q * s.xq) * inverse_det;
+        if (negative) {
+            vi over = m > 0;
+            vf_keep(over, &m, vf_set(0));
+            vf_keep(over, &a, s.xq * vf_inverse(s.qq));
         }
-        vf gain = {0};
-        if (by == BY_GAIN) gain = affine_gain(s, sw, sx, a, m);
-        else for (int j = 0; j < n; j++) {
-            vf e = a * affine_code(x[j], base, factor, top) + m - x[j];
-            gain -= w[j] * (by == BY_SQUARES ? e * e : vf_abs(e));
-        }
-        vi better = (gain > best.gain) & solved;
+        vf gain = affine_gain(s, sw, sx, a, m);
+        vi better = (gain > best.gain) & (det > 0);
         vf_keep(better, &best.gain, gain);
         vf_keep(better, &best.scale, a);
         vf_keep(better, &best.minimum, m);
-        vf_keep(better, &best.factor, factor);
-        vf_keep(better, &best.base, base);
     }
     return best;
 }
 // Half-float scale and minimum stored as they are; their codes are the nearest.
-INLINE affine_fit fit_affine_direct(float top, affine_candidates c, int n, const vf *x, const vf *w) {
-    affine_fit start = fit_affine(top, 0, BY_GAIN, c, n, x, w), best = {{0}, {0}, {0}, {0}, vf_set(-INFINITY)};
-    vf sw = {0}, sx = {0};
-    for (int i = 0; i < n; i++) sw += w[i], sx += w[i] * x[i];
-    for (int step = -1; step <= 1; step++) {
-        vf m = step ? vf_half_step(start.minimum, step) : vf_half(start.minimum), a = vf_half(start.scale);
-        a = vf_select(start.scale != 0, a, vf_half(x[0] - m));      // a constant block: the scale takes what the minimum leaves
+INLINE affine_fit fit_affine_direct(float top, affine_candidates c, int n, weights t) {
+    vf sw, sx;
+    totals(n, t, &sw, &sx);
+    affine_fit start = fit_affine(top, 0, c, n, t, sw, sx), best = {.gain = vf_set(-INFINITY)};
+    vf enough = (1 - EXACT) * energy_of(n, t);
+    for (int step = 0; step < 3; step++) {
+        if (step == 1 && !vi_any(best.gain > enough)) break;
+        vf m = step ? vf_half_step(start.minimum, 2 * step - 3) : vf_half(start.minimum), a = vf_half(start.scale);
+        a = vf_select(start.scale != 0, a, vf_half(t.x[0] - m));    // a constant block: the scale takes what the minimum leaves
         for (int round = 0; round < 2; round++) {
-            affine_sums s = affine_sums_at(n, x, w, m, vf_inverse(a), top);
+            affine_sums s = affine_sums_at(n, t, m, vf_inverse(a), top);
             vf gain = affine_gain(s, sw, sx, a, m);
             vi better = gain > best.gain;
             vf_keep(better, &best.gain, gain);
@@ -264,35 +289,36 @@ INLINE affine_fit fit_affine_direct(float top, affine_candidates c, int n, const
     best.factor = vf_inverse(best.scale);
     return best;
 }
-INLINE vf affine_error_at(int n, const vf *x, const vf *w, vf scale, vf minimum, float top) {
+INLINE vf affine_error_at(int n, weights t, vf scale, vf minimum, float top) {
     vf sum = {0}, factor = vf_inverse(scale);
     for (int i = 0; i < n; i++) {
-        vf e = x[i] - minimum - scale * affine_code(x[i], minimum, factor, top);
-        sum += w[i] * e * e;
+        vf e = t.x[i] - minimum - scale * affine_code(t.x[i], minimum, factor, top);
+        sum = vf_fma(weighted(t, i, e), e, sum);
     }
     return sum;
 }
 // A block of groups: weight = d * s[g] * q - dmin * m[g], q in 0..top, s and m in 0..most.
 INLINE void fit_scaled_affine(float top, float most, affine_candidates c, int anchors, int rounds, int groups, int n, const vf *x, const vf *w,
                               fitted *out) {
-    vf scale0[MAX_GROUPS], min0[MAX_GROUPS], sw[MAX_GROUPS], sx[MAX_GROUPS], top_s = {0}, top_m = {0}, best = vf_set(-INFINITY);
+    vf scale0[MAX_GROUPS], min0[MAX_GROUPS], sw[MAX_GROUPS], sx[MAX_GROUPS], top_s = {0}, top_m = {0}, best = vf_set(-INFINITY),
+       products[MAX_BLOCK];
+    weights t = weights_of(groups * n, x, w, products);
     for (int g = 0; g < groups; g++) {
-        affine_fit a = fit_affine(top, 1, BY_GAIN, c, n, x + g * n, w + g * n);
+        totals(n, part(t, g * n), &sw[g], &sx[g]);
+        affine_fit a = fit_affine(top, 1, c, n, part(t, g * n), sw[g], sx[g]);
         scale0[g] = a.scale;
         min0[g] = -a.minimum;
         top_s = vf_max(top_s, scale0[g]);
         top_m = vf_max(top_m, min0[g]);
-        sw[g] = sx[g] = vf_set(0);
-        for (int i = g * n; i < (g + 1) * n; i++) sw[g] += w[i], sx[g] += w[i] * x[i];
     }
-    vf enough = (1 - NEARLY_EXACT) * energy_of(groups * n, x, w);
+    vf enough = (1 - NEARLY_EXACT) * energy_of(groups * n, t);
     vi wanted = vi_set(-1);
     for (int a = 0; a < MANY_SCALES; a++) {      // the largest scale and minimum get the largest integer, or one below; later the two go separate ways
         int exact = a >= anchors;
         if (a == anchors) {
             if (!vi_any(wanted = (best > enough) & (top_s > 0))) break;
             best = vf_set(0);
-            for (int g = 0; g < groups; g++) best -= affine_error_at(n, x + g * n, w + g * n, out->d * out->s[g], -out->dmin * out->m[g], top);
+            for (int g = 0; g < groups; g++) best -= affine_error_at(n, part(t, g * n), out->d * out->s[g], -out->dmin * out->m[g], top);
         }
         vf scale[MAX_GROUPS], minimum[MAX_GROUPS], d = top_s / (most - 0.5f * a), dmin = top_m / (most - 0.5f * (a < anchors ? a : a * 5 % MANY_SCALES));
         memcpy(scale, scale0, sizeof scale);
@@ -308,8 +334,8 @@ INLINE void fit_scaled_affine(float top, float most, affine_candidates c, int an
                 for (int ds = -1; ds <= 1; ds++) {
                     for (int dm = -1; dm <= 1; dm++) {
                         vf sj = vf_clamp(sc + (float)ds, 0, most), mj = vf_clamp(mc + (float)dm, 0, most), dj = d * sj, base = -dmin * mj;
-                        affine_sums at = affine_sums_at(n, x + g * n, w + g * n, base, vf_inverse(dj), top);
-                        vf gain = exact ? -affine_error_at(n, x + g * n, w + g * n, dj, base, top) : affine_gain(at, sw[g], sx[g], dj, base);
+                        affine_sums at = affine_sums_at(n, part(t, g * n), base, vf_inverse(dj), top);
+                        vf gain = exact ? -affine_error_at(n, part(t, g * n), dj, base, top) : affine_gain(at, sw[g], sx[g], dj, base);
                         vi better = gain > most_gain;
                         vf_keep(better, &most_gain, gain);
                         vf_keep(better, &s[g], sj);
