@@ -114,7 +114,7 @@ def allocate(source: str | os.PathLike[str], text: str, *, size: int | None = No
     plenty = effort(sum(c.size for c in tensors), len(tensors), n_ctx, wanted, n_chunks)
     chunks = split(tokenize(model, text, n_ctx), n_ctx, plenty.n_chunks)
     yardstick = Yardstick(model, chunks, first=n_ctx // CONTEXT, n_threads=n_threads or None)
-    options = measure(job, [c.name for c in tensors], yardstick, types, plenty.probes, n_threads=n_threads, progress=progress)
+    options = measure(job, [c.name for c in tensors], yardstick, types, plenty, n_threads=n_threads, progress=progress)
     fixed = sum(job.nbytes(c) for c in job.choices if c.name not in options)
     if bits_per_weight is not None:
         budget = int(bits_per_weight * job.n_weights / 8)

@@ -1,6 +1,8 @@
 """Mixes for a size: the choice is the best there is, the estimate is what it says, and the mix can be saved and used."""
 
 import itertools
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ import pytest
 import models
 from pyggml import cli, formats, quants
 from pyggml.errors import PyggmlError
-from pyggml.quantize import allocate, sensitivity
+from pyggml.quantize import allocate, recipes, sensitivity
 from pyggml.quantize.allocate import choose
-from pyggml.quantize.sensitivity import Option, effort, expected, sampled_errors
+from pyggml.quantize.options import Options
+from pyggml.quantize.pipeline import plan
+from pyggml.quantize.sensitivity import Effort, Option, effort, expected, measure, sampled_errors, slope, thorough
 from pyggml.types import tensor_type
 
 
@@ -50,7 +54,10 @@ def test_estimates_go_through_the_probes():
     errors = {"a": 1.0, "b": 4.0, "c": 16.0}
     assert expected(errors, {"a": 0.1, "c": 1.6}, "b") == pytest.approx(0.4)
     assert expected(errors, {"a": 0.1}, "b") == pytest.approx(0.4)
+    assert expected(errors, {"a": 0.1}, "b", 0.5) == pytest.approx(0.2)
     assert expected({"a": 1.0, "b": 0.0}, {"a": 0.1}, "b") == 0.0
+    assert slope(errors, {"a": 0.1, "c": 0.4}, ("a", "c")) == pytest.approx(0.5)
+    assert slope(errors, {"a": 0.1, "c": 0.0}, ("a", "c")) == 1.0
 
 
 @pytest.mark.parametrize(("n_weights", "n_tensors"), [(6e6, 43), (30e6, 57), (1.1e9, 155), (8e9, 225)])
@@ -58,12 +65,45 @@ def test_effort_stays_within_the_budget(n_weights, n_tensors):
     found = effort(int(n_weights), n_tensors, 128, 4.6)
     cost = found.n_chunks * len(found.probes) * n_tensors * 128 * n_weights
     assert 1 <= found.n_chunks <= sensitivity.MOST_CHUNKS
-    assert cost <= sensitivity.BUDGET or (found.n_chunks, found.probes) == (1, ("Q2_K", "Q4_K"))
+    assert cost <= sensitivity.BUDGET or found == Effort(1, ("Q4_K", "Q2_K"), sensitivity.EVERY)
     assert effort(int(n_weights), n_tensors, 128, 6.0, n_chunks=3).n_chunks == 3
 
 
 def test_large_models_are_tried_in_the_types_around_the_size():
-    assert [effort(8 * 10**9, 225, 128, bits).probes[0] for bits in (2.6, 4.6, 5.6)] == ["Q2_K", "Q2_K", "Q4_K"]
+    assert [effort(8 * 10**9, 225, 128, bits).probes for bits in (2.6, 4.6, 5.6)] == [("Q4_K", "Q2_K"), ("Q4_K", "Q2_K"), ("Q4_K", "Q6_K")]
+
+
+def test_every_role_has_its_ends_measured_in_full():
+    names = [f"blk.{i}.{role}.weight" for i in range(7) for role in ("attn_q", "ffn_up")] + ["token_embd.weight"]
+    assert thorough(names, 1) == sorted(names, key=lambda n: ("attn_q" not in n, "ffn_up" not in n))
+    assert thorough(names, 4) == [*(f"blk.{i}.{role}.weight" for role in ("attn_q", "ffn_up") for i in (0, 4, 6)), "token_embd.weight"]
+
+
+def test_the_rest_follow_the_slope_of_their_role(source, monkeypatch):
+    """With divergences that grow as the power 1.3 (attention) and 0.7 (the rest) of the error, the estimates are those powers too."""
+    class Powers:
+        def with_tensors(self, tensors):
+            (name, made), = tensors.items()
+            tried.append((name, made.type.name))
+            error = float(((made.dequantize() - job.sources[name].dequantize()).astype(np.float64) ** 2).sum())
+            return SimpleNamespace(kld=np.array([error ** power(name)]))
+
+    def power(name):
+        return 1.3 if "attn" in name else 0.7
+
+    job, tried = plan(formats.open(source), Options(recipe="Q8_0", pure=True)), []
+    monkeypatch.setattr(recipes, "role", lambda name: "attn" if "attn" in name else "ffn")
+    names = [c.name for c in job.choices if c.name.startswith("blk.") and not c.copied]
+    assert min(sum(part in name for name in names) for part in ("attn", "ffn")) > 2
+    found = measure(job, names, Powers(), ("Q2_K", "Q3_K", "Q5_K"), Effort(1, ("Q4_K", "Q2_K"), 100), n_threads=1)
+    assert list(found) == names
+    assert Counter(kind for _, kind in tried) == {"Q4_K": len(names), "Q2_K": 4}
+    for name in names:
+        kld = {o.type: o.kld for o in found[name]}
+        weights = job.sources[name].dequantize()
+        for kind in kld:
+            lost = quants.dequantize(quants.quantize(weights, kind), kind).astype(np.float64) - weights
+            assert kld[kind] == pytest.approx(float((lost ** 2).sum()) ** power(name), rel=0.1)
 
 
 def test_errors_of_a_sample_stand_for_the_whole(source, monkeypatch):
