@@ -57,7 +57,7 @@ static const errors no_errors = {{0}, {0}, {0}};
 typedef struct {
     int block, bytes;
     void (*fit)(const slab *t, int search, int weighted, fitted *f);
-    errors (*errors)(const slab *t, const fitted *f);
+    errors (*errors)(const slab *t, const fitted *f);      // of a fit, before it is stretched
     void (*pack)(const float *x, const fitted *f, int lane, void *block);
     void (*formula)(int64_t n, const float *x, void *dst, const float *importance);
     when ggml_fits;              // its formula otherwise
@@ -67,7 +67,7 @@ typedef struct {
     when stretched;              // where divergence is the less for it, on several texts
 } encoder;
 
-// What blocks lose: squared errors, or with `longer` the loss, after they were stretched to where that is least.
+// What blocks lose: squared errors, or with `longer` the loss (loss.h), a lane each, after they were stretched to where that is least.
 INLINE vf stretch(errors s, int longer, fitted *f) {
     f->stored = f->d;
     f->stored_min = f->dmin;
@@ -134,10 +134,10 @@ INLINE void add_error(errors *s, vf w, vf x, vf v) {
     s->ee = vf_fma(w * e, e, s->ee);
 }
 // Of weight = d * value, and of weight = d * code + minimum; with groups, of integer multiples of those.
-INLINE errors direct_errors(const levels *p, int n, const slab *t, const fitted *f) {
+INLINE errors direct_errors(levels p, int n, const slab *t, const fitted *f) {
     errors s = {{0}, {0}, {0}};
     vf d = vf_half(f->d);
-    for (int i = 0; i < n; i++) add_error(&s, t->w[i], t->x[i], d * value_at(p, t->x[i], f->factor));
+    for (int i = 0; i < n; i++) add_error(&s, t->w[i], t->x[i], d * value_at(&p, t->x[i], f->factor));
     return s;
 }
 INLINE errors direct_affine_errors(float top, int n, const slab *t, const fitted *f) {
@@ -146,11 +146,11 @@ INLINE errors direct_affine_errors(float top, int n, const slab *t, const fitted
     for (int i = 0; i < n; i++) add_error(&s, t->w[i], t->x[i], vf_fma(d, affine_code(t->x[i], f->m[0], f->factor, top), m));
     return s;
 }
-INLINE errors scaled_errors(const levels *p, int groups, int n, const slab *t, const fitted *f) {
+INLINE errors scaled_errors(levels p, int groups, int n, const slab *t, const fitted *f) {
     errors s = {{0}, {0}, {0}};
     for (int g = 0; g < groups; g++) {
         vf d = f->d * f->s[g], factor = vf_inverse(d);
-        for (int i = g * n; i < (g + 1) * n; i++) add_error(&s, t->w[i], t->x[i], d * value_at(p, t->x[i], factor));
+        for (int i = g * n; i < (g + 1) * n; i++) add_error(&s, t->w[i], t->x[i], d * value_at(&p, t->x[i], factor));
     }
     return s;
 }

@@ -37,8 +37,8 @@ INLINE void pack_scales_k4(const fitted *f, int l, uint8_t *packed) {
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
         block_##name *b = block;                                                                        \
         int8_t codes[256];                                                                              \
-        b->d = f32_to_f16(f->stored[l]);                                                                     \
-        b->dmin = f32_to_f16(f->stored_min[l]);                                                               \
+        b->d = f32_to_f16(f->stored[l]);                                                                \
+        b->dmin = f32_to_f16(f->stored_min[l]);                                                         \
         pack_scales_k4(f, l, b->scales);                                                                \
         scaled_affine_codes(8, 32, x, f, l, TOP, codes);                                                \
         pack_plane_bits(codes, 4, 0, 128, b->qs);                                                       \
@@ -81,7 +81,7 @@ static void pack_q3_K(const float *x, const fitted *f, int l, void *block) {
     pack_plane_bits(codes, 2, 0, 64, b->qs);
     pack_plane_bits(codes, 1, 2, 32, b->hmask);
 }
-ENCODER(q3_K, 256, scaled_errors(&levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(q3_K, 256, scaled_errors(levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
 
 static void fit_q6_K(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
@@ -107,7 +107,7 @@ static void pack_q6_K(const float *x, const fitted *f, int l, void *block) {
     }
     pack_plane_bits(codes, 2, 4, 64, b->qh);
 }
-ENCODER(q6_K, 256, scaled_errors(&levels_q6_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(q6_K, 256, scaled_errors(levels_q6_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, AS_GIVEN, ALWAYS)
 
 static void fit_iq4_xs(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
@@ -136,4 +136,4 @@ static void pack_iq4_xs(const float *x, const fitted *f, int l, void *block) {
         pack_nibbles(codes + 32 * g, b->qs + 16 * g);
     }
 }
-ENCODER(iq4_xs, 256, scaled_errors(levels_of_iq4(&(levels){0}), 8, 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_xs, 256, scaled_errors(levels_of(iq4_values), 8, 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)

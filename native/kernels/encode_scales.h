@@ -32,7 +32,7 @@ FIT_INTEGERS(tq2_0, 256, -1, 1, 0.95f, 0.1f, 20)
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
         block_##name *b = block;                                                                        \
         int8_t codes[QK];                                                                               \
-        b->d = f32_to_f16(f->stored[l]);                                                                     \
+        b->d = f32_to_f16(f->stored[l]);                                                                \
         codes_of(&levels_##name, QK, x, f->factor[l], ZERO, codes);                                     \
         PUT;                                                                                            \
     }
@@ -45,12 +45,12 @@ PACK_INTEGERS(tq2_0, 256, 0, codes_to_tq2_0(codes, b))
 // Q4_0 without importance: its formula spares the largest weight of a block. A search for the least plain error clips it, which divergence
 // on text like the model's own rewards by 8 % and on other text punishes by 15 %; errors that count by the square of a weight win by 3 to 5 %
 // on both.
-ENCODER(q4_0, 32, direct_errors(&levels_q4_0, 32, t, f), quantize_q4_0, WITH_IMPORTANCE, EQUAL, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q5_0, 32, direct_errors(&levels_q5_0, 32, t, f), quantize_q5_0, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q8_0, 32, direct_errors(&levels_q8_0, 32, t, f), quantize_q8_0, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
-ENCODER(q2_0, 64, direct_errors(&levels_q2_0, 64, t, f), quantize_q2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq1_0, 256, direct_errors(&levels_tq1_0, 256, t, f), quantize_tq1_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq2_0, 256, direct_errors(&levels_tq2_0, 256, t, f), quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(q4_0, 32, direct_errors(levels_q4_0, 32, t, f), quantize_q4_0, WITH_IMPORTANCE, EQUAL, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q5_0, 32, direct_errors(levels_q5_0, 32, t, f), quantize_q5_0, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q8_0, 32, direct_errors(levels_q8_0, 32, t, f), quantize_q8_0, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(q2_0, 64, direct_errors(levels_q2_0, 64, t, f), quantize_q2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq1_0, 256, direct_errors(levels_tq1_0, 256, t, f), quantize_tq1_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
 
 // ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
 #define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
@@ -70,8 +70,8 @@ ENCODER(tq2_0, 256, direct_errors(&levels_tq2_0, 256, t, f), quantize_tq2_0, NEV
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
         block_##name *b = block;                                                                        \
         int8_t codes[32];                                                                               \
-        b->d = f32_to_f16(f->stored[l]);                                                                     \
-        b->m = f32_to_f16(f->stored_min[l]);                                                                  \
+        b->d = f32_to_f16(f->stored[l]);                                                                \
+        b->m = f32_to_f16(f->stored_min[l]);                                                            \
         affine_codes(32, x, f->m[0][l], f->factor[l], TOP, codes);                                      \
         pack_nibbles(codes, b->qs);                                                                     \
         FIFTH;                                                                                          \
@@ -98,7 +98,6 @@ static int encode_q1_0(int64_t rows, int64_t n, const float *x, void *dst, const
 }
 
 // ---- nonlinear 4-bit codes ---------------------------------------------------------------------------------------------------------------
-INLINE const levels *levels_of_iq4(levels *p) { *p = levels_of(iq4_values); return p; }
 static candidates iq4_candidates(const levels *p, int search) {
     candidates c = {0};
     if (search) return from_ends(p, 17, 5, 12);
@@ -122,7 +121,7 @@ static void pack_iq4_nl(const float *x, const fitted *f, int l, void *block) {
     codes_of(&p, 32, x, f->factor[l], 0, codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(iq4_nl, 32, direct_errors(levels_of_iq4(&(levels){0}), 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_nl, 32, direct_errors(levels_of(iq4_values), 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
 
 // ---- 4-bit floats ---------------------------------------------------------------------------------------------------------------------------
 // Few exponents can be best: all of them are tried.
