@@ -144,9 +144,9 @@ INLINE scale_fit fit_direct(const levels *p, const candidates *c, int n, weights
     scale_fit best = fit_scale(p, c, 1, n, t);
     vf start = best.scale, enough = (1 - EXACT) * energy_of(n, t), polished = start;
     best.gain = vf_set(0);
-    for (int step = 0; step < 4; step++) {
+    for (int step = 0; step < 5; step++) {
         if (step == 2 && !vi_any(best.gain > enough)) break;
-        vf d = step == 0 ? start : step == 1 ? polished : vf_half_step(start, 2 * step - 5);
+        vf d = step == 2 || step == 3 ? vf_half_step(start, 2 * step - 5) : polished;
         sums s = sums_at(p, n, t, vf_inverse(d));
         vf gain = gain_of(s, d);
         vi better = gain > best.gain;
