@@ -14,6 +14,13 @@ import startup
 from agreement import distance
 from contestants import BenchError, Contestant, Test, flag_sets, json_lines, json_rows, ourselves, rate, rival
 from report import markdown
+from shuffled import shuffle
+
+import models
+from pyggml.context import Model
+from pyggml.measure.chunks import Evaluator, split, tokenize
+from pyggml.quantize.calibrate import collect
+from pyggml.quantize.imatrix import Imatrix
 
 Test.__test__ = False       # pytest: not a test class
 
@@ -293,3 +300,20 @@ def test_one_benchmark_at_a_time(tmp_path, monkeypatch):
 
 def test_processor_lists():
     assert peers.processors("0,2-4") == [0, 2, 3, 4]
+
+
+def test_channels_in_another_order_are_the_same_model(tmp_path):
+    """Its logits are those of the model, and importance moves with the columns that it belongs to."""
+    source = models.as_f16(tmp_path / "f16.gguf")
+    collect(Model.load(source), models.TEXT, n_ctx=32, n_chunks=2).save(tmp_path / "imatrix.gguf")
+    path, moved = shuffle(source, str(tmp_path / "imatrix.gguf"), 3, tmp_path)
+    again = collect(Model.load(path), models.TEXT, n_ctx=32, n_chunks=2)
+    for name, entry in Imatrix.load(moved).entries.items():
+        assert np.allclose(entry.importance(), again.entries[name].importance(), rtol=1e-2, atol=1e-6), name
+    logits = []
+    for file in (source, path):
+        model = Model.load(file)
+        evaluator = Evaluator(model, 32, exact=True)
+        logits.append(evaluator.logits(split(tokenize(model, models.TEXT, 32), 32, 1), 0).copy())
+    assert np.abs(logits[0] - logits[1]).max() < 1e-3 * np.abs(logits[0]).max()
+    assert not np.array_equal(Model.load(path).file["output_norm.weight"].dequantize(), Model.load(source).file["output_norm.weight"].dequantize())

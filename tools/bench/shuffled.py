@@ -4,6 +4,7 @@ What quantization loses depends on where single weights fall, in a small model b
 all tokens of a text, so that a standard error over tokens does not see it. Over several orders it can be seen.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pyggml.quantize.imatrix import Entry, Imatrix
 STREAM, HIDDEN = "stream", "hidden"
 AXES = {"token_embd": {1: STREAM}, "output": {1: STREAM}, "output_norm": {0: STREAM}, "attn_norm": {0: STREAM}, "ffn_norm": {0: STREAM},
         "attn_q": {1: STREAM}, "attn_k": {1: STREAM}, "attn_v": {1: STREAM}, "attn_output": {0: STREAM},
-        "ffn_gate": {0: HIDDEN, 1: STREAM}, "ffn_up": {0: HIDDEN, 1: STREAM}, "ffn_down": {0: STREAM, 1: HIDDEN}}
+        "ffn_gate": {0: HIDDEN, 1: STREAM}, "ffn_up": {0: HIDDEN, 1: STREAM}, "ffn_down": {0: STREAM, 1: HIDDEN}, "rope_freqs": {}}
 
 
 def shuffle(model: str | Path, imatrix: str | None, seed: int, folder: Path) -> tuple[str, str | None]:
@@ -30,7 +31,10 @@ def shuffle(model: str | Path, imatrix: str | None, seed: int, folder: Path) -> 
         return stream if kind == STREAM else hidden[int(name.split(".")[1])]
 
     def axes(name: str) -> dict[int, str]:
-        return AXES[name.removesuffix(".weight").split(".")[-1]]
+        role = name.removesuffix(".weight").split(".")[-1]
+        if role not in AXES:
+            sys.exit(f'{model}: how the channels of "{name}" lie is not known here; use --orders 1')
+        return AXES[role]
 
     tensors = {}
     for name, tensor in file.tensors.items():
