@@ -16,9 +16,9 @@
 #endif
 
 enum { CACHE_LINE = 64 };
-// How long a wait spins before it parks: for other workers, and for the next run, before which Python chooses a token and writes text.
-// And how often it looks at the clock.
-enum { SPIN_NS = 30000, SPIN_BETWEEN_RUNS_NS = 200000, SPINS_PER_LOOK = 32 };
+// How long a wait spins before it parks, and how often it looks at the clock. A small model's next run is worth waiting for while Python
+// chooses a token and writes text: waking up would take as long as a part of the run.
+enum { SPIN_NS = 30000, SPINS_PER_LOOK = 32, SHORT_RUN_NS = 2000000, SPIN_AFTER_SHORT_RUN_NS = 200000 };
 
 typedef struct { _Alignas(CACHE_LINE) atomic_int value; atomic_int sleepers; } gate;   // a number that waiters wait to change
 
@@ -125,12 +125,15 @@ static void walk(worker *w) {
 static void *helper(void *arg) {
     worker *w = arg;
     pyg_pool *pool = w->pool;
+    int64_t spin = SPIN_NS;
     for (int seen = 0;; seen++) {
-        gate_wait(pool, &pool->generation, seen, SPIN_BETWEEN_RUNS_NS);
+        gate_wait(pool, &pool->generation, seen, spin);
         if (pool->quit) return NULL;
         w->plan = pool->plan;
+        const int64_t start = now_ns();
         walk(w);
         gate_bump(pool, &pool->finished);
+        spin = now_ns() - start < SHORT_RUN_NS ? SPIN_AFTER_SHORT_RUN_NS : SPIN_NS;
     }
 }
 

@@ -269,10 +269,10 @@ def values(file: TensorFile) -> Iterator[Finding]:
         finally:
             list(left)                  # an error or Ctrl-C leaves nothing for the other threads
     for t in file.tensors.values():
-        if t.name in found:
-            bad = found[t.name]
-            row_blocks = max(1, t.shape[-1] // t.type.block if t.shape else 1)
-            row, block = divmod(bad.block, row_blocks)
-            what = f"block {block}: {bad.field}" if bad.field else f"weight {block}"
-            yield Finding("validate", f'offset 0x{t.offset + bad.block * t.type.bytes:x}: tensor "{printable(t.name)}": '
-                                      f"row {row}, {what} is {bad.value}")
+        if (bad := found.get(t.name)) is None or isinstance(t.type, OpaqueType):
+            continue
+        row_blocks = max(1, t.shape[-1] // t.type.block if t.shape else 1)
+        row, block = divmod(bad.block, row_blocks)
+        what = f"block {block}: {bad.field}" if bad.field else f"weight {block}"
+        yield Finding("validate", f'offset 0x{t.offset + bad.block * t.type.bytes:x}: tensor "{printable(t.name)}": '
+                                  f"row {row}, {what} is {bad.value}")
