@@ -56,7 +56,7 @@ static inline int64_t claim_of(worker *w, int phase, int64_t chunks) {
 static inline int64_t claim(worker *w, int64_t chunks) { return claim_of(w, 0, chunks); }
 static inline int64_t claim_again(worker *w, int64_t chunks) { return claim_of(w, 1, chunks); }
 
-// All workers meet here; used by plan.c between steps and by kernels that work in phases.
+// All workers meet here; used by pool.c between steps and by kernels that work in phases.
 void pool_barrier(worker *w);
 
 // ---- what the steps mean -------------------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from pyggml.backends.placement import Place
 from pyggml.cache import CacheTensor, KVCache, host_tensor
 from pyggml.errors import Cancelled, ContextOverflow, ModelError, ParameterError, PyggmlError
 from pyggml.formats import open as open_file
-from pyggml.graph import OUTPUTS, TOKENS, Tensor, walk
+from pyggml.graph import Tensor, walk
 from pyggml.ops import OPS
+from pyggml.shapes import OUTPUTS, TOKENS
 
 log = logging.getLogger("pyggml")
 MAX_CELLS, MAX_THREADS = 2**31 - 1, 1024        # a cell is an int32 for the kernels; a pool beyond any machine is a slip of the pen

@@ -16,24 +16,8 @@ from typing import Any
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Symbol:
-    """A size that is known only when the graph runs; `slot` is its place among the run-time values."""
-
-    name: str
-    slot: int
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-TOKENS = Symbol("T", 0)         # tokens of this batch
-OUTPUTS = Symbol("O", 1)        # rows of logits wanted from it
-SYMBOLS = (TOKENS, OUTPUTS)
-
-Dim = int | Symbol
-Shape = tuple[Dim, ...]
+from pyggml.ops import OPS
+from pyggml.shapes import Shape, Symbol
 
 
 @dataclass(eq=False)
@@ -99,8 +83,6 @@ class Graph:
         return Tensor("reshape", (x,), shape, x.type)
 
     def __getattr__(self, op: str) -> Callable[..., Tensor]:
-        from pyggml.ops import OPS
-
         if op not in OPS:
             raise AttributeError(f"no op {op!r} in the op table")
         row = OPS[op]

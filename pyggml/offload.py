@@ -16,9 +16,10 @@ import numpy as np
 
 from pyggml.backends.base import Weights
 from pyggml.errors import ParameterError, PyggmlError
-from pyggml.graph import OUTPUTS, TOKENS, Symbol, Tensor, replace, walk
+from pyggml.graph import Tensor, replace, walk
 from pyggml.lower import SMALL
 from pyggml.plan import Plan
+from pyggml.shapes import OUTPUTS, TOKENS, Symbol
 
 if TYPE_CHECKING:
     from pyggml.backends.cuda.plan import Store

@@ -20,9 +20,10 @@ import numpy as np
 
 from pyggml.backends.base import Input, Weights
 from pyggml.fuse import Calls, fuse, through
-from pyggml.graph import SYMBOLS, TOKENS, Shape, Symbol, Tensor
+from pyggml.graph import Tensor
 from pyggml.lower import SMALL, Lowering, Step
 from pyggml.roofline import Batch, Work, work
+from pyggml.shapes import SYMBOLS, TOKENS, Shape, Symbol
 from pyggml.types import tensor_type
 
 ALIGN = 64

@@ -9,7 +9,8 @@ import numpy as np
 from pyggml.arch.config import Config
 from pyggml.errors import ModelError
 from pyggml.formats.tensorfile import OpaqueType
-from pyggml.graph import OUTPUTS, TOKENS, Graph, Shape, Tensor
+from pyggml.graph import Graph, Tensor
+from pyggml.shapes import OUTPUTS, TOKENS, Shape
 
 if TYPE_CHECKING:
     from pyggml.cache import KVCache

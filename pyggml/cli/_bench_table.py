@@ -7,12 +7,10 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyggml import __version__
-
-if TYPE_CHECKING:
-    from pyggml.cli.bench import Result, Test
+from pyggml.cli._bench_rows import Result, Test
 
 # settings that get a column of the table when they are not at their default: field -> default
 OPTIONAL = {"n_batch": 2048, "n_ubatch": 512, "type_k": "f16", "type_v": "f16", "ngl": "auto", "repack": 1}

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from pyggml.errors import GGUFError, PyggmlError
-from pyggml.formats.source import FIRST_READ
 from pyggml.formats.values import printable
 
 TIMEOUT, ATTEMPTS, PAUSE = 30.0, 3, 0.5         # seconds for a reply; tries of a request; seconds between the first two
@@ -51,16 +50,19 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 class HttpFile:
-    """A source over HTTP. Every reply is checked: the range that was asked for, all its bytes, of the same version of the file."""
+    """A source over HTTP, of which the `first` bytes are fetched at once.
+
+    Every reply is checked: the range that was asked for, all its bytes, of the same version of the file.
+    """
 
     map: mmap.mmap | None = None
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, first: int) -> None:
         self.name = address
         self._url, self._secret = url_of(address)
         self._opener, self._tag = _opener(), ""
         self.size = -1
-        self._head = self._fetch(0, FIRST_READ)
+        self._head = self._fetch(0, first)
 
     def head(self, n: int) -> Any:
         have = len(self._head)

@@ -209,7 +209,7 @@ def source_of(path: str | os.PathLike[str], use_mmap: bool = True) -> Source:
     name = os.fspath(path)
     if is_address(name):
         from pyggml.formats.remote import HttpFile
-        return HttpFile(name)
+        return HttpFile(name, FIRST_READ)
     return local(name, use_mmap)
 
 

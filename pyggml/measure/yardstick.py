@@ -20,9 +20,10 @@ from pyggml.context import Context, Model
 from pyggml.formats.source import Memory
 from pyggml.formats.tensorfile import Tensor as FileTensor
 from pyggml.formats.tensorfile import TensorFile
-from pyggml.graph import OUTPUTS, TOKENS, Tensor, walk
+from pyggml.graph import Tensor, walk
 from pyggml.measure.chunks import first_scored, with_bos
 from pyggml.measure.scores import Scores, Tokens, divergence, log_softmax
+from pyggml.shapes import OUTPUTS, TOKENS
 from pyggml.types import TensorType
 
 WAIST = "waist"          # the input that stands for the values at a waist

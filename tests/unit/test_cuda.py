@@ -125,8 +125,8 @@ def test_without_a_driver_numba_is_not_even_looked_for():
 @pytest.mark.parametrize("name", ["llama_quant.q8_0", "mixtral.q4_k_m_mix", "stories260K.bf16"])
 def test_a_cut_graph_computes_what_the_whole_does(name):
     """Both parts on the CPU."""
-    from pyggml.graph import OUTPUTS, TOKENS
     from pyggml.offload import chain
+    from pyggml.shapes import OUTPUTS, TOKENS
 
     model = Model.load(TESTS / "golden" / "models" / f"{name}.gguf")
     whole = Context(model, n_ctx=32)

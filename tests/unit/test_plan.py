@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pyggml import native, quants
 from pyggml.cache import KVCache
-from pyggml.graph import OUTPUTS, TOKENS, Graph, Tensor
+from pyggml.graph import Graph, Tensor
+from pyggml.shapes import OUTPUTS, TOKENS
 from pyggml.types import TensorType, tensor_type
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="plans run on the native backend")

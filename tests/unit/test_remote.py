@@ -11,6 +11,7 @@ from pyggml import cli, formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import remote, shards
 from pyggml.formats import split as splitting
+from pyggml.formats.source import FIRST_READ
 
 WEIGHTS = {f"t{i}": np.full((256, 1024), i, np.float32) for i in range(4)}         # 1 MB each
 
@@ -92,10 +93,10 @@ def test_only_what_is_looked_at_is_fetched(server, capsys):
     assert cli.main(["info", url, "--tensors"]) == 0
     out = capsys.readouterr().out
     assert "remote" in out and "256 x 1024" in out and "4.19 MB" in out
-    assert len(server.log) == 1 and server.sent == remote.FIRST_READ
+    assert len(server.log) == 1 and server.sent == FIRST_READ
     file = formats.open(url)
     np.testing.assert_array_equal(file["t2"].numpy(), WEIGHTS["t2"])
-    assert server.sent == 2 * remote.FIRST_READ + WEIGHTS["t2"].nbytes
+    assert server.sent == 2 * FIRST_READ + WEIGHTS["t2"].nbytes
 
 
 def test_a_large_header_is_fetched_once(server, tmp_path):
