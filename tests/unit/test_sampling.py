@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pyggml import native, sampling
 from pyggml.errors import ParameterError, PyggmlError
-from pyggml.sampling import Candidates, Sampler, SamplingParams
+from pyggml.sampling import Candidates, Sampler, SamplingParams, steps
 
 logit_lists = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=300)
 seeds = st.integers(0, 2**31)
@@ -67,34 +67,34 @@ def define_typical(values, p):
 @pytest.mark.parametrize("k", [1, 2, 40, 299, 10000])
 def test_top_k(n, k):
     values = np.random.default_rng(n + k).normal(size=n).astype(np.float32)
-    c = sampling.top_k(candidates(values), k)
+    c = steps.top_k(candidates(values), k)
     assert ids(c) == falling(values)[:k]
     assert c.sorted and np.array_equal(c.logits, values[ids(c)])
 
 
 @given(logit_lists, st.integers(1, 320))
 def test_top_k_keeps_the_largest(values, k):
-    c = sampling.top_k(candidates(values), k)
+    c = steps.top_k(candidates(values), k)
     assert sorted(c.logits.tolist()) == sorted(values)[-k:]             # as values: equal logits are interchangeable
     assert len(set(ids(c))) == c.logits.size
 
 
 def test_top_k_of_equal_logits_does_not_keep_more():
-    assert len(ids(sampling.top_k(candidates(np.ones(20000)), 40))) == 40
+    assert len(ids(steps.top_k(candidates(np.ones(20000)), 40))) == 40
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
 def test_top_p(p, scale):
     values = (np.random.default_rng(3).normal(size=4000) * scale).astype(np.float32)
-    kept = ids(sampling.top_p(candidates(values), p))
+    kept = ids(steps.top_p(candidates(values), p))
     assert abs(len(kept) - len(define_top_p(values, p))) <= 1           # float32 may fall on either side of p
     assert kept == falling(values)[:len(kept)]
 
 
 @given(logit_lists, st.floats(0, 1))
 def test_top_p_reaches_p_and_no_more(values, p):
-    kept = ids(sampling.top_p(candidates(values), p))
+    kept = ids(steps.top_p(candidates(values), p))
     mass = exact(values)[kept]
     assert mass.sum() >= p - 1e-5
     assert mass[:-1].sum() < p + 1e-5 or len(kept) == 1
@@ -103,7 +103,7 @@ def test_top_p_reaches_p_and_no_more(values, p):
 @given(logit_lists, st.floats(0, 1))
 def test_min_p(values, p):
     probability = exact(values)
-    kept = ids(sampling.min_p(candidates(values), p))
+    kept = ids(steps.min_p(candidates(values), p))
     ratio = probability / probability.max()
     assert all(ratio[i] >= p * (1 - 1e-4) for i in kept)
     assert all(ratio[i] <= p * (1 + 1e-4) for i in set(range(len(values))) - set(kept))
@@ -113,13 +113,13 @@ def test_min_p(values, p):
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.7, 0.95])
 def test_typical(p):
     values = (np.random.default_rng(5).normal(size=200) * 2).astype(np.float32)
-    assert ids(sampling.typical(candidates(values), p)) == define_typical(values, p)
+    assert ids(steps.typical(candidates(values), p)) == define_typical(values, p)
 
 
-@pytest.mark.parametrize("step", [sampling.top_p, sampling.min_p, sampling.typical])
+@pytest.mark.parametrize("step", [steps.top_p, steps.min_p, steps.typical])
 def test_min_keep(step):
     values = np.linspace(0, 50, 100)
-    strict = {sampling.min_p: 1.0}.get(step, 0.0)
+    strict = {steps.min_p: 1.0}.get(step, 0.0)
     assert len(ids(step(candidates(values), strict))) == 1
     assert len(ids(step(candidates(values), strict, 7))) == 7
 
@@ -130,15 +130,15 @@ def test_a_neutral_parameter_changes_nothing(name):
     sampler = Sampler(neutral)
     sampler.accept(1, 2, 2)
     c = candidates([3, 1, 2])
-    assert sampling.SAMPLERS[name](c, sampler) is c
+    assert sampling.SAMPLERS[name](c, sampler.params, sampler.counts) is c
 
 
 def test_penalties():
     logits = [2.0, -2.0, 1.0, 0.5]
-    c = sampling.penalties(candidates(logits), {0: 3, 1: 1}, repeat=2.0, frequency=0.1, presence=0.25)
+    c = steps.penalties(candidates(logits), {0: 3, 1: 1}, repeat=2.0, frequency=0.1, presence=0.25)
     assert c.logits == pytest.approx([1.0 - 0.3 - 0.25, -4.0 - 0.1 - 0.25, 1.0, 0.5])
     chosen = Candidates(np.array([2.0, 1.0], np.float32), np.array([7, 3]))      # after top-k: ids are no longer indices
-    assert sampling.penalties(chosen, {3: 1, 5: 1}, presence=1.0).logits.tolist() == [2.0, 0.0]
+    assert steps.penalties(chosen, {3: 1, 5: 1}, presence=1.0).logits.tolist() == [2.0, 0.0]
 
 
 def test_penalties_see_the_last_tokens_only():
@@ -221,16 +221,16 @@ def test_mirostat_holds_the_surprise_it_aims_at():
     limit = sampler.mu
     assert np.mean([surprise[i] for i in drawn[200:]]) < 8                # bounded by mu, which is near it
     mu, tau, eta = 8.0, 4.0, 0.1
-    kept = sampling.mirostat_v2(candidates(values), mu)
+    kept = steps.mirostat_v2(candidates(values), mu)
     assert kept.ids.tolist() == [i for i in range(2000) if surprise[i] <= mu]
     token, p = sampling.draw(kept, 0.3)
     assert p == pytest.approx(exact(values)[token] / exact(values)[kept.ids].sum(), rel=1e-3)
-    assert sampling.mirostat_next(mu, p, tau, eta) == pytest.approx(mu - eta * (-math.log2(p) - tau), rel=1e-3)
+    assert steps.mirostat_next(mu, p, tau, eta) == pytest.approx(mu - eta * (-math.log2(p) - tau), rel=1e-3)
     assert 0 < limit < 12
 
 
 def test_mirostat_always_keeps_one():
-    assert sampling.mirostat_v2(candidates([1.0, 3.0, 2.0]), -5.0).ids.tolist() == [1]
+    assert steps.mirostat_v2(candidates([1.0, 3.0, 2.0]), -5.0).ids.tolist() == [1]
 
 
 @given(logit_lists, seeds, st.integers(0, 50), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 3))

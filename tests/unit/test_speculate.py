@@ -11,7 +11,8 @@ from pyggml import Llama, native, speculate
 from pyggml import context as engine
 from pyggml.context import Model
 from pyggml.errors import Cancelled, ContextOverflow, ParameterError, PyggmlError
-from pyggml.sampling import Candidates, Sampler, SamplingParams, dense, draw_beside
+from pyggml.sampling import Candidates, Sampler, SamplingParams, draw_beside
+from pyggml.sampling.choose import dense
 from pyggml.speculate import MOST, Draft, DraftModel, Gate, PromptLookup, Speculation
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
