@@ -28,8 +28,8 @@ from pyggml.measure.chunks import split, tokenize
 from pyggml.measure.scores import Mean, mean
 from pyggml.measure.yardstick import Yardstick
 from pyggml.quantize import recipes
+from pyggml.quantize.job import Job, plan
 from pyggml.quantize.options import CHUNK, Options, Progress
-from pyggml.quantize.pipeline import Job, plan
 from pyggml.quantize.recipes import Recipe
 from pyggml.quantize.select import Choice
 from pyggml.quantize.sensitivity import CONTEXT, Option, effort, measure

@@ -17,8 +17,8 @@ from pyggml import quants
 from pyggml.measure.yardstick import Yardstick, in_memory
 from pyggml.quantize import recipes
 from pyggml.quantize.encode import Encoder, check, decode
+from pyggml.quantize.job import Job
 from pyggml.quantize.options import Progress, tell
-from pyggml.quantize.pipeline import Job
 from pyggml.types import TensorType, tensor_type
 
 PROBES = ("Q2_K", "Q4_K", "Q6_K")

@@ -12,8 +12,8 @@ from pyggml import cli, formats, quants
 from pyggml.errors import PyggmlError
 from pyggml.quantize import allocate, recipes, sensitivity
 from pyggml.quantize.allocate import choose
+from pyggml.quantize.job import plan
 from pyggml.quantize.options import Options
-from pyggml.quantize.pipeline import plan
 from pyggml.quantize.sensitivity import Effort, Option, effort, expected, measure, sampled_errors, slope, thorough
 from pyggml.types import tensor_type
 
