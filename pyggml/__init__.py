@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Llama": "pyggml.llama", "LogitsProcessorList": "pyggml.arguments", "StoppingCriteriaList": "pyggml.arguments",
-    "Model": "pyggml.context", "Context": "pyggml.context",
+    "Model": "pyggml.model", "Context": "pyggml.context",
     "PromptLookup": "pyggml.speculate",
     "Sampler": "pyggml.sampling", "SamplingParams": "pyggml.sampling",
     "open": "pyggml.formats", "TensorFile": "pyggml.formats",
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from pyggml.arguments import LogitsProcessorList as LogitsProcessorList
     from pyggml.arguments import StoppingCriteriaList as StoppingCriteriaList
     from pyggml.context import Context as Context
-    from pyggml.context import Model as Model
     from pyggml.errors import PyggmlError as PyggmlError
     from pyggml.formats import TensorFile as TensorFile
     from pyggml.formats import open as open
     from pyggml.llama import Llama as Llama
+    from pyggml.model import Model as Model
     from pyggml.sampling import Sampler as Sampler
     from pyggml.sampling import SamplingParams as SamplingParams
     from pyggml.speculate import PromptLookup as PromptLookup

@@ -1,4 +1,4 @@
-"""Running a model: what was loaded (Model), and one conversation with it (Context: cache, plans, prefill and decode).
+"""Running a model: one conversation with it, its cache, plans, prefill and decode.
 
 A context asks the architecture for its graph once, plans it for two kinds of batch (a few tokens; a full batch), and from
 then on a token costs a few stores into input arrays and one native call.
@@ -7,25 +7,22 @@ then on a token costs a few stores into input arrays and one native call.
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 
-from pyggml import arch, native
+from pyggml import native
 from pyggml.arch.blocks import Builder
-from pyggml.arch.config import Config
 from pyggml.backends.placement import Place
 from pyggml.cache import CacheTensor, KVCache, host_tensor
-from pyggml.errors import Cancelled, ContextOverflow, ModelError, ParameterError, PyggmlError
-from pyggml.formats import open as open_file
-from pyggml.graph import Tensor, walk
-from pyggml.ops import OPS
+from pyggml.crew import Crew
+from pyggml.errors import Cancelled, ContextOverflow, ParameterError, PyggmlError
+from pyggml.graph import Tensor
+from pyggml.model import Model
 from pyggml.shapes import OUTPUTS, TOKENS
+from pyggml.sites import Site, find_sites
 
 log = logging.getLogger("pyggml")
 MAX_CELLS, MAX_THREADS = 2**31 - 1, 1024        # a cell is an int32 for the kernels; a pool beyond any machine is a slip of the pen
@@ -35,132 +32,6 @@ MAX_CELLS, MAX_THREADS = 2**31 - 1, 1024        # a cell is an int32 for the ker
 def tell_slow() -> None:
     """Say once that the kernels are missing, and why."""
     log.warning("no native kernels (%s): computing with numpy, which is slow; install a C compiler and reinstall pyggml", native.why_missing)
-
-
-class Model:
-    """A model file with its configuration: everything that contexts share."""
-
-    def __init__(self, file: Any, *, use_mlock: bool = False) -> None:
-        self.file, self._lock = file, use_mlock
-        self.arch = file.kv.get("general.architecture")
-        if not isinstance(self.arch, str):
-            state = "missing" if self.arch is None else f"{self.arch!r}, not a string"
-            raise ModelError(f'{file.path}: the key "general.architecture" is {state}, so this is not a model that can run')
-        self.graph = arch.find(self.arch, file.path)
-        self.config = Config.read(file.path, file.kv, self.arch)
-        table = file.tensors.get("token_embd.weight")
-        if table is None:
-            raise ModelError(f'{file.path}: the tensor "token_embd.weight" is missing; the file is incomplete or not a {self.arch} model')
-        if len(table.shape) != 2 or not table.shape[0]:
-            raise ModelError(f'{file.path}: the tensor "token_embd.weight" has shape {list(table.shape)}; it must have a row for each token')
-        self.n_vocab = table.shape[0]
-        self._stores: dict[tuple[bool, bool], Any] = {}
-        self._on_gpus: dict[int, Any] = {}
-
-    @staticmethod
-    def load(path: str | os.PathLike[str], *, use_mmap: bool = True, use_mlock: bool = False) -> Model:
-        """Open a GGUF file (or the first of its shards) and read its configuration. Nothing is copied. use_mlock: weights stay in memory."""
-        return Model(open_file(path, use_mmap=use_mmap), use_mlock=use_mlock)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        from pyggml import tokenizers
-
-        tokenizer = tokenizers.load(self.file.kv, self.file.path)
-        self.file.verify()
-        if tokenizer.n_vocab != self.n_vocab:
-            raise ModelError(f'{self.file.path}: the vocabulary has {tokenizer.n_vocab} tokens and the tensor "token_embd.weight" {self.n_vocab} '
-                             "rows; one of them is damaged, convert the model again")
-        return tokenizer
-
-    @property
-    def n_params(self) -> int:
-        return sum(int(np.prod(t.shape, dtype=np.int64)) for t in self.file.tensors.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors in the file."""
-        return sum(t.nbytes for t in self.file.tensors.values())
-
-    def describe(self) -> str:
-        """Architecture, size and the most common type of its matrices: `llama 1.1B Q4_0`."""
-        share: dict[str, int] = {}
-        for t in self.file.tensors.values():
-            if len(t.shape) > 1:
-                share[t.type.name] = share.get(t.type.name, 0) + t.nbytes
-        n = self.n_params
-        size = f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
-        return f"{self.arch} {size} {max(share, key=lambda k: share[k])}"
-
-    def weights(self, *, repack: bool, exact: bool) -> Any:
-        """The weights as the CPU backend holds them, shared by every context that wants them the same way."""
-        from pyggml.backends.cpu import WeightStore
-
-        key = (repack, exact)
-        if key not in self._stores:
-            if not self._stores:
-                self.file.read_ahead()
-            self._stores[key] = WeightStore(repack=repack, exact=exact, capacity=self.nbytes + self.nbytes // 16, lock=self._lock)
-        return self._stores[key]
-
-    def weights_on(self, gpu: int) -> Any:
-        """The weights that a GPU holds, shared by every context that puts layers there."""
-        from pyggml.backends.cuda.device import open_device
-        from pyggml.backends.cuda.store import DeviceWeights
-
-        if gpu not in self._on_gpus:
-            self._on_gpus[gpu] = DeviceWeights(open_device(gpu))
-        return self._on_gpus[gpu]
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place where values meet weights: `x` is the input that the matrices `weights` multiply; `ids` picks experts, where there are any."""
-
-    weights: tuple[str, ...]
-    x: Tensor
-    ids: Tensor | None
-
-
-def find_sites(output: Tensor) -> list[Site]:
-    """Every input of a matrix product in a graph, each once."""
-    found: dict[tuple[int, int], list[Any]] = {}
-    for node in walk([output]):
-        if not node.is_leaf and node.op != "reshape" and OPS[node.op].matmul:
-            weight, x, *ids = node.srcs
-            found.setdefault((id(x), id(ids[0]) if ids else 0), [x, ids[0] if ids else None]).append(weight.name)  # type: ignore[union-attr]
-    return [Site(tuple(names), x, ids) for x, ids, *names in found.values()]
-
-
-class Crew:
-    """Decides whether a token is computed by the whole pool or by one thread, which is faster for small models.
-
-    Both are tried in turn for the first tokens, some in a row, as a pool that has slept takes its time to wake; the one with the
-    lower median is kept. A number of threads that the user gave is never second-guessed, and large models always take the pool.
-    """
-
-    ROW, TRIALS = 6, 24
-    SMALL_MODEL = 64 << 20          # bytes of weights: beyond it the pool wins by so much that trying is a waste
-
-    def __init__(self, undecided: bool) -> None:
-        self.alone = False
-        self._times: dict[bool, list[float]] = {False: [], True: []}
-        self.trials_left = self.TRIALS if undecided else 0
-
-    def run(self, run: Callable[[bool], bool]) -> bool:
-        """Call `run(alone)` for one token."""
-        if not self.trials_left:
-            return run(self.alone)
-        self.trials_left -= 1
-        trial = self.trials_left // self.ROW % 2 == 0         # the pool first: its first token packs weights and touches memory
-        start = time.perf_counter()
-        done = run(trial)
-        if self.trials_left % self.ROW != self.ROW - 1:       # the first of a row wakes the pool
-            self._times[trial].append(time.perf_counter() - start)
-        if not self.trials_left:
-            pool, alone = (sorted(self._times[way])[len(self._times[way]) // 2] for way in (False, True))
-            self.alone = alone < pool
-        return done
 
 
 class Context:
@@ -174,7 +45,7 @@ class Context:
     exact       decoded weights, float activations: the definition of the model, slow
     deterministic   a token's logits have the same bits however the tokens before it were batched, with any number of threads, packed
                 or not and wherever in the cache its sequence lies (on one instruction set)
-    watch       called after every batch with each input of a matrix product and its values (see Site)
+    watch       called after every batch with each input of a matrix product and its values (see sites.py)
     n_gpu_layers    layers on a GPU, counted from the end with the output as one more (see offload.py): a number, "all" (or -1), or
                 "auto" for as many as fit, where there is a GPU
     device, main_gpu    which GPU: "cuda0", "none", or its number
@@ -215,7 +86,8 @@ class Context:
         self._gpu = self._share(n_gpu_layers, device, main_gpu)
         self.cache = self._new_cache(host_tensor if self._gpu is None else self._gpu.cache_tensor)
         self._crew = Crew(n_threads is None and self.pool is not None and self.pool.n_threads > 1 and model.nbytes < Crew.SMALL_MODEL)
-        self._follows = self.pool is not None and self._gpu is None and watch is None and not timing       # single tokens take the short way
+        # single tokens take the short way, `_follow`
+        self._follows = self.pool is not None and self._gpu is None and watch is None and not timing
         self._one: Any = None
         self._logits = np.empty((0, model.n_vocab), np.float32)
 

@@ -31,8 +31,9 @@ from pyggml.arguments import (
     refuse,
     sampling_params,
 )
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import ContextOverflow, ParameterError
+from pyggml.model import Model
 from pyggml.sampling import RANDOM_SEED, Sampler, SamplingParams
 from pyggml.speculate import DraftModel, OtherDrafts, PromptLookup, Speculation
 from pyggml.types import tensor_type

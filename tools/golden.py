@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "golden"))
 from distances import BOUNDS, distances, first_difference, misses, native_bound  # noqa: E402
 
 from pyggml import native  # noqa: E402
-from pyggml.context import Context, Model  # noqa: E402
+from pyggml.context import Context  # noqa: E402
+from pyggml.model import Model  # noqa: E402
 
 
 def hold_against(path: Path, models: Path, *, strict: bool = False, **options) -> tuple[dict[str, float], list[str]]:

@@ -135,7 +135,7 @@ def place(args: argparse.Namespace):
 
 def load_model(args: argparse.Namespace, path: str):
     """The Model at `path`, mapped and locked as the options say."""
-    from pyggml.context import Model
+    from pyggml.model import Model
 
     use_mmap, use_mlock = LOAD_MODES[args.load_mode or "mmap"]
     return Model.load(path, use_mmap=use_mmap and not args.no_mmap, use_mlock=use_mlock or args.mlock)

@@ -80,7 +80,8 @@ def reproduce(report: dict[str, Any], source: str | None, imatrix: str | None) -
 def engine(file: formats.TensorFile) -> list[Finding]:
     """What the engine says about a file in which nothing else is wrong: it reads the sizes, builds the graph and the tokenizer."""
     from pyggml import arch, tokenizers
-    from pyggml.context import Context, Model
+    from pyggml.context import Context
+    from pyggml.model import Model
     name = str(file.kv.get("general.architecture", ""))
     if name not in arch.names():
         return [Finding(NOTE, f'pyggml does not run the architecture "{printable(name)}": not every tensor was compared with the metadata')]

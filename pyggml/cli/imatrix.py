@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect(args: argparse.Namespace, known: Any) -> int:
-    from pyggml.context import Model
+    from pyggml.model import Model
     from pyggml.quantize import calibrate
     from pyggml.quantize.imatrix import Imatrix
 

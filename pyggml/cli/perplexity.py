@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pyggml.context import Model
+    from pyggml.model import Model
 
     model = Model.load(_options.model_path(args), use_mmap=not args.no_mmap)
     if args.kl_divergence:

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import PyggmlError
+from pyggml.model import Model
 
 
 def tokenize(model: Model, text: str, n_ctx: int, *, parse_special: bool = False) -> np.ndarray:

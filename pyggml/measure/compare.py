@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.context import Model
 from pyggml.errors import Cancelled
 from pyggml.measure.chunks import split, tokenize
 from pyggml.measure.lockstep import lockstep
 from pyggml.measure.scores import Mean, Tokens, mean, summary
 from pyggml.measure.yardstick import Yardstick
+from pyggml.model import Model
 
 SIGNIFICANT = 2.0        # standard errors that a difference must exceed
 

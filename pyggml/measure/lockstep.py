@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.context import Model
 from pyggml.errors import PyggmlError
 from pyggml.measure.chunks import Evaluator, first_scored
 from pyggml.measure.scores import Scores, Tokens, divergence, log_softmax
+from pyggml.model import Model
 
 
 def check_vocabulary(reference: Model, model: Model) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.context import Model
 from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import replacing
 from pyggml.measure import basefile
 from pyggml.measure.chunks import Evaluator, first_scored, split, tokenize
 from pyggml.measure.scores import Scores, Tokens, divergence, log_likelihood, mean
+from pyggml.model import Model
 
 # Called after every chunk with (done, total, what is known so far); returning False cancels.
 OnChunk = Callable[[int, int, Any], Any]

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from pyggml.arch.blocks import Builder
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.formats.source import Memory
 from pyggml.formats.tensorfile import Tensor as FileTensor
 from pyggml.formats.tensorfile import TensorFile
 from pyggml.graph import Tensor, walk
 from pyggml.measure.chunks import first_scored, with_bos
 from pyggml.measure.scores import Scores, Tokens, divergence, log_softmax
+from pyggml.model import Model
 from pyggml.shapes import OUTPUTS, TOKENS
 from pyggml.types import TensorType
 

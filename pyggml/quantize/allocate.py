@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from pyggml import formats
-from pyggml.context import Model
 from pyggml.errors import PyggmlError
 from pyggml.formats.atomic import replacing
 from pyggml.formats.writer import NewTensor, header
 from pyggml.measure.chunks import split, tokenize
 from pyggml.measure.scores import Mean, mean
 from pyggml.measure.yardstick import Yardstick
+from pyggml.model import Model
 from pyggml.quantize import recipes
 from pyggml.quantize.job import Job, plan
 from pyggml.quantize.options import CHUNK, Options, Progress

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pyggml.context import Model, Site
 from pyggml.errors import Cancelled, PyggmlError
 from pyggml.measure.chunks import Evaluator, split, tokenize
 from pyggml.measure.perplexity import Perplexity
 from pyggml.measure.scores import log_likelihood
+from pyggml.model import Model
 from pyggml.quantize.imatrix import Entry, Imatrix
+from pyggml.sites import Site
 
 OUTPUT = "output.weight"
 

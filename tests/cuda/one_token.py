@@ -12,7 +12,8 @@ import fake_driver
 driver = fake_driver.install()
 from numba.cuda.dispatcher import _Kernel  # noqa: E402
 
-from pyggml.context import Context, Model  # noqa: E402
+from pyggml.context import Context  # noqa: E402
+from pyggml.model import Model  # noqa: E402
 
 compiled = []
 compile_ = _Kernel.__init__

@@ -8,8 +8,9 @@ import toys
 
 from pyggml import native, offload
 from pyggml.backends.cuda import ahead, device
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import PyggmlError
+from pyggml.model import Model
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
 PROMPT = [1, 5, 9]

@@ -16,8 +16,9 @@ from conftest import DRIVER
 
 from pyggml import native
 from pyggml.backends.cuda import device, kernelcache, matvec
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import PyggmlError
+from pyggml.model import Model
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
 

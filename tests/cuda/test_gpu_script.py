@@ -11,7 +11,8 @@ import pytest
 from pyggml import native
 from pyggml.backends.cuda import ahead
 from pyggml.backends.cuda.device import Device
-from pyggml.context import Context, Model
+from pyggml.context import Context
+from pyggml.model import Model
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
 SMALL = ["--n-gen", "1", "--n-prompt", "3", "--depths", "3", "--batches", "3", "--greedy", "2", "--runs", "2"]

@@ -7,7 +7,8 @@ import pytest
 from distances import BOUNDS, distances, first_difference, misses, native_bound
 
 from pyggml import native
-from pyggml.context import Context, Model
+from pyggml.context import Context
+from pyggml.model import Model
 
 FOLDER = Path(__file__).parent / "models"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.npz"))

@@ -7,7 +7,7 @@ import pytest
 from agreement import distance
 
 from pyggml import Llama, formats
-from pyggml.context import Model
+from pyggml.model import Model
 from pyggml.quantize import calibrate, quantize_file
 from pyggml.quantize.recipes import RECIPES
 

@@ -126,9 +126,9 @@ class FakeContext:
 
 def install(monkeypatch):
     """Put the fake in the place of the engine, for everything that loads it by name."""
-    from pyggml import context, llama
+    from pyggml import context, llama, model
 
-    monkeypatch.setattr(context, "Model", FakeModel)
+    monkeypatch.setattr(model, "Model", FakeModel)
     monkeypatch.setattr(context, "Context", FakeContext)
     monkeypatch.setattr(llama, "Model", FakeModel)
     monkeypatch.setattr(llama, "Context", FakeContext)

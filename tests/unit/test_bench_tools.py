@@ -17,8 +17,8 @@ from report import markdown
 from shuffled import shuffle
 
 import models
-from pyggml.context import Model
 from pyggml.measure.chunks import Evaluator, split, tokenize
+from pyggml.model import Model
 from pyggml.quantize.calibrate import collect
 from pyggml.quantize.imatrix import Imatrix
 

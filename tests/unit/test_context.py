@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from pyggml import native
-from pyggml.context import Context, Crew, Model
+from pyggml.context import Context
+from pyggml.crew import Crew
 from pyggml.errors import Cancelled, ContextOverflow, PyggmlError
+from pyggml.model import Model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 needs_native = pytest.mark.skipif(native.lib is None, reason="counts native calls")
@@ -160,7 +162,7 @@ def test_small_models_take_what_is_faster_in_a_row(monkeypatch, pool, waking, al
         ways.append(by_itself)
         return True
 
-    monkeypatch.setattr("pyggml.context.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("pyggml.crew.time.perf_counter", lambda: clock[0])
     crew = Crew(undecided=True)
     for _ in range(40):
         assert crew.run(run)

@@ -11,9 +11,10 @@ import pytest
 
 from pyggml import cli, native, offload
 from pyggml.backends.cuda import device
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import ParameterError, PyggmlError
 from pyggml.graph import walk
+from pyggml.model import Model
 
 TESTS = Path(__file__).parents[1]
 MODEL = TESTS / "golden" / "models" / "llama_quant.q8_0.gguf"
@@ -115,7 +116,7 @@ def test_doctor_names_gpus(machine, capsys):
 
 
 def test_without_a_driver_numba_is_not_even_looked_for():
-    code = ("import sys; from pyggml.context import Context, Model; from pyggml.backends.cuda import device; device._DRIVER = 'libno-such-driver.so';"
+    code = ("import sys; from pyggml import Context, Model; from pyggml.backends.cuda import device; device._DRIVER = 'libno-such-driver.so';"
             f"Context(Model.load({str(MODEL)!r}), n_ctx=32, n_gpu_layers='auto').eval([1]); sys.exit('numba' in sys.modules)")
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

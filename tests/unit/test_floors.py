@@ -14,8 +14,8 @@ FLOORS = [
     {"ops"},
     {"graph", "fuse", "lower", "roofline", "plan", "backward"},
     {"arch"},
-    {"context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers", "toolcalls", "llama",
-     "speculate"},
+    {"model", "sites", "crew", "context", "offload", "cache", "sampling", "completion", "answers", "arguments", "grammar", "chat", "tokenizers",
+     "toolcalls", "llama", "speculate"},
     {"quantize", "train", "convert", "serve", "measure"},
     {"cli", "__init__", "__main__"},
 ]

@@ -8,11 +8,12 @@ import pytest
 
 import models
 from pyggml import cli
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import Cancelled, PyggmlError
 from pyggml.measure import basefile, compare, perplexity, scores
 from pyggml.measure.chunks import Evaluator, split, tokenize
 from pyggml.measure.lockstep import lockstep
+from pyggml.model import Model
 from pyggml.quantize import quantize_file
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from pyggml import native
 from pyggml.backends import placement
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import ParameterError
+from pyggml.model import Model
 
 MODEL = Path(__file__).parents[2] / "models" / "books6m-q8_0.gguf"
 needs_linux = pytest.mark.skipif(native.lib is None or not Path("/proc/self/task").exists(), reason="Linux and its kernels")
@@ -85,7 +86,8 @@ def test_threads_for_batches():
 LOCKED = """
 import logging, re, sys
 from pathlib import Path
-from pyggml.context import Context, Model
+from pyggml.context import Context
+from pyggml.model import Model
 
 logging.basicConfig(stream=sys.stdout)
 path, use_mmap, repack = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"

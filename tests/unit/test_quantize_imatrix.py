@@ -7,10 +7,12 @@ import pytest
 
 import models
 from pyggml import cli, formats
-from pyggml.context import Context, Model, find_sites
+from pyggml.context import Context
 from pyggml.errors import PyggmlError
+from pyggml.model import Model
 from pyggml.quantize.calibrate import REDUCTIONS, Collector, collect
 from pyggml.quantize.imatrix import STATISTICS, Entry, Imatrix, statistics
+from pyggml.sites import find_sites
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ import pytest
 
 import models
 from pyggml import cli, formats, quants
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import Cancelled, PyggmlError
+from pyggml.model import Model
 from pyggml.quantize import Imatrix, Options, plan, quantize_file, reproduce
 from pyggml.quantize import encode as encode_module
 from pyggml.quantize.imatrix import Entry

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pyggml import native
-from pyggml.context import Context, Model
+from pyggml.context import Context
+from pyggml.model import Model
 from pyggml.roofline import Peaks, Work, measure_peaks
 
 if native.lib is None:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pyggml import native
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import ParameterError
+from pyggml.model import Model
 
 if native.lib is None:
     pytest.skip("the same bits are promised by the kernels", allow_module_level=True)

@@ -9,8 +9,8 @@ import pytest
 
 from pyggml import Llama, native, speculate
 from pyggml import context as engine
-from pyggml.context import Model
 from pyggml.errors import Cancelled, ContextOverflow, ParameterError, PyggmlError
+from pyggml.model import Model
 from pyggml.sampling import Candidates, Sampler, SamplingParams, draw_beside
 from pyggml.sampling.choose import dense
 from pyggml.speculate import MOST, Draft, DraftModel, Gate, PromptLookup, Speculation

@@ -5,12 +5,13 @@ import pytest
 
 import models
 from pyggml import native
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.formats import open as open_file
 from pyggml.graph import walk
 from pyggml.measure.chunks import split, tokenize
 from pyggml.measure.lockstep import lockstep
 from pyggml.measure.yardstick import Yardstick, computed, cut, in_memory, overlay, waists
+from pyggml.model import Model
 from pyggml.quants import quantize
 from pyggml.types import tensor_type
 

@@ -38,8 +38,9 @@ import gpu_measures as measures  # noqa: E402
 from random_model import MIXES, SHAPES, write_random_model  # noqa: E402
 
 from pyggml.backends.cuda.device import open_device, why_not  # noqa: E402
-from pyggml.context import Context, Model  # noqa: E402
+from pyggml.context import Context  # noqa: E402
 from pyggml.errors import PyggmlError  # noqa: E402
+from pyggml.model import Model  # noqa: E402
 
 # seconds that a step of a section, or of a part of one, may take
 BUDGETS = {"machine": 120, "goldens": 90, "greedy": 300, "loading": 180, "decoding": 180, "prefilling": 240, "depths": 240, "batches": 240,

@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden import hold_against  # noqa: E402
 
 from pyggml.backends.cuda.device import gib, gpus, simulated  # noqa: E402
-from pyggml.context import Context, Model  # noqa: E402
+from pyggml.context import Context  # noqa: E402
 from pyggml.errors import PyggmlError  # noqa: E402
+from pyggml.model import Model  # noqa: E402
 
 if TYPE_CHECKING:
     from gpu import Run, Source

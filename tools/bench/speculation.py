@@ -12,7 +12,8 @@ import argparse
 import time
 from statistics import median
 
-from pyggml.context import Context, Model
+from pyggml.context import Context
+from pyggml.model import Model
 from pyggml.sampling import Sampler, SamplingParams
 from pyggml.speculate import Draft, DraftModel, PromptLookup, Speculation
 

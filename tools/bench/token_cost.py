@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 import time
 
-from pyggml.context import Context, Model
+from pyggml.context import Context
+from pyggml.model import Model
 
 
 def main() -> None:
