@@ -74,10 +74,11 @@ def test_deterministic_caches(cache):
     np.testing.assert_array_equal(logits(model, (33, 1, 8, 48), **types), logits(model, (LENGTH,), **types))
 
 
+@pytest.mark.parametrize("name", ["llama_quant.q6_k", "gemma2.q8_0"])
 @pytest.mark.parametrize("together", [2, 5])
-def test_deterministic_beside_other_sequences(together):
+def test_deterministic_beside_other_sequences(name, together):
     """A sequence that shares the cache and the batch with others, at whatever cell it starts."""
-    model = Model.load(GOLDEN / "llama_quant.q6_k.gguf")
+    model = Model.load(GOLDEN / f"{name}.gguf")
     alone = logits(model, (LENGTH,), deterministic=True)
     context = Context(model, n_ctx=together * 101, deterministic=True)
     rows = np.tile(tokens_of(model), (together, 1))
