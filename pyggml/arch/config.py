@@ -100,10 +100,10 @@ class RopeConfig:
         plain = self.base ** (-2 * pair / self.n_rot)
         if factors is not None:
             plain = plain / factors
-        if self.scaling == "none" or self.scaling == "longrope":
+        if self.scaling == "none":
             return plain.astype(np.float32), self.attn_factor
         slowed = plain / self.factor
-        if self.scaling == "linear" or self.ext_factor == 0:
+        if self.scaling != "yarn" or self.ext_factor == 0:
             return slowed.astype(np.float32), self.attn_factor
 
         def pair_that_turns(turns: float) -> float:      # how far along the pairs one makes `turns` turns in the trained context

@@ -16,6 +16,7 @@ from pyggml.formats import Typed
 from pyggml.graph import OUTPUTS, TOKENS, walk
 from pyggml.native import lib
 from pyggml.plan import SMALL, Schedule
+from pyggml.quantize.calibrate import Collector
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 
@@ -74,16 +75,40 @@ def test_a_norm_that_is_missing_is_named(tmp_path, name, tensor):
         nodes(altered(tmp_path / "m.gguf", name, without=[tensor]), "attention")
 
 
-def test_a_factor_without_a_type_is_linear():
+@pytest.mark.parametrize("type", [{}, {"gemma.rope.scaling.type": "longrope"}])
+def test_a_factor_slows_without_a_type_too(type):
     file = formats.open(GOLDEN / "gemma.f16.gguf")
-    rope = Config.read("m", {**file.kv, "gemma.rope.scaling.factor": 4.0}, "gemma").rope
+    rope = Config.read("m", {**file.kv, **type, "gemma.rope.scaling.factor": 4.0}, "gemma").rope
     plain = Config.read("m", file.kv, "gemma").rope
     np.testing.assert_allclose(rope.frequencies()[0], plain.frequencies()[0] / 4)
 
 
+@pytest.mark.parametrize(("n_ctx", "length"), [(64, "short"), (65, "long")])
+def test_factors_for_short_and_long_contexts(n_ctx, length):
+    model = Model.load(GOLDEN / "phi3.q4_1.gguf")
+    tables = {t.srcs[1].data.tobytes() for t in walk([Context(model, n_ctx=n_ctx).output]) if t.op == "rope_table"}
+    plain = 10000.0 ** (-np.arange(6) / 6)
+    assert tables == {(plain / model.file[f"rope_factors_{length}.weight"].numpy()).astype(np.float32).tobytes()}
+
+
+@pytest.mark.parametrize(("name", "columns", "rows"), [("blk.0.attn_qkv.weight", 32, (32, 48)), ("blk.1.ffn_up.weight", 32, (64, 128))])
+def test_rows_of_a_tensor(name, columns, rows):
+    whole = formats.open(GOLDEN / "phi3.q4_1.gguf")[name]
+    part = whole.rows(*rows)
+    assert part.shape == (rows[1] - rows[0], columns) and part.whole == name != part.name
+    np.testing.assert_array_equal(part.dequantize(), whole.dequantize()[slice(*rows)])
+
+
+def test_importance_of_a_matrix_that_is_several():
+    model = Model.load(GOLDEN / "phi3.q4_1.gguf")
+    collector = Collector(model.file)
+    Context(model, n_ctx=64, watch=collector).eval(range(3, 20))
+    assert set(collector.entries) == {n for n, t in model.file.tensors.items() if n.startswith("blk.") and len(t.shape) > 1}
+
+
 @pytest.mark.skipif(lib is None, reason="steps are those of the kernels")
 @pytest.mark.parametrize("limit", [SMALL, 64])
-@pytest.mark.parametrize("name", ["gemma.f16", "gemma2.q8_0", "gemma3.q4_0"])
+@pytest.mark.parametrize("name", ["gemma.f16", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1"])
 def test_scales_caps_and_residuals_are_no_steps(name, limit):
     steps = Schedule([Context(Model.load(GOLDEN / f"{name}.gguf"), n_ctx=64).output], WeightStore(), {TOKENS: limit, OUTPUTS: SMALL}).steps
     assert not {s.op for s in steps} & {"scale", "softcap", "add", "mul"}

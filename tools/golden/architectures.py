@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tools" / "bench"))
 from random_model import vocabulary  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden" / "models"
-N_TOKENS, VOCAB, DIM, FF, HEADS, KV_HEADS, HEAD_DIM = 48, 272, 32, 64, 3, 1, 32
+N_TOKENS, VOCAB, DIM, FF = 48, 272, 32, 64
 POST_NORMS, HEAD_NORMS = ("post_attention_norm", "post_ffw_norm"), ("attn_q_norm", "attn_k_norm")
 
 
@@ -43,6 +43,9 @@ class Tiny:
     keys: dict[str, Any] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
     continuation: int = 32
+    heads: tuple[int, int, int] = (3, 1, 32)           # of queries, of keys and values; size
+    merged: bool = False                               # q, k and v are one matrix, gate and up another
+    factors: int = 0                                   # numbers that divide so many frequencies, for short and for long contexts
 
 
 MODELS = {
@@ -53,6 +56,9 @@ MODELS = {
     # a window that the continuation outgrows; two bases, and a factor that only the sixth layer has
     "gemma3.q4_0": Tiny("gemma3", "Q4_0", 7, {"attention.sliding_window": 52, "rope.freq_base": 1e6, "rope.scaling.type": "linear",
                                               "rope.scaling.factor": 8.0}, (*POST_NORMS, *HEAD_NORMS), 16),
+    # part of a head turns, slowed by the factors for a context beyond the original one
+    "phi3.q4_1": Tiny("phi3", "Q4_1", 2, {"rope.dimension_count": 12, "rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.2},
+                      heads=(2, 1, 16), merged=True, factors=6),
 }
 
 
@@ -68,18 +74,26 @@ def tensors(name: str, m: Tiny) -> Iterator[tuple[str, np.ndarray]]:
 
     yield "token_embd.weight", matrix(VOCAB, DIM, 3.0)
     yield "output_norm.weight", norm(DIM)
+    for length in ("short", "long") if m.factors else ():
+        yield f"rope_factors_{length}.weight", rng.uniform(1, 4, m.factors).astype(np.float32)
+    heads, kv_heads, size = m.heads
+    shapes = {"attn_q": (heads * size, DIM, 1.7), "attn_k": (kv_heads * size, DIM, 1.7), "attn_v": (kv_heads * size, DIM),
+              "attn_output": (DIM, heads * size), "ffn_gate": (FF, DIM), "ffn_up": (FF, DIM), "ffn_down": (DIM, FF)}
     for layer in range(m.layers):
-        shapes = {"attn_q": (HEADS * HEAD_DIM, DIM, 1.7), "attn_k": (KV_HEADS * HEAD_DIM, DIM, 1.7), "attn_v": (KV_HEADS * HEAD_DIM, DIM),
-                  "attn_output": (DIM, HEADS * HEAD_DIM), "ffn_gate": (FF, DIM), "ffn_up": (FF, DIM), "ffn_down": (DIM, FF)}
         for part in ("attn_norm", "ffn_norm", *m.norms):
-            yield f"blk.{layer}.{part}.weight", norm(HEAD_DIM, 1.7) if part in HEAD_NORMS else norm(DIM)
-        for part, shape in shapes.items():
-            yield f"blk.{layer}.{part}.weight", matrix(*shape)
+            yield f"blk.{layer}.{part}.weight", norm(size, 1.7) if part in HEAD_NORMS else norm(DIM)
+        made = {part: matrix(*shape) for part, shape in shapes.items()}
+        if m.merged:
+            made["attn_qkv"] = np.concatenate([made.pop(part) for part in ("attn_q", "attn_k", "attn_v")])
+            made["ffn_up"] = np.concatenate([made.pop("ffn_gate"), made["ffn_up"]])
+        for part, weight in made.items():
+            yield f"blk.{layer}.{part}.weight", weight
 
 
 def metadata(m: Tiny) -> dict[str, Any]:
-    sizes = {"context_length": 1024, "embedding_length": DIM, "block_count": m.layers, "feed_forward_length": FF, "attention.head_count": HEADS,
-             "attention.head_count_kv": KV_HEADS, "attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM}
+    heads, kv_heads, size = m.heads
+    sizes = {"context_length": 1024, "embedding_length": DIM, "block_count": m.layers, "feed_forward_length": FF, "attention.head_count": heads,
+             "attention.head_count_kv": kv_heads, "attention.key_length": size, "attention.value_length": size}
     own = {"attention.layer_norm_rms_epsilon": 1e-6, **m.keys}
     kinds = {int: "u32", float: "f32", str: "str"}
     return {"general.architecture": Typed("str", m.arch), **{f"{m.arch}.{k}": Typed("u32", v) for k, v in sizes.items()},
