@@ -64,12 +64,13 @@ void pool_barrier(worker *w);
 // x(T, K) is a float view; where i[2] is 1 it is a buffer written by `prepare` instead. `norm` is an optional RMS norm of x.
 //
 //  get_rows        dst (T, D)            src table (V, D) any type, ids i32 (T)                        f scale
-//  rms_norm        dst (.., D)           src x, weight (D)|-1                                          f eps
+//  rms_norm        dst (.., D)           src x, weight (D)|-1, residual (.., D)|-1                     f eps
 //  prepare         dst bytes             src x (T, K), norm|-1                                         i -, format    f eps
-//  mul_mat         dst (T, M)            src W (M, K), x, norm|-1, bias (M)|-1, residual (T, M)|-1     i act_id, format, prepared   f eps, scale
+//  mul_mat         dst (T, M)            src W (M, K), x, norm|-1, bias (M)|-1, residual (T, M)|-1     i act_id, format, prepared   f eps, scale, softcap (0: none)
 //  glu_mat         dst (T, M)            src Wgate, x, norm|-1, Wup, bias_gate|-1, bias_up|-1          i act_id, format, prepared, GLU_*   f eps
 //  add, mul        dst (.., D)           src a, b (same shape, or one row that repeats)
 //  scale           dst                   src a                                                         f factor
+//  softcap         dst                   src a                                                         f cap         cap * tanh(a / cap)
 //  glu             dst (.., D)           src gate, up                                                  i GLU_*
 //  rope_table      dst (T, R/2, 2)       src pos i32 (T), inv_freq (R/2)                               f mscale      (cos, sin) * mscale
 //  rope            dst (T, H, D)         src x (T, H, D), table                                        i ROPE_*, R   (dst may be x)
@@ -96,7 +97,7 @@ enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT
 
 // ---- the table one ISA contributes -----------------------------------------------------------------------------------------
 #define PYG_OPS(OP) \
-    OP(get_rows) OP(rms_norm) OP(mul_mat) OP(glu_mat) OP(prepare) OP(add) OP(mul) OP(scale) OP(glu) \
+    OP(get_rows) OP(rms_norm) OP(mul_mat) OP(glu_mat) OP(prepare) OP(add) OP(mul) OP(scale) OP(softcap) OP(glu) \
     OP(rope_table) OP(rope) OP(store) OP(attention) OP(attention_step) \
     OP(moe_route) OP(mul_mat_id) OP(glu_mat_id) OP(moe_sum) OP(peak)
 enum {

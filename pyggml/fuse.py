@@ -112,12 +112,15 @@ def fuse_bias(calls: Calls, c: Call) -> bool:
     return True
 
 
+ADD_A_RESIDUAL = ("mul_mat", "moe_sum", "rms_norm")
+
+
 def fuse_residual(calls: Calls, c: Call) -> bool:
-    """add(W x, r) or add(r, W x) -> the matmul (or the sum over experts) adds r itself."""
+    """add(W x, r) or add(r, W x) -> the matmul (or the sum over experts, or a norm) adds r itself."""
     if c.op != "add":
         return False
     for mine, other in ((c.srcs[0], c.srcs[1]), (c.srcs[1], c.srcs[0])):
-        m = calls.made_by(mine, "mul_mat") or calls.made_by(mine, "moe_sum")
+        m = next((call for op in ADD_A_RESIDUAL if (call := calls.made_by(mine, op))), None)
         if m is None or "residual" in m.attrs or other is None or other.shape != c.out.shape or other.is_leaf:
             continue
         calls.replace(Call(m.op, c.out, m.srcs, {**m.attrs, "residual": other}), m, c)
@@ -157,6 +160,15 @@ def fuse_glu(calls: Calls, c: Call) -> bool:
     return False
 
 
+def fuse_softcap(calls: Calls, c: Call) -> bool:
+    """softcap(W x) -> the matmul caps its results."""
+    m = calls.made_by(c.srcs[0], "mul_mat") if c.op == "softcap" else None
+    if m is None:
+        return False
+    calls.replace(Call("mul_mat", c.out, m.srcs, {**m.attrs, "softcap": c.attrs["cap"]}), m, c)
+    return True
+
+
 def fuse_attention_step(calls: Calls, c: Call) -> bool:
     """Few tokens: rope of q and k, the store of k and v and attention in one step, which needs no barrier between them."""
     if c.op != "attention" or not calls.small:
@@ -181,7 +193,7 @@ def fuse_route(calls: Calls, c: Call) -> bool:
     return True
 
 
-FUSIONS: tuple[Callable[[Calls, Call], bool], ...] = (fuse_route, fuse_bias, fuse_norm, fuse_glu, fuse_residual, fuse_attention_step)
+FUSIONS: tuple[Callable[[Calls, Call], bool], ...] = (fuse_route, fuse_bias, fuse_norm, fuse_glu, fuse_residual, fuse_softcap, fuse_attention_step)
 
 
 def fuse(calls: Calls) -> None:

@@ -50,8 +50,8 @@ class Lowering:
     def lower(self, c: Call) -> None:
         a = c.attrs
         simple: dict[str, tuple[list[int], list[float]]] = {
-            "get_rows": ([], [a.get("scale", 1.0)]), "rms_norm": ([], [a.get("eps", 0)]), "add": ([], []), "mul": ([], []),
-            "scale": ([], [a.get("factor", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]),
+            "get_rows": ([], [a.get("scale", 1.0)]), "add": ([], []), "mul": ([], []),
+            "scale": ([], [a.get("factor", 1.0)]), "softcap": ([], [a.get("cap", 1.0)]), "rope_table": ([], [a.get("mscale", 1.0)]),
             "attention": ([a.get("window", 0), self.coarse, int(self.fixed)], [a.get("scale", 1.0), a.get("softcap", 0.0)]),
         }
         if c.op in simple:
@@ -69,6 +69,8 @@ class Lowering:
             self.emit(c, [c.srcs[0], *c.also], [moe.GATING.index(a["gating"]), int(a["normalize"])], [a["scale"]])
         elif c.op == "moe_sum":
             self.emit(c, [*c.srcs, a.get("residual")])
+        elif c.op == "rms_norm":
+            self.emit(c, [*c.srcs, a.get("residual")], f=[a["eps"]])
         elif c.op in ("mul_mat", "glu_mat"):
             self.matmul(c)
         elif c.op in ("mul_mat_id", "glu_mat_id"):
@@ -122,7 +124,7 @@ class Lowering:
         if c.op == "glu_mat":
             self.emit(c, [weight, x, norm, up, a.get("bias"), a.get("bias_up")], [*i, basic.GLU.index(a["kind"])], [eps])
         else:
-            self.emit(c, [weight, x, norm, a.get("bias"), a.get("residual")], i, [eps, a.get("scale", 1.0)])
+            self.emit(c, [weight, x, norm, a.get("bias"), a.get("residual")], i, [eps, a.get("scale", 1.0), a.get("softcap", 0.0)])
 
     def matmul_id(self, c: Call) -> None:
         a = c.attrs

@@ -20,9 +20,10 @@ class Site:
 
 def find_sites(output: Tensor) -> list[Site]:
     """Every input of a matrix product in a graph, each once."""
-    found: dict[tuple[int, int], list[Any]] = {}
+    found: dict[tuple[int, int], tuple[Any, Any, dict[str, None]]] = {}
     for node in walk([output]):
         if not node.is_leaf and node.op != "reshape" and OPS[node.op].matmul:
             weight, x, *ids = node.srcs
-            found.setdefault((id(x), id(ids[0]) if ids else 0), [x, ids[0] if ids else None]).append(weight.name)  # type: ignore[union-attr]
-    return [Site(tuple(names), x, ids) for x, ids, *names in found.values()]
+            names = found.setdefault((id(x), id(ids[0]) if ids else 0), (x, ids[0] if ids else None, {}))[2]
+            names[weight.data.whole] = None  # type: ignore[union-attr]
+    return [Site(tuple(names), x, ids) for x, ids, names in found.values()]

@@ -117,6 +117,7 @@ static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t 
 typedef struct {
     int glu;                                     // -1, or GLU_*: act(first matrix) * second matrix
     float scale;                                 // of the product
+    float softcap;                               // of the result; 0: none
     const float *bias[2];
 } epilogue;
 
@@ -143,6 +144,7 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
             if (!whole) memcpy(old, residual, rows * sizeof(float));
             x += vf_load((whole ? residual : old) + v);
         }
+        if (e->softcap != 0.0f) x = vf_softcap(x, e->softcap);
         vf_store((whole ? dst : y) + v, x);
     }
     if (!whole) memcpy(dst, y, rows * sizeof(float));
@@ -334,7 +336,7 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
 static const float *floats_of(const worker *w, int32_t view) { return view < 0 ? NULL : (const float *)w->plan->views[view].data; }
 
 static void op_mul_mat(worker *w, const pyg_step *s) {
-    epilogue e = {.glu = -1, .scale = s->f[1] != 0 ? s->f[1] : 1.0f, .bias = {floats_of(w, s->src[3])}};
+    epilogue e = {.glu = -1, .scale = s->f[1] != 0 ? s->f[1] : 1.0f, .softcap = s->f[2], .bias = {floats_of(w, s->src[3])}};
     matmul(w, s, NULL, e, view_of(w, s->src[4]));
 }
 

@@ -1,4 +1,4 @@
-// RMS norm: y = x / sqrt(mean(x^2) + eps) * weight
+// RMS norm: y = x / sqrt(mean(x^2) + eps) * weight, and a residual added where there is one
 
 INLINE float rms_scale(const float *x, int64_t n, float eps) {
     enum { ACCS = 4 };
@@ -12,7 +12,7 @@ INLINE float rms_scale(const float *x, int64_t n, float eps) {
 }
 
 static void op_rms_norm(worker *w, const pyg_step *s) {
-    const pyg_view *dst = view_of(w, s->dst), *x = view_of(w, s->src[0]), *weight = view_of(w, s->src[1]);
+    const pyg_view *dst = view_of(w, s->dst), *x = view_of(w, s->src[0]), *weight = view_of(w, s->src[1]), *residual = view_of(w, s->src[2]);
     int64_t n = dst->ne[0];
     const float *g = weight ? (const float *)weight->data : NULL;
     for (row_share r = share_rows(row_count(dst), n); next_rows(w, &r);) {
@@ -21,6 +21,10 @@ static void op_rms_norm(worker *w, const pyg_step *s) {
             float *to = (float *)nth_row(dst, k), scale = rms_scale(from, n, s->f[0]);
             #pragma GCC ivdep
             for (int64_t i = 0; i < n; i++) to[i] = from[i] * scale * (g ? g[i] : 1.0f);
+            if (!residual) continue;
+            const float *add = (const float *)nth_row(residual, k);
+            #pragma GCC ivdep
+            for (int64_t i = 0; i < n; i++) to[i] += add[i];
         }
     }
 }

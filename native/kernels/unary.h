@@ -31,6 +31,23 @@ static void op_scale(worker *w, const pyg_step *s) {
     }
 }
 
+// Soft capping: what is far beyond `cap` comes near it, small numbers stay what they are.
+INLINE vf vf_softcap(vf x, float cap) { return cap * vf_tanh(x / cap); }
+
+static void op_softcap(worker *w, const pyg_step *s) {
+    const pyg_view *dst = view_of(w, s->dst), *a = view_of(w, s->src[0]);
+    int64_t n = dst->ne[0];
+    for (row_share r = share_rows(row_count(dst), n); next_rows(w, &r);) {
+        for (int64_t k = r.first; k < r.end; k++) {
+            const float *x = (const float *)nth_row(a, k);
+            float *to = (float *)nth_row(dst, k);
+            int64_t i = 0;
+            for (; i + VL <= n; i += VL) vf_store(to + i, vf_softcap(vf_load(x + i), s->f[0]));
+            if (i < n) vf_store_first(to + i, vf_softcap(vf_load_first(x + i, n - i), s->f[0]), n - i);
+        }
+    }
+}
+
 // act(gate) * up. GELU is the tanh form, written as x * sigmoid(2u): 0.5 (1 + tanh u) = sigmoid(2u)
 INLINE vf vf_glu(int kind, vf gate, vf up) {
     if (kind == GLU_RELU) return vf_max(gate, vf_set(0.0f)) * up;

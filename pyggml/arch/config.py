@@ -51,6 +51,18 @@ class Keys:
             raise self._bad(key, value, "a string")
         return value
 
+    def sliding(self, n_layers: int, period: int) -> tuple[bool, ...]:
+        """Which layers see a sliding window only: flags, or a period n that makes every n-th layer see everything (0: none does)."""
+        key = "attention.sliding_window_pattern"
+        value = self._get(key, period)
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            n = self.integer(key, period, low=0)
+            return tuple(n == 0 or layer % n < n - 1 for layer in range(n_layers))
+        flags = np.asarray(value)
+        if flags.shape != (n_layers,) or flags.dtype.kind not in "biu":
+            raise self._bad(key, value, f"a whole number, or true or false for each of {n_layers} layers")
+        return tuple(flags.astype(bool).tolist())
+
     def per_layer(self, key: str, n_layers: int, default: Any = _REQUIRED) -> tuple[int, ...]:
         """A number for all layers, or an array with one for each."""
         value = self._get(key, default)
@@ -88,10 +100,10 @@ class RopeConfig:
         plain = self.base ** (-2 * pair / self.n_rot)
         if factors is not None:
             plain = plain / factors
-        if self.scaling == "none" or self.scaling == "longrope":
+        if self.scaling == "none":
             return plain.astype(np.float32), self.attn_factor
         slowed = plain / self.factor
-        if self.scaling == "linear" or self.ext_factor == 0:
+        if self.scaling != "yarn" or self.ext_factor == 0:
             return slowed.astype(np.float32), self.attn_factor
 
         def pair_that_turns(turns: float) -> float:      # how far along the pairs one makes `turns` turns in the trained context
@@ -137,7 +149,7 @@ class Config:
         n_rot = keys.integer("rope.dimension_count", head_dim)
         if n_rot % 2 or n_rot > head_dim:
             raise ModelError(f'{path}: the key "{arch}.rope.dimension_count" is {n_rot}; it must be even and at most the head size {head_dim}')
-        scaling = keys.text("rope.scaling.type", "linear" if keys.number("rope.scale_linear", 0) else "none")
+        scaling = keys.text("rope.scaling.type", "linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
             raise ModelError(f'{path}: the key "{arch}.rope.scaling.type" is {scaling!r}; known are none, linear, yarn, longrope')
         factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0), low=0) or 1.0

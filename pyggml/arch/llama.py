@@ -1,6 +1,6 @@
 """Llama 1 to 3, Mistral, Mixtral and everything else that is stored under the name `llama`."""
 
-from pyggml.arch.blocks import Builder, transformer
+from pyggml.arch.blocks import Builder, Style, transformer
 from pyggml.graph import Tensor
 
 
@@ -9,4 +9,4 @@ def graph(b: Builder) -> Tensor:
 
     `attention.sliding_window` is not applied: llama.cpp ignores it for this architecture, and files rely on that.
     """
-    return transformer(b, mode="norm")
+    return transformer(b, Style(rope="norm"))

@@ -1,8 +1,8 @@
 """Qwen 1.5, 2 and 2.5: biases on q, k and v (found in the file), rope over the two halves of a head."""
 
-from pyggml.arch.blocks import Builder, transformer
+from pyggml.arch.blocks import Builder, Style, transformer
 from pyggml.graph import Tensor
 
 
 def graph(b: Builder) -> Tensor:
-    return transformer(b, mode="neox")
+    return transformer(b, Style(rope="neox"))

@@ -215,14 +215,16 @@ def layers(file: TensorFile) -> Iterator[Finding]:
         yield Finding("load", f'key "{printable(arch)}.block_count" declares {declared} layers, but {detail}')
 
 
-# Shapes of a plain decoder, rows first. Names are sizes: E embedding, F feed-forward, Q and K and V rows of the projections, X experts
-DECODERS = ("llama", "qwen2", "qwen3")
+# Shapes of a plain decoder, rows first. Names are sizes: E embedding, F feed-forward, G twice that,
+# Q and K and V rows of the projections, A of all three, H a head, X experts
 SHAPES = {
-    "attn_norm.weight": "E", "ffn_norm.weight": "E", "attn_q.weight": "QE", "attn_k.weight": "KE", "attn_v.weight": "VE",
-    "attn_output.weight": "EO", "attn_q.bias": "Q", "attn_k.bias": "K", "attn_v.bias": "V",
+    "attn_norm.weight": "E", "ffn_norm.weight": "E", "post_attention_norm.weight": "E", "post_ffw_norm.weight": "E",
+    "attn_q_norm.weight": "H", "attn_k_norm.weight": "H", "attn_q.weight": "QE", "attn_k.weight": "KE", "attn_v.weight": "VE",
+    "attn_output.weight": "EO", "attn_qkv.weight": "AE", "attn_q.bias": "Q", "attn_k.bias": "K", "attn_v.bias": "V",
     "ffn_gate.weight": "FE", "ffn_up.weight": "FE", "ffn_down.weight": "EF", "ffn_gate_inp.weight": "XE",
     "ffn_gate_exps.weight": "XFE", "ffn_up_exps.weight": "XFE", "ffn_down_exps.weight": "XEF",
 }
+DECODERS = {**dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), SHAPES), "phi3": {**SHAPES, "ffn_up.weight": "GE"}}
 
 
 def shapes(file: TensorFile) -> Iterator[Finding]:
@@ -236,10 +238,11 @@ def shapes(file: TensorFile) -> Iterator[Finding]:
     kv_heads = _number(file, f"{arch}.attention.head_count_kv") or heads
     key = _number(file, f"{arch}.attention.key_length") or embedding // heads
     value = _number(file, f"{arch}.attention.value_length") or embedding // heads
-    sizes = {"E": embedding, "Q": heads * key, "K": kv_heads * key, "V": kv_heads * value, "O": heads * value,
-             "F": _number(file, f"{arch}.feed_forward_length"), "X": _number(file, f"{arch}.expert_count")}
+    feed = _number(file, f"{arch}.feed_forward_length")
+    sizes = {"E": embedding, "Q": heads * key, "K": kv_heads * key, "V": kv_heads * value, "O": heads * value, "H": key,
+             "A": (heads + kv_heads) * key + kv_heads * value, "F": feed, "G": feed and 2 * feed, "X": _number(file, f"{arch}.expert_count")}
     for t in file.tensors.values():
-        pattern = SHAPES.get(_LAYER.sub("", t.name)) if _LAYER.match(t.name) else {"output_norm.weight": "E"}.get(t.name)
+        pattern = DECODERS[arch].get(_LAYER.sub("", t.name)) if _LAYER.match(t.name) else {"output_norm.weight": "E"}.get(t.name)
         if t.name in ("token_embd.weight", "output.weight") and t.shape[-1:] != (embedding,):
             yield Finding("load", _shape_text(t, ("tokens", embedding)))
         if pattern:

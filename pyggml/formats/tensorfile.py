@@ -102,6 +102,7 @@ class Tensor:
                  swapped: bool = False) -> None:
         self.source, self.name, self.type, self.shape, self.offset, self.nbytes = source, name, type, shape, offset, nbytes
         self.swapped = swapped              # stored in the other byte order than blocks.h says (big-endian)
+        self.whole = name                   # the tensor of the file that this is, or that its rows are from
         self._cached: Any = None
 
     @property
@@ -170,6 +171,14 @@ class Tensor:
         self.source.verify()
         return weights
 
+    def rows(self, first: int, end: int) -> Tensor:
+        """The rows from `first` up to `end`, as a tensor."""
+        each = self.nbytes // self.shape[0]
+        part = Tensor(self.source, f"{self.name}[{first}:{end}]", self.type, (end - first, *self.shape[1:]), self.offset + first * each,
+                      (end - first) * each, self.swapped)
+        part.whole = self.whole
+        return part
+
     @cached_property
     def computable(self) -> Tensor:
         """The tensor as the engine computes with it: one of a type that is defined in Python is decoded to F32, the C code knows the others."""
@@ -185,7 +194,7 @@ class DecodedTensor(Tensor):
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__(tensor.source, tensor.name, BY_NAME["F32"], tensor.shape, tensor.offset, 4 * tensor.size)
-        self._coded = tensor
+        self._coded, self.whole = tensor, tensor.whole
 
     @property
     def mapped(self) -> bool:

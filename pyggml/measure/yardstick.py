@@ -57,6 +57,11 @@ def waists(order: list[Tensor]) -> list[int]:
     return found
 
 
+def reads(node: Tensor, names: Mapping[str, Any]) -> bool:
+    """Whether a node reads one of these tensors of a file, or rows of one."""
+    return any(s is not None and (s.data.whole if s.op == "weight" else s.name) in names for s in node.srcs)
+
+
 def cut(output: Tensor, at: Tensor) -> Tensor:
     """The graph with the node `at` replaced by an input."""
     new = {id(at): Tensor("input", (), at.shape, at.type, name=WAIST)}
@@ -101,7 +106,7 @@ class Yardstick:
         builder = Builder(overlay(self.reference.file, tensors), self.reference.config, self.context.cache, self.context.n_ctx)
         output = self.reference.graph(builder)
         order = computed(output)
-        changed = next((i for i, node in enumerate(order) if any(s is not None and s.name in tensors for s in node.srcs)), 0)
+        changed = next((i for i, node in enumerate(order) if reads(node, tensors)), 0)
         before = [n for n, i in enumerate(self._waists) if i < changed]
         run = self._prepare(cut(output, order[self._waists[before[-1]]]) if before else output)
         scores = Scores(self.n_chunks)

@@ -27,4 +27,6 @@ op("get_rows", shape=lambda table, ids, **_: (*ids.shape, table.shape[-1]), cpu=
 op("add", cpu="add", reference=lambda a, b: a + b)
 op("mul", cpu="mul", reference=lambda a, b: a * b)
 op("scale", cpu="scale", defaults={"factor": 1.0}, reference=lambda a, factor: a * np.float32(factor))
+# what is far beyond `cap` comes near it (Bello et al. 2016, on logits)
+op("softcap", cpu="softcap", defaults={"cap": 1.0}, reference=lambda a, cap: np.float32(cap) * np.tanh(a / np.float32(cap)))
 op("glu", cpu="glu", defaults={"kind": "silu"}, reference=lambda gate, up, kind: ACTIVATIONS[kind](gate) * up)

@@ -58,7 +58,7 @@ def test_native_from_raw_rows(name, isa):
 
 
 @pytest.mark.parametrize("n_threads", [1, 3, 7])
-@pytest.mark.parametrize("name", ["llama_quant.q4_k", "mixtral.q4_k_m_mix", "qwen2.q4_k_m_mix"])
+@pytest.mark.parametrize("name", ["llama_quant.q4_k", "mixtral.q4_k_m_mix", "qwen2.q4_k_m_mix", "gemma2.q8_0"])
 def test_thread_counts(name, n_threads):
     check(name, strict=False, n_threads=n_threads)
 

@@ -116,7 +116,7 @@ class Matmul:
 
     def __init__(self, x: np.ndarray, gate: Weight, up: Weight | None = None, *, norm: np.ndarray | None = None,
                  bias: np.ndarray | None = None, bias_up: np.ndarray | None = None, residual: np.ndarray | None = None, glu: int = 0,
-                 scale: float = 1.0, prepare: bool = False, release: bool = False) -> None:
+                 scale: float = 1.0, softcap: float = 0.0, prepare: bool = False, release: bool = False) -> None:
         self.program = Program()
         self.out = np.empty((len(x), gate.shape[0]), np.float32)
 
@@ -130,7 +130,7 @@ class Matmul:
             source, weight = buffer, -1
         if up is None:
             sources = [gate.view(self.program, release), source, weight, add(bias), add(residual)]
-            self.program.step("mul_mat", add(self.out), sources, [1, gate.format, int(prepare)], [EPS, scale])
+            self.program.step("mul_mat", add(self.out), sources, [1, gate.format, int(prepare)], [EPS, scale, softcap])
         else:
             sources = [gate.view(self.program), source, weight, up.view(self.program), add(bias), add(bias_up)]
             self.program.step("glu_mat", add(self.out), sources, [1, gate.format, int(prepare), glu], [EPS])

@@ -1,4 +1,4 @@
-"""Row-wise kernels: get_rows, rms_norm, add, mul, scale, glu, and the experts' routing and sum."""
+"""Row-wise kernels: get_rows, rms_norm, add, mul, scale, softcap, glu, and the experts' routing and sum."""
 
 import numpy as np
 import pytest
@@ -48,6 +48,19 @@ def test_rms_norm(isa, threads, shape):
     assert nmse(dst, want) < FLOAT
     run("rms_norm", isa, dst, [x, weight], f=[1e-5], threads=threads)
     assert nmse(dst, want * weight) < FLOAT
+    residual = floats(*shape)
+    run("rms_norm", isa, dst, [x, weight, residual], f=[1e-5], threads=threads)
+    assert nmse(dst, want * weight + residual) < FLOAT
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 6, 80)])
+def test_softcap(isa, threads, shape):
+    x, dst = 40 * floats(*shape), np.full(shape, np.nan, np.float32)
+    x.flat[0] = -3e38
+    run("softcap", isa, dst, [x], f=[30.0], threads=threads)
+    assert nmse(dst, 30 * np.tanh(x.astype(np.float64) / 30)) < FLOAT
 
 
 GLU = {

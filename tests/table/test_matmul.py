@@ -85,7 +85,7 @@ def test_result_does_not_depend_on_threads_or_batch(isa, name):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("columns", [1, 8, 20, 40])
 @pytest.mark.parametrize("name", ["F32", "Q8_0", "Q4_K"])
-def test_norm_bias_scale_residual(isa, name, columns):
+def test_norm_bias_scale_residual_softcap(isa, name, columns):
     rng = np.random.default_rng(columns)
     weight = Weight(name, (33, 512), "packed", rng)
     x, residual = rng.standard_normal((columns, 512), np.float32) * 3, rng.standard_normal((columns, 33), np.float32)
@@ -98,6 +98,7 @@ def test_norm_bias_scale_residual(isa, name, columns):
             assert nmse(run(), product) < 1e-5
             assert nmse(run(bias=bias) - run(), np.broadcast_to(bias, product.shape)) < 1e-10
             assert nmse(run(bias=bias, scale=0.25, residual=residual), 0.25 * run().astype(float) + bias + residual) < 1e-11
+            assert nmse(run(residual=residual, softcap=2.0), 2 * np.tanh((run().astype(float) + residual) / 2)) < 1e-11
 
 
 @pytest.mark.parametrize("isa", ISAS)

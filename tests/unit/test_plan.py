@@ -42,6 +42,8 @@ class RandomGraph:
     """A graph put together by drawing ops; every value is (T, DIM). Where activations are rounded every expert is used, as a rounded tie
     would choose another one."""
 
+    KINDS = ("linear", "add", "mul", "norm", "ffn", "attention", "scale", "softcap", "experts")
+
     def __init__(self, draw, seed: int, exact: bool) -> None:
         self.draw, self.rng, self.g = draw, np.random.default_rng(seed), Graph()
         self.n_used = 2 if exact else 4
@@ -53,7 +55,7 @@ class RandomGraph:
         self.layer = 0
         self.pool = [self.g.get_rows(self.g.weight(self.new((20, DIM))), self.tokens)]
         for _ in range(draw(st.integers(1, 9))):
-            self.pool.append(getattr(self, draw(st.sampled_from(["linear", "add", "mul", "norm", "ffn", "attention", "scale", "experts"])))())
+            self.pool.append(getattr(self, draw(st.sampled_from(self.KINDS)))())
         self.output = self.linear() if draw(st.booleans()) else self.g.get_rows(self.pool[-1], self.wanted)
 
     def new(self, shape, kind="F32") -> Weight:
@@ -77,6 +79,9 @@ class RandomGraph:
 
     def scale(self) -> Tensor:
         return self.g.scale(self.pick(), factor=0.7)
+
+    def softcap(self) -> Tensor:
+        return self.g.softcap(self.pick(), cap=2.0)
 
     def norm(self) -> Tensor:
         return self.g.rms_norm(self.pick(), self.g.weight(self.new((DIM,))), eps=1e-5)

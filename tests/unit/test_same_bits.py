@@ -16,9 +16,9 @@ if native.lib is None:
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 ISAS = [name for name, usable in native.isa_names().items() if usable]
-# blocks of 32 and 256, codebooks, halves, experts, heads that share and heads that do not
+# blocks of 32 and 256, codebooks, halves, experts, heads that share and heads that do not, windows, caps
 MODELS = ["llama_quant.q4_0", "llama_quant.q4_k", "llama_quant.iq4_xs", "llama_yarn.f16", "stories260K.bf16", "mixtral.q4_k_m_mix",
-          "qwen2.q4_k_m_mix"]
+          "qwen2.q4_k_m_mix", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1"]
 LENGTH = 90
 ONES = (1,) * LENGTH
 
@@ -75,10 +75,11 @@ def test_deterministic_caches(cache):
     np.testing.assert_array_equal(logits(model, (33, 1, 8, 48), **types), logits(model, (LENGTH,), **types))
 
 
+@pytest.mark.parametrize("name", ["llama_quant.q6_k", "gemma2.q8_0"])
 @pytest.mark.parametrize("together", [2, 5])
-def test_deterministic_beside_other_sequences(together):
+def test_deterministic_beside_other_sequences(name, together):
     """A sequence that shares the cache and the batch with others, at whatever cell it starts."""
-    model = Model.load(GOLDEN / "llama_quant.q6_k.gguf")
+    model = Model.load(GOLDEN / f"{name}.gguf")
     alone = logits(model, (LENGTH,), deterministic=True)
     context = Context(model, n_ctx=together * 101, deterministic=True)
     rows = np.tile(tokens_of(model), (together, 1))
