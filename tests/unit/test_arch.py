@@ -10,13 +10,15 @@ from pyggml.arch import gemma2, gemma3
 from pyggml.arch.config import Config, Keys
 from pyggml.arch.gemma import query_scale
 from pyggml.backends.cpu import WeightStore
-from pyggml.context import Context, Model
+from pyggml.context import Context
 from pyggml.errors import ModelError
 from pyggml.formats import Typed
-from pyggml.graph import OUTPUTS, TOKENS, walk
+from pyggml.graph import walk
+from pyggml.model import Model
 from pyggml.native import lib
 from pyggml.plan import SMALL, Schedule
 from pyggml.quantize.calibrate import Collector
+from pyggml.shapes import OUTPUTS, TOKENS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 
