@@ -37,6 +37,8 @@ class Style:
     activation: str = "silu"          # of the gate
     gate_in_up: bool = False          # one matrix has the rows of the gate and then those of up
     embedding_scale: float = 1.0
+    normalize_experts: bool = True    # the weights of a token's experts add up to 1
+    ff_of_used_experts: bool = False  # where the file has no size of an expert's feed-forward: it is that of all that a token takes, together
     head_norms: bool = False          # every layer norms its queries and keys; without it, those that have such norms do
     post_norms: bool = False          # what attention and feed-forward return is normed before it is added
     softcap: float = 0.0              # of the logits; 0: none
@@ -151,18 +153,36 @@ class Builder(Graph):
 
     def ffn(self, x: Tensor, layer: int, style: Style) -> Tensor:
         """The gated feed-forward of a layer over normed x: dense, or the experts that a router picks."""
-        c, p, kind = self.config, f"blk.{layer}", style.activation
+        c, p = self.config, f"blk.{layer}"
         if c.n_expert == 0 or not self.has(f"{p}.ffn_gate_inp.weight"):
-            n = c.n_ff[layer]
-            gate, up = self.split(x, f"{p}.ffn_up", n, n) if style.gate_in_up else (self.linear(x, f"{p}.ffn_{name}", n) for name in ("gate", "up"))
-            return self.linear(self.glu(gate, up, kind=kind), f"{p}.ffn_down", c.n_embd)
+            return self.dense(x, p, "", c.n_ff[layer], style)
+        y = self.experts(x, layer, style)
+        return self.add(y, self.shared_expert(x, p, style)) if self.has(f"{p}.ffn_gate_inp_shexp.weight") else y
+
+    def dense(self, x: Tensor, p: str, suffix: str, n: int, style: Style) -> Tensor:
+        """act(gate) * up of n values, and down again; the matrices are `{p}.ffn_gate{suffix}` and so on."""
+        gate, up = (self.split(x, f"{p}.ffn_up{suffix}", n, n) if style.gate_in_up else
+                    (self.linear(x, f"{p}.ffn_{name}{suffix}", n) for name in ("gate", "up")))
+        return self.linear(self.glu(gate, up, kind=style.activation), f"{p}.ffn_down{suffix}", self.config.n_embd)
+
+    def experts(self, x: Tensor, layer: int, style: Style) -> Tensor:
+        """The weighted sum of what the experts of each token return -> (T, n_embd)"""
+        c, p = self.config, f"blk.{layer}"
+        n = c.n_ff_expert[layer] if c.n_ff_expert else c.n_ff[layer] // (c.n_expert_used if style.ff_of_used_experts else 1)
         logits = self.linear(x, f"{p}.ffn_gate_inp", c.n_expert)
         ids = self.moe_ids(logits, n_used=c.n_expert_used)
-        weights = self.moe_weights(logits, ids)
-        gate = self.matmul_id(self.w(f"{p}.ffn_gate_exps.weight", (c.n_expert, c.n_ff[layer], c.n_embd)), x, ids)
-        up = self.matmul_id(self.w(f"{p}.ffn_up_exps.weight", (c.n_expert, c.n_ff[layer], c.n_embd)), x, ids)
-        down = self.w(f"{p}.ffn_down_exps.weight", (c.n_expert, c.n_embd, c.n_ff[layer]))
-        return self.moe_sum(self.matmul_id(down, self.glu(gate, up, kind=kind), ids), weights)
+        weights = self.moe_weights(logits, ids, normalize=style.normalize_experts)
+        gate, up = (self.matmul_id(self.w(f"{p}.ffn_{name}_exps.weight", (c.n_expert, n, c.n_embd)), x, ids) for name in ("gate", "up"))
+        down = self.w(f"{p}.ffn_down_exps.weight", (c.n_expert, c.n_embd, n))
+        return self.moe_sum(self.matmul_id(down, self.glu(gate, up, kind=style.activation), ids), weights)
+
+    def shared_expert(self, x: Tensor, p: str, style: Style) -> Tensor:
+        """The expert of every token, times the sigmoid of its gate: one of one -> (T, n_embd)"""
+        gate = self.w(f"{p}.ffn_gate_inp_shexp.weight", (x.shape[-1],)).data.as_row()
+        logits = self.matmul(self.weight(gate), x)
+        weights = self.moe_weights(logits, self.moe_ids(logits), gating="sigmoid", normalize=False)
+        y = self.dense(x, p, "_shexp", self.config.n_ff_shared, style)
+        return self.moe_sum(self.reshape(y, (y.shape[0], 1, y.shape[-1])), weights)
 
     def logits(self, x: Tensor, softcap: float = 0.0) -> Tensor:
         """Final norm and the output matrix, which may be the token table again; capped where softcap is not 0 -> (O, n_vocab)"""

@@ -20,6 +20,9 @@ class Keys:
     def __init__(self, path: Any, kv: Mapping[str, Any], arch: str) -> None:
         self.path, self.kv, self.arch = path, kv, arch
 
+    def has(self, key: str) -> bool:
+        return f"{self.arch}.{key}" in self.kv
+
     def _get(self, key: str, default: Any) -> Any:
         name = f"{self.arch}.{key}"
         if name in self.kv:
@@ -132,6 +135,8 @@ class Config:
     rope: RopeConfig
     n_expert: int
     n_expert_used: int
+    n_ff_expert: tuple[int, ...]        # empty: the file does not say
+    n_ff_shared: int                    # of the expert that every token takes
 
     @staticmethod
     def read(path: Any, kv: Mapping[str, Any], arch: str) -> Config:
@@ -144,6 +149,7 @@ class Config:
             if q % kv_heads:
                 raise ModelError(f'{path}: the key "{arch}.attention.head_count_kv" is {kv_heads}; it must divide the {q} heads')
         head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
+        n_ff = keys.per_layer("feed_forward_length", n_layers)
         n_ctx = keys.integer("context_length", high=1 << 31)
         n_expert = keys.integer("expert_count", 0, low=0, high=4096)
         n_rot = keys.integer("rope.dimension_count", head_dim)
@@ -156,7 +162,7 @@ class Config:
         return Config(
             arch=arch, n_layers=n_layers, n_ctx_train=n_ctx, n_embd=n_embd, n_head=n_head, n_kv=n_kv, head_dim=head_dim,
             head_dim_v=keys.integer("attention.value_length", head_dim),
-            n_ff=keys.per_layer("feed_forward_length", n_layers),
+            n_ff=n_ff,
             eps=keys.number("attention.layer_norm_rms_epsilon", low=0),
             rope=RopeConfig(
                 n_rot=n_rot, base=keys.number("rope.freq_base", 10000.0, above=1), scaling=scaling, factor=factor,
@@ -164,4 +170,6 @@ class Config:
                 attn_factor=keys.number("rope.scaling.attn_factor", 1.0), ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0),
                 beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, above=0),
                 beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, above=0)),
-            n_expert=n_expert, n_expert_used=keys.integer("expert_used_count", low=1, high=n_expert) if n_expert else 0)
+            n_expert=n_expert, n_expert_used=keys.integer("expert_used_count", low=1, high=n_expert) if n_expert else 0,
+            n_ff_expert=keys.per_layer("expert_feed_forward_length", n_layers) if keys.has("expert_feed_forward_length") else (),
+            n_ff_shared=keys.integer("expert_shared_feed_forward_length", n_ff[0]))

@@ -216,7 +216,8 @@ def layers(file: TensorFile) -> Iterator[Finding]:
 
 
 # Shapes of a plain decoder, rows first. Names are sizes: E embedding, F feed-forward, G twice that,
-# Q and K and V rows of the projections, A of all three, H a head, X experts
+# Q and K and V rows of the projections, A of all three, H a head, X experts, N and S feed-forward of
+# an expert and of the shared one
 SHAPES = {
     "attn_norm.weight": "E", "ffn_norm.weight": "E", "post_attention_norm.weight": "E", "post_ffw_norm.weight": "E",
     "attn_q_norm.weight": "H", "attn_k_norm.weight": "H", "attn_q.weight": "QE", "attn_k.weight": "KE", "attn_v.weight": "VE",
@@ -224,7 +225,12 @@ SHAPES = {
     "ffn_gate.weight": "FE", "ffn_up.weight": "FE", "ffn_down.weight": "EF", "ffn_gate_inp.weight": "XE",
     "ffn_gate_exps.weight": "XFE", "ffn_up_exps.weight": "XFE", "ffn_down_exps.weight": "XEF",
 }
-DECODERS = {**dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), SHAPES), "phi3": {**SHAPES, "ffn_up.weight": "GE"}}
+EXPERTS = {
+    **SHAPES, "ffn_gate_exps.weight": "XNE", "ffn_up_exps.weight": "XNE", "ffn_down_exps.weight": "XEN", "ffn_gate_inp_shexp.weight": "E",
+    "ffn_gate_shexp.weight": "SE", "ffn_up_shexp.weight": "SE", "ffn_down_shexp.weight": "ES",
+}
+DECODERS = {**dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), SHAPES), "phi3": {**SHAPES, "ffn_up.weight": "GE"},
+            **dict.fromkeys(("qwen2moe", "qwen3moe"), EXPERTS)}
 
 
 def shapes(file: TensorFile) -> Iterator[Finding]:
@@ -240,7 +246,8 @@ def shapes(file: TensorFile) -> Iterator[Finding]:
     value = _number(file, f"{arch}.attention.value_length") or embedding // heads
     feed = _number(file, f"{arch}.feed_forward_length")
     sizes = {"E": embedding, "Q": heads * key, "K": kv_heads * key, "V": kv_heads * value, "O": heads * value, "H": key,
-             "A": (heads + kv_heads) * key + kv_heads * value, "F": feed, "G": feed and 2 * feed, "X": _number(file, f"{arch}.expert_count")}
+             "A": (heads + kv_heads) * key + kv_heads * value, "F": feed, "G": feed and 2 * feed, "X": _number(file, f"{arch}.expert_count"),
+             "N": _number(file, f"{arch}.expert_feed_forward_length"), "S": _number(file, f"{arch}.expert_shared_feed_forward_length")}
     for t in file.tensors.values():
         pattern = DECODERS[arch].get(_LAYER.sub("", t.name)) if _LAYER.match(t.name) else {"output_norm.weight": "E"}.get(t.name)
         if t.name in ("token_embd.weight", "output.weight") and t.shape[-1:] != (embedding,):

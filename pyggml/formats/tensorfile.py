@@ -174,8 +174,14 @@ class Tensor:
     def rows(self, first: int, end: int) -> Tensor:
         """The rows from `first` up to `end`, as a tensor."""
         each = self.nbytes // self.shape[0]
-        part = Tensor(self.source, f"{self.name}[{first}:{end}]", self.type, (end - first, *self.shape[1:]), self.offset + first * each,
-                      (end - first) * each, self.swapped)
+        return self._part(f"{first}:{end}", (end - first, *self.shape[1:]), first * each, (end - first) * each)
+
+    def as_row(self) -> Tensor:
+        """The same numbers as a matrix of one row."""
+        return self._part("None", (1, *self.shape), 0, self.nbytes)
+
+    def _part(self, index: str, shape: tuple[int, ...], start: int, nbytes: int) -> Tensor:
+        part = Tensor(self.source, f"{self.name}[{index}]", self.type, shape, self.offset + start, nbytes, self.swapped)
         part.whole = self.whole
         return part
 

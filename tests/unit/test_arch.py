@@ -24,9 +24,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 
 
 def altered(path, name, keys=None, without=()):
-    """A golden model with these keys, and without these tensors."""
+    """A golden model with these keys (None: without), and without these tensors."""
     file = formats.open(GOLDEN / f"{name}.gguf")
-    formats.write(path, {**file.kv.typed(), **(keys or {})}, [t for n, t in file.tensors.items() if n not in without])
+    kv = {**file.kv.typed(), **(keys or {})}
+    formats.write(path, {k: v for k, v in kv.items() if v is not None}, [t for n, t in file.tensors.items() if n not in without])
     return Model.load(path)
 
 
@@ -101,11 +102,24 @@ def test_rows_of_a_tensor(name, columns, rows):
     np.testing.assert_array_equal(part.dequantize(), whole.dequantize()[slice(*rows)])
 
 
-def test_importance_of_a_matrix_that_is_several():
-    model = Model.load(GOLDEN / "phi3.q4_1.gguf")
+@pytest.mark.parametrize(("name", "beside"), [("phi3.q4_1", set()), ("qwen2moe.q5_0", {f"blk.{i}.ffn_gate_inp_shexp.weight" for i in range(2)})])
+def test_importance_is_kept_under_the_names_of_the_file(name, beside):
+    model = Model.load(GOLDEN / f"{name}.gguf")
     collector = Collector(model.file)
     Context(model, n_ctx=64, watch=collector).eval(range(3, 20))
-    assert set(collector.entries) == {n for n, t in model.file.tensors.items() if n.startswith("blk.") and len(t.shape) > 1}
+    assert set(collector.entries) == {n for n, t in model.file.tensors.items() if n.startswith("blk.") and len(t.shape) > 1} | beside
+
+
+@pytest.mark.parametrize(("key", "value", "rows"), [
+    ("expert_feed_forward_length", None, 32), ("expert_feed_forward_length", Typed("u32", 40), 40), ("expert_used_count", Typed("u32", 4), 16)])
+def test_the_size_of_an_expert(tmp_path, key, value, rows):
+    keys = {"qwen3moe.expert_feed_forward_length": None, f"qwen3moe.{key}": value}
+    model = altered(tmp_path / "m.gguf", "qwen3moe.q5_1", keys)
+    if rows == 32:
+        assert [t.srcs[0].shape for t in nodes(model, "matmul_id")][:3] == [(6, 32, 32)] * 3
+    else:
+        with pytest.raises(ModelError, match=rf"ffn_gate_exps.* ask for \[6, {rows}, 32\]"):
+            nodes(model, "matmul_id")
 
 
 @pytest.mark.skipif(lib is None, reason="steps are those of the kernels")

@@ -30,6 +30,7 @@ from random_model import vocabulary  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden" / "models"
 N_TOKENS, VOCAB, DIM, FF = 48, 272, 32, 64
+ROUTER = "ffn_gate_inp.weight"              # stays in floats, as llama-quantize leaves it
 POST_NORMS, HEAD_NORMS = ("post_attention_norm", "post_ffw_norm"), ("attn_q_norm", "attn_k_norm")
 
 
@@ -45,6 +46,10 @@ class Tiny:
     continuation: int = 32
     heads: tuple[int, int, int] = (3, 1, 32)           # of queries, of keys and values; size
     merged: bool = False                               # q, k and v are one matrix, gate and up another
+    experts: int = 0                                   # two of them are used; in place of the feed-forward
+    shared: int = 0                                    # feed-forward of an expert that every token takes
+    biases: bool = False                               # of q, k and v
+    output: bool = False                               # the output is a matrix of its own
     factors: int = 0                                   # numbers that divide so many frequencies, for short and for long contexts
 
 
@@ -59,6 +64,9 @@ MODELS = {
     # part of a head turns, slowed by the factors for a context beyond the original one
     "phi3.q4_1": Tiny("phi3", "Q4_1", 2, {"rope.dimension_count": 12, "rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.2},
                       heads=(2, 1, 16), merged=True, factors=6),
+    "qwen2moe.q5_0": Tiny("qwen2moe", "Q5_0", 2, {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 96}, heads=(2, 1, 16),
+                          experts=4, shared=96, biases=True, output=True, continuation=16),
+    "qwen3moe.q5_1": Tiny("qwen3moe", "Q5_1", 2, {"expert_feed_forward_length": 32}, HEAD_NORMS, experts=6, continuation=16),
 }
 
 
@@ -66,8 +74,9 @@ def tensors(name: str, m: Tiny) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight as floats: norms around 1, scores and logits with a standard deviation of about 3."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
 
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
-        return gain * columns**-0.5 * rng.standard_normal((rows, columns), dtype=np.float32)
+    def matrix(rows: int, columns: int, gain: float = 1.0, experts: int = 1) -> np.ndarray:
+        values = gain * columns**-0.5 * rng.standard_normal((experts, rows, columns), dtype=np.float32)
+        return values if experts > 1 else values[0]
 
     def norm(size: int, around: float = 1.0) -> np.ndarray:
         return (around + 0.3 * rng.standard_normal(size)).astype(np.float32)
@@ -77,23 +86,40 @@ def tensors(name: str, m: Tiny) -> Iterator[tuple[str, np.ndarray]]:
     for length in ("short", "long") if m.factors else ():
         yield f"rope_factors_{length}.weight", rng.uniform(1, 4, m.factors).astype(np.float32)
     heads, kv_heads, size = m.heads
-    shapes = {"attn_q": (heads * size, DIM, 1.7), "attn_k": (kv_heads * size, DIM, 1.7), "attn_v": (kv_heads * size, DIM),
-              "attn_output": (DIM, heads * size), "ffn_gate": (FF, DIM), "ffn_up": (FF, DIM), "ffn_down": (DIM, FF)}
+    shapes: dict[str, tuple] = {"attn_q": (heads * size, DIM, 1.7), "attn_k": (kv_heads * size, DIM, 1.7), "attn_v": (kv_heads * size, DIM),
+              "attn_output": (DIM, heads * size)}
+    if m.experts:
+        shapes |= {"ffn_gate_exps": (FF // 2, DIM, 1.0, m.experts), "ffn_up_exps": (FF // 2, DIM, 1.0, m.experts),
+                   "ffn_down_exps": (DIM, FF // 2, 1.0, m.experts)}
+    else:
+        shapes |= {"ffn_gate": (FF, DIM), "ffn_up": (FF, DIM), "ffn_down": (DIM, FF)}
+    if m.shared:
+        shapes |= {"ffn_gate_shexp": (m.shared, DIM), "ffn_up_shexp": (m.shared, DIM), "ffn_down_shexp": (DIM, m.shared)}
     for layer in range(m.layers):
         for part in ("attn_norm", "ffn_norm", *m.norms):
             yield f"blk.{layer}.{part}.weight", norm(size, 1.7) if part in HEAD_NORMS else norm(DIM)
+        for part in ("attn_q", "attn_k", "attn_v") if m.biases else ():
+            yield f"blk.{layer}.{part}.bias", norm(shapes[part][0], 0.0)
+        if m.experts:
+            yield f"blk.{layer}.{ROUTER}", matrix(m.experts, DIM, 2.0)
+        if m.shared:
+            yield f"blk.{layer}.ffn_gate_inp_shexp.weight", norm(DIM, 0.0)
         made = {part: matrix(*shape) for part, shape in shapes.items()}
         if m.merged:
             made["attn_qkv"] = np.concatenate([made.pop(part) for part in ("attn_q", "attn_k", "attn_v")])
             made["ffn_up"] = np.concatenate([made.pop("ffn_gate"), made["ffn_up"]])
         for part, weight in made.items():
             yield f"blk.{layer}.{part}.weight", weight
+    if m.output:
+        yield "output.weight", matrix(VOCAB, DIM, 3.0)
 
 
 def metadata(m: Tiny) -> dict[str, Any]:
     heads, kv_heads, size = m.heads
     sizes = {"context_length": 1024, "embedding_length": DIM, "block_count": m.layers, "feed_forward_length": FF, "attention.head_count": heads,
              "attention.head_count_kv": kv_heads, "attention.key_length": size, "attention.value_length": size}
+    if m.experts:
+        sizes |= {"expert_count": m.experts, "expert_used_count": 2}
     own = {"attention.layer_norm_rms_epsilon": 1e-6, **m.keys}
     kinds = {int: "u32", float: "f32", str: "str"}
     return {"general.architecture": Typed("str", m.arch), **{f"{m.arch}.{k}": Typed("u32", v) for k, v in sizes.items()},
@@ -104,7 +130,7 @@ def write(path: Path, name: str, m: Tiny, kind: str) -> None:
     """The model with its matrices in `kind`, a type that keeps what m.type has left of them."""
     made = []
     for tensor, values in tensors(name, m):
-        if values.ndim == 1:
+        if values.ndim == 1 or tensor.endswith(ROUTER):
             made.append(formats.new_tensor(tensor, values))
             continue
         blocks = quants.quantize(values, m.type)
