@@ -6,7 +6,9 @@ import random_model
 from random_model import MIXES, SHAPES, Shape
 
 from pyggml import formats
+from pyggml.context import Context
 from pyggml.errors import PyggmlError
+from pyggml.model import Model
 from pyggml.quants import dequantize
 from pyggml.types import tensor_type
 
@@ -64,6 +66,13 @@ def test_vocabulary_pieces_are_distinct_and_scored(tmp_path):
     assert len(tokens) == len(set(tokens)) == len(scores) == 32000
     assert tokens[:4] == ["<unk>", "<s>", "</s>", "<0x00>"] and "▁" in tokens and "the" in tokens
     assert (np.diff(scores[259:]) < 0).all()
+
+
+def test_a_gemma_has_what_its_architecture_asks_for(tmp_path):
+    shape = Shape(2, 256, 512, 2, 1, 512, arch="gemma3", head=64, keys=(("attention.sliding_window", 8),))
+    path = tmp_path / "m.gguf"
+    random_model.write_random_model(path, shape, "Q4_0")
+    assert np.isfinite(Context(Model.load(path), n_ctx=32).eval(range(20))).all()
 
 
 def test_a_type_without_a_plain_scale_is_refused():

@@ -1,4 +1,4 @@
-"""Writes a llama model of a given shape with random weights: speed does not care what the weights are.
+"""Writes a model of a given shape with random weights: speed does not care what the weights are.
 
     python tools/bench/random_model.py tinyllama-1.1b Q4_K_M /tmp/tinyllama-q4_k_m.gguf
 
@@ -31,7 +31,7 @@ CHUNK = 8 << 20                # bytes made at a time
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a llama model."""
+    """Sizes of a model. Gemma's output is its token table; `keys` are what an architecture has beside the sizes."""
 
     layers: int
     dim: int
@@ -41,14 +41,27 @@ class Shape:
     vocab: int
     context: int = 4096
     rope_base: float = 10000.0
+    arch: str = "llama"
+    head: int = 0              # 0: dim / heads
+    keys: tuple[tuple[str, int | float], ...] = ()
+
+    @property
+    def head_dim(self) -> int:
+        return self.head or self.dim // self.heads
 
 
+POST_NORMS, HEAD_NORMS = ("post_attention_norm", "post_ffw_norm"), ("attn_q_norm", "attn_k_norm")
+NORMS = {"gemma2": POST_NORMS, "gemma3": (*POST_NORMS, *HEAD_NORMS)}           # beside those before attention and feed-forward
 SHAPES = {
     "tiny": Shape(2, 256, 512, 4, 2, 512),
     "small-110m": Shape(12, 768, 2048, 12, 12, 32000),
     "tinyllama-1.1b": Shape(22, 2048, 5632, 32, 4, 32000, context=8192),
     "llama2-7b": Shape(32, 4096, 11008, 32, 32, 32000),
     "llama3-8b": Shape(32, 4096, 14336, 32, 8, 128256, context=8192, rope_base=500000.0),
+    "gemma2-2b": Shape(26, 2304, 9216, 8, 4, 256000, context=8192, arch="gemma2", head=256,
+                       keys=(("attention.sliding_window", 4096), ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))),
+    "gemma3-4b": Shape(34, 2560, 10240, 8, 4, 262144, context=131072, rope_base=1e6, arch="gemma3", head=256,
+                       keys=(("attention.sliding_window", 1024), ("rope.scaling.factor", 8.0))),
 }
 
 
@@ -94,10 +107,14 @@ class Matrix:
 
 def matrices(shape: Shape, mix: Mix) -> Iterator[Matrix]:
     """Every matrix of the model in file order. Entries scale with 1/sqrt(columns), so that outputs are about as large as inputs."""
-    kv = shape.dim // shape.heads * shape.kv_heads
-    yield Matrix("output.weight", (shape.vocab, shape.dim), mix.output, 3 * shape.dim**-0.5)    # 3: logits spread as a trained model's
-    yield Matrix("token_embd.weight", (shape.vocab, shape.dim), mix.base, 1.0)
-    parts = {"attn_q": (shape.dim, shape.dim), "attn_k": (kv, shape.dim), "attn_v": (kv, shape.dim), "attn_output": (shape.dim, shape.dim),
+    q, kv = shape.head_dim * shape.heads, shape.head_dim * shape.kv_heads
+    of_output = mix.output, 3 * shape.dim**-0.5                 # 3: logits spread as a trained model's
+    if shape.arch == "llama":
+        yield Matrix("output.weight", (shape.vocab, shape.dim), *of_output)
+        yield Matrix("token_embd.weight", (shape.vocab, shape.dim), mix.base, 1.0)
+    else:
+        yield Matrix("token_embd.weight", (shape.vocab, shape.dim), *of_output)
+    parts = {"attn_q": (q, shape.dim), "attn_k": (kv, shape.dim), "attn_v": (kv, shape.dim), "attn_output": (shape.dim, q),
              "ffn_gate": (shape.ff, shape.dim), "ffn_up": (shape.ff, shape.dim), "ffn_down": (shape.dim, shape.ff)}
     for layer in range(shape.layers):
         better = mix.better and gets_better_type(layer, shape.layers)
@@ -107,9 +124,10 @@ def matrices(shape: Shape, mix: Mix) -> Iterator[Matrix]:
 
 
 def norms(shape: Shape) -> Iterator[tuple[str, np.ndarray]]:
-    names = [f"blk.{layer}.{part}.weight" for layer in range(shape.layers) for part in ("attn_norm", "ffn_norm")]
-    for name in [*names, "output_norm.weight"]:
-        yield name, np.ones(shape.dim, np.float32)
+    for layer in range(shape.layers):
+        for part in ("attn_norm", "ffn_norm", *NORMS.get(shape.arch, ())):
+            yield f"blk.{layer}.{part}.weight", np.ones(shape.head_dim if part in HEAD_NORMS else shape.dim, np.float32)
+    yield "output_norm.weight", np.ones(shape.dim, np.float32)
 
 
 def random_floats(row: TensorType, n: int, std: float, rng: np.random.Generator) -> np.ndarray:
@@ -201,11 +219,14 @@ def vocabulary(size: int) -> dict[str, Typed]:
 def metadata(shape: Shape, mix: Mix, name: str) -> dict[str, Typed]:
     numbers = {"context_length": shape.context, "embedding_length": shape.dim, "block_count": shape.layers, "feed_forward_length": shape.ff,
                "attention.head_count": shape.heads, "attention.head_count_kv": shape.kv_heads,
-               "rope.dimension_count": shape.dim // shape.heads, "vocab_size": shape.vocab}
-    return {"general.architecture": Typed("str", "llama"), "general.name": Typed("str", name),
+               "rope.dimension_count": shape.head_dim, "vocab_size": shape.vocab}
+    if shape.head:
+        numbers |= {"attention.key_length": shape.head, "attention.value_length": shape.head}
+    own = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": shape.rope_base, **dict(shape.keys)}
+    return {"general.architecture": Typed("str", shape.arch), "general.name": Typed("str", name),
             "general.file_type": Typed("u32", mix.file_type), "general.quantization_version": Typed("u32", 2),
-            **{f"llama.{key}": Typed("u32", value) for key, value in numbers.items()},
-            "llama.attention.layer_norm_rms_epsilon": Typed("f32", 1e-5), "llama.rope.freq_base": Typed("f32", shape.rope_base),
+            **{f"{shape.arch}.{key}": Typed("u32", value) for key, value in numbers.items()},
+            **{f"{shape.arch}.{key}": Typed("f32" if isinstance(value, float) else "u32", value) for key, value in own.items()},
             **vocabulary(shape.vocab)}
 
 
