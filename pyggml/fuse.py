@@ -112,6 +112,15 @@ def fuse_bias(calls: Calls, c: Call) -> bool:
     return True
 
 
+def fuse_scale(calls: Calls, c: Call) -> bool:
+    """scale(W x) -> the matmul scales its products."""
+    m = calls.made_by(c.srcs[0], "mul_mat") if c.op == "scale" else None
+    if m is None or "bias" in m.attrs or "residual" in m.attrs:
+        return False
+    calls.replace(Call("mul_mat", c.out, m.srcs, {**m.attrs, "scale": m.attrs["scale"] * c.attrs["factor"]}), m, c)
+    return True
+
+
 ADD_A_RESIDUAL = ("mul_mat", "moe_sum", "rms_norm")
 
 
@@ -193,7 +202,8 @@ def fuse_route(calls: Calls, c: Call) -> bool:
     return True
 
 
-FUSIONS: tuple[Callable[[Calls, Call], bool], ...] = (fuse_route, fuse_bias, fuse_norm, fuse_glu, fuse_residual, fuse_softcap, fuse_attention_step)
+FUSIONS: tuple[Callable[[Calls, Call], bool], ...] = (
+    fuse_route, fuse_bias, fuse_scale, fuse_norm, fuse_glu, fuse_residual, fuse_softcap, fuse_attention_step)
 
 
 def fuse(calls: Calls) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from pyggml.errors import ModelError
 from pyggml.formats.values import printable
 
-ALIASES: dict[str, str] = {"mistral": "llama", "qwen3": "qwen2"}      # same graph, other name: their differences are found in the file
+# same graph, other name: their differences are found in the file
+ALIASES: dict[str, str] = {"mistral": "llama", "qwen3": "qwen2", "granitemoe": "granite"}
 _SHARED = {"blocks", "config"}
 
 

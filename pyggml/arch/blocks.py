@@ -39,8 +39,12 @@ class Style:
     embedding_scale: float = 1.0
     normalize_experts: bool = True    # the weights of a token's experts add up to 1
     ff_of_used_experts: bool = False  # where the file has no size of an expert's feed-forward: it is that of all that a token takes, together
-    head_norms: bool = False          # every layer norms its queries and keys; without it, those that have such norms do
-    post_norms: bool = False          # what attention and feed-forward return is normed before it is added
+    head_norms: bool = False          # every layer norms the heads of its queries and keys; without it, those that have such norms do
+    wide_norms: bool = False          # it norms all heads together
+    pre_norms: bool = True            # what enters attention and feed-forward is normed
+    post_norms: bool = False          # what they return is normed before it is added
+    residual_scale: float = 1.0       # of what they return
+    logit_scale: float = 1.0
     softcap: float = 0.0              # of the logits; 0: none
     attending: Sequence[Attending] = ()        # of each layer; empty: as `Builder.attending` says
 
@@ -143,8 +147,10 @@ class Builder(Graph):
         sizes = [n * dim for n, dim in heads.values()]
         projected = (self.split(x, f"{p}.attn_qkv", *sizes) if self.has(f"{p}.attn_qkv.weight") else
                      [self.linear(x, f"{p}.attn_{name}", size) for name, size in zip(heads, sizes, strict=True)])
+        if style.wide_norms:
+            projected[:2] = [self.norm(y, f"{p}.attn_{name}_norm") for y, name in zip(projected, "qk", strict=False)]
         q, k, v = (self.reshape(y, (TOKENS, *shape)) for y, shape in zip(projected, heads.values(), strict=True))
-        if style.head_norms or self.has(f"{p}.attn_q_norm.weight"):
+        if style.head_norms or not style.wide_norms and self.has(f"{p}.attn_q_norm.weight"):
             q, k = self.norm(q, f"{p}.attn_q_norm"), self.norm(k, f"{p}.attn_k_norm")
         q, k = (self.rope(x, self.angles(how.rope), mode=style.rope) for x in (q, k))
         keys = self.store(self.cache(self.cache_tensors.keys[layer]), k, self.cell)
@@ -157,7 +163,7 @@ class Builder(Graph):
         if c.n_expert == 0 or not self.has(f"{p}.ffn_gate_inp.weight"):
             return self.dense(x, p, "", c.n_ff[layer], style)
         y = self.experts(x, layer, style)
-        return self.add(y, self.shared_expert(x, p, style)) if self.has(f"{p}.ffn_gate_inp_shexp.weight") else y
+        return self.add(y, self.shared_expert(x, p, style)) if self.has(f"{p}.ffn_up_shexp.weight") else y
 
     def dense(self, x: Tensor, p: str, suffix: str, n: int, style: Style) -> Tensor:
         """act(gate) * up of n values, and down again; the matrices are `{p}.ffn_gate{suffix}` and so on."""
@@ -177,36 +183,43 @@ class Builder(Graph):
         return self.moe_sum(self.matmul_id(down, self.glu(gate, up, kind=style.activation), ids), weights)
 
     def shared_expert(self, x: Tensor, p: str, style: Style) -> Tensor:
-        """The expert of every token, times the sigmoid of its gate: one of one -> (T, n_embd)"""
+        """The expert of every token; where it has a gate times the sigmoid of that, as one expert of one -> (T, n_embd)"""
+        y = self.dense(x, p, "_shexp", self.config.n_ff_shared, style)
+        if not self.has(f"{p}.ffn_gate_inp_shexp.weight"):
+            return y
         gate = self.w(f"{p}.ffn_gate_inp_shexp.weight", (x.shape[-1],)).data.as_row()
         logits = self.matmul(self.weight(gate), x)
         weights = self.moe_weights(logits, self.moe_ids(logits), gating="sigmoid", normalize=False)
-        y = self.dense(x, p, "_shexp", self.config.n_ff_shared, style)
         return self.moe_sum(self.reshape(y, (y.shape[0], 1, y.shape[-1])), weights)
 
-    def logits(self, x: Tensor, softcap: float = 0.0) -> Tensor:
-        """Final norm and the output matrix, which may be the token table again; capped where softcap is not 0 -> (O, n_vocab)"""
+    def logits(self, x: Tensor, style: Style) -> Tensor:
+        """Final norm and the output matrix, which may be the token table again -> (O, n_vocab)"""
         x = self.norm(x, "output_norm")
         table = self.token_table()
         y = self.linear(x, "output", table.shape[0]) if self.has("output.weight") else self.matmul(table, x)  # type: ignore[arg-type]
-        return self.softcap(y, cap=softcap) if softcap else y
+        y = self.scale(y, factor=style.logit_scale) if style.logit_scale != 1 else y
+        return self.softcap(y, cap=style.softcap) if style.softcap else y
 
 
 def transformer(b: Builder, style: Style) -> Tensor:
-    """The pre-norm decoder that most architectures share: embedding, layers of attention and feed-forward, logits.
+    """The decoder that most architectures share: embedding, layers of attention and feed-forward, logits.
 
     In the last layer only the rows whose logits are wanted go on past attention.
     """
+    def entering(x: Tensor, norm: str) -> Tensor:
+        return b.norm(x, norm) if style.pre_norms else x
+
     def returned(y: Tensor, norm: str) -> Tensor:
-        return b.norm(y, norm) if style.post_norms else y
+        y = b.norm(y, norm) if style.post_norms else y
+        return b.scale(y, factor=style.residual_scale) if style.residual_scale != 1 else y
 
     x = b.embedding(style.embedding_scale)
     for layer in range(b.config.n_layers):
         p = f"blk.{layer}"
         x = b.enter(x)
-        a = b.self_attention(b.norm(x, f"{p}.attn_norm"), layer, style)
+        a = b.self_attention(entering(x, f"{p}.attn_norm"), layer, style)
         if layer == b.config.n_layers - 1:
             a, x = b.get_rows(a, b.wanted), b.get_rows(x, b.wanted)
         x = b.add(returned(b.linear(a, f"{p}.attn_output", b.config.n_embd), f"{p}.post_attention_norm"), x)
-        x = b.add(returned(b.ffn(b.norm(x, f"{p}.ffn_norm"), layer, style), f"{p}.post_ffw_norm"), x)
-    return b.logits(b.enter(x), style.softcap)
+        x = b.add(returned(b.ffn(entering(x, f"{p}.ffn_norm"), layer, style), f"{p}.post_ffw_norm"), x)
+    return b.logits(b.enter(x), style)

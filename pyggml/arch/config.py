@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pyggml.errors import ModelError
 
-_REQUIRED = object()
+REQUIRED = object()
 
 
 class Keys:
@@ -27,26 +27,32 @@ class Keys:
         name = f"{self.arch}.{key}"
         if name in self.kv:
             return self.kv[name]
-        if default is _REQUIRED:
+        if default is REQUIRED:
             raise ModelError(f'{self.path}: the key "{name}" is missing; convert the model again, or add it with `pyggml edit`')
         return default
 
     def _bad(self, key: str, value: Any, wanted: str) -> ModelError:
         return ModelError(f'{self.path}: the key "{self.arch}.{key}" is {value!r}; it must be {wanted}')
 
-    def integer(self, key: str, default: Any = _REQUIRED, *, low: int = 1, high: int = 1 << 24) -> int:
+    def integer(self, key: str, default: Any = REQUIRED, *, low: int = 1, high: int = 1 << 24) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
             raise self._bad(key, value, f"a whole number from {low} to {high}")
         return int(value)
 
-    def number(self, key: str, default: Any = _REQUIRED, *, low: float = -math.inf, above: float = -math.inf) -> float:
+    def number(self, key: str, default: Any = REQUIRED, *, low: float = -math.inf, above: float = -math.inf) -> float:
         """A finite number, at least `low` and more than `above`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not (math.isfinite(value) and value >= low and value > above):
             wanted = f" from {low:g} on" if low > -math.inf else f" above {above:g}" if above > -math.inf else ""
             raise self._bad(key, value, f"a finite number{wanted}")
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, (bool, np.bool_)):
+            raise self._bad(key, value, "true or false")
+        return bool(value)
 
     def text(self, key: str, default: str) -> str:
         value = self._get(key, default)
@@ -66,7 +72,7 @@ class Keys:
             raise self._bad(key, value, f"a whole number, or true or false for each of {n_layers} layers")
         return tuple(flags.astype(bool).tolist())
 
-    def per_layer(self, key: str, n_layers: int, default: Any = _REQUIRED) -> tuple[int, ...]:
+    def per_layer(self, key: str, n_layers: int, default: Any = REQUIRED) -> tuple[int, ...]:
         """A number for all layers, or an array with one for each."""
         value = self._get(key, default)
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
@@ -92,6 +98,11 @@ class RopeConfig:
     ext_factor: float
     beta_fast: float
     beta_slow: float
+
+    @property
+    def still(self) -> RopeConfig:
+        """The same, slowed without end: every position turns by nothing, as layers without rotary embedding want it."""
+        return replace(self, scaling="linear", factor=math.inf, attn_factor=1.0)
 
     def frequencies(self, factors: np.ndarray | None = None) -> tuple[np.ndarray, float]:
         """Angle per position for each pair, float32 (n_rot / 2), and the factor on cos and sin.

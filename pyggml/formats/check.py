@@ -224,13 +224,12 @@ SHAPES = {
     "attn_output.weight": "EO", "attn_qkv.weight": "AE", "attn_q.bias": "Q", "attn_k.bias": "K", "attn_v.bias": "V",
     "ffn_gate.weight": "FE", "ffn_up.weight": "FE", "ffn_down.weight": "EF", "ffn_gate_inp.weight": "XE",
     "ffn_gate_exps.weight": "XFE", "ffn_up_exps.weight": "XFE", "ffn_down_exps.weight": "XEF",
+    "ffn_gate_shexp.weight": "SE", "ffn_up_shexp.weight": "SE", "ffn_down_shexp.weight": "ES", "ffn_gate_inp_shexp.weight": "E",
 }
-EXPERTS = {
-    **SHAPES, "ffn_gate_exps.weight": "XNE", "ffn_up_exps.weight": "XNE", "ffn_down_exps.weight": "XEN", "ffn_gate_inp_shexp.weight": "E",
-    "ffn_gate_shexp.weight": "SE", "ffn_up_shexp.weight": "SE", "ffn_down_shexp.weight": "ES",
-}
-DECODERS = {**dict.fromkeys(("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"), SHAPES), "phi3": {**SHAPES, "ffn_up.weight": "GE"},
-            **dict.fromkeys(("qwen2moe", "qwen3moe"), EXPERTS)}
+EXPERTS = {**SHAPES, "ffn_gate_exps.weight": "XNE", "ffn_up_exps.weight": "XNE", "ffn_down_exps.weight": "XEN"}
+PLAIN = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "granitemoe", "minicpm", "smollm3", "exaone4")
+DECODERS = {**dict.fromkeys(PLAIN, SHAPES), **dict.fromkeys(("qwen2moe", "qwen3moe"), EXPERTS), "phi3": {**SHAPES, "ffn_up.weight": "GE"},
+            "olmo2": {**SHAPES, "attn_q_norm.weight": "Q", "attn_k_norm.weight": "K"}}
 
 
 def shapes(file: TensorFile) -> Iterator[Finding]:

@@ -71,7 +71,21 @@ def test_the_largest_gemma_scales_its_queries_otherwise(name, layers, scale):
     assert query_scale(config, {"gemma2": gemma2, "gemma3": gemma3}[arch].LAYERS_OF_27B) == pytest.approx(scale)
 
 
+def test_layers_that_know_no_positions():
+    tables = [t.srcs[0].srcs[1] for t in nodes(Model.load(GOLDEN / "smollm3.iq4_nl.gguf"), "attention")]
+    assert [bool(t.srcs[1].data.any()) for t in tables] == [True, True, True, False]
+    assert {t.attrs["mscale"] for t in tables} == {1.0}
+
+
+@pytest.mark.parametrize(("finetuned", "turns"), [(None, True), (True, True), (False, False)])
+def test_granite_without_positions(tmp_path, finetuned, turns):
+    key = "granite.rope.scaling.finetuned"
+    model = altered(tmp_path / "m.gguf", "granite.q8_0", {key: None if finetuned is None else Typed("bool", finetuned)})
+    assert [bool(t.srcs[1].data.any()) for t in nodes(model, "rope_table")] == [turns]
+
+
 @pytest.mark.parametrize(("name", "tensor"), [("gemma2.q8_0", "blk.1.post_attention_norm.weight"), ("gemma2.q8_0", "blk.2.post_ffw_norm.weight"),
+                                              ("olmo2.bf16", "blk.0.attn_k_norm.weight"),
                                               ("gemma3.q4_0", "blk.0.attn_q_norm.weight"), ("gemma3.q4_0", "blk.6.attn_k_norm.weight")])
 def test_a_norm_that_is_missing_is_named(tmp_path, name, tensor):
     with pytest.raises(ModelError, match=tensor):
@@ -124,7 +138,7 @@ def test_the_size_of_an_expert(tmp_path, key, value, rows):
 
 @pytest.mark.skipif(lib is None, reason="steps are those of the kernels")
 @pytest.mark.parametrize("limit", [SMALL, 64])
-@pytest.mark.parametrize("name", ["gemma.f16", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1"])
+@pytest.mark.parametrize("name", ["gemma.f16", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1", "smollm3.iq4_nl", "granite.q8_0", "olmo2.bf16"])
 def test_scales_caps_and_residuals_are_no_steps(name, limit):
     steps = Schedule([Context(Model.load(GOLDEN / f"{name}.gguf"), n_ctx=64).output], WeightStore(), {TOKENS: limit, OUTPUTS: SMALL}).steps
     assert not {s.op for s in steps} & {"scale", "softcap", "add", "mul"}

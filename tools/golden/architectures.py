@@ -31,7 +31,7 @@ from random_model import vocabulary  # noqa: E402
 FOLDER = ROOT / "tests" / "golden" / "models"
 N_TOKENS, VOCAB, DIM, FF = 48, 272, 32, 64
 ROUTER = "ffn_gate_inp.weight"              # stays in floats, as llama-quantize leaves it
-POST_NORMS, HEAD_NORMS = ("post_attention_norm", "post_ffw_norm"), ("attn_q_norm", "attn_k_norm")
+PRE_NORMS, POST_NORMS, HEAD_NORMS = ("attn_norm", "ffn_norm"), ("post_attention_norm", "post_ffw_norm"), ("attn_q_norm", "attn_k_norm")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Tiny:
     type: str
     layers: int = 2
     keys: dict[str, Any] = field(default_factory=dict)
-    norms: tuple[str, ...] = ()
+    norms: tuple[str, ...] = PRE_NORMS
+    wide_norms: bool = False                           # those of heads are of all of them together
     continuation: int = 32
     heads: tuple[int, int, int] = (3, 1, 32)           # of queries, of keys and values; size
     merged: bool = False                               # q, k and v are one matrix, gate and up another
@@ -57,16 +58,23 @@ MODELS = {
     "gemma.f16": Tiny("gemma", "F16"),
     # a window that the text outgrows; caps that are felt
     "gemma2.q8_0": Tiny("gemma2", "Q8_0", 3, {"attention.sliding_window": 16, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
-                        POST_NORMS, 16),
+                        PRE_NORMS + POST_NORMS, continuation=16),
     # a window that the continuation outgrows; two bases, and a factor that only the sixth layer has
     "gemma3.q4_0": Tiny("gemma3", "Q4_0", 7, {"attention.sliding_window": 52, "rope.freq_base": 1e6, "rope.scaling.type": "linear",
-                                              "rope.scaling.factor": 8.0}, (*POST_NORMS, *HEAD_NORMS), 16),
+                                              "rope.scaling.factor": 8.0}, PRE_NORMS + POST_NORMS + HEAD_NORMS, continuation=16),
     # part of a head turns, slowed by the factors for a context beyond the original one
     "phi3.q4_1": Tiny("phi3", "Q4_1", 2, {"rope.dimension_count": 12, "rope.scaling.original_context_length": 64, "rope.scaling.attn_factor": 1.2},
                       heads=(2, 1, 16), merged=True, factors=6),
+    "smollm3.iq4_nl": Tiny("smollm3", "IQ4_NL", 4, heads=(2, 1, 16), continuation=16),
+    "granite.q8_0": Tiny("granite", "Q8_0", 2, {"embedding_scale": 3.0, "residual_scale": 0.5, "attention.scale": 0.15, "logit_scale": 1.2},
+                         heads=(2, 1, 16), continuation=16),
+    # one layer with a window, and one that YaRN is for
+    "olmo2.bf16": Tiny("olmo2", "BF16", 2, {"attention.sliding_window": 16, "attention.sliding_window_pattern": 2, "rope.scaling.type": "yarn",
+                                            "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
+                       POST_NORMS + HEAD_NORMS, wide_norms=True, heads=(2, 1, 16), output=True),
     "qwen2moe.q5_0": Tiny("qwen2moe", "Q5_0", 2, {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 96}, heads=(2, 1, 16),
                           experts=4, shared=96, biases=True, output=True, continuation=16),
-    "qwen3moe.q5_1": Tiny("qwen3moe", "Q5_1", 2, {"expert_feed_forward_length": 32}, HEAD_NORMS, experts=6, continuation=16),
+    "qwen3moe.q5_1": Tiny("qwen3moe", "Q5_1", 2, {"expert_feed_forward_length": 32}, PRE_NORMS + HEAD_NORMS, experts=6, continuation=16),
 }
 
 
@@ -96,8 +104,9 @@ def tensors(name: str, m: Tiny) -> Iterator[tuple[str, np.ndarray]]:
     if m.shared:
         shapes |= {"ffn_gate_shexp": (m.shared, DIM), "ffn_up_shexp": (m.shared, DIM), "ffn_down_shexp": (DIM, m.shared)}
     for layer in range(m.layers):
-        for part in ("attn_norm", "ffn_norm", *m.norms):
-            yield f"blk.{layer}.{part}.weight", norm(size, 1.7) if part in HEAD_NORMS else norm(DIM)
+        for part in m.norms:
+            width = shapes[part.removesuffix("_norm")][0] if m.wide_norms and part in HEAD_NORMS else size
+            yield f"blk.{layer}.{part}.weight", norm(width, 1.7) if part in HEAD_NORMS else norm(DIM)
         for part in ("attn_q", "attn_k", "attn_v") if m.biases else ():
             yield f"blk.{layer}.{part}.bias", norm(shapes[part][0], 0.0)
         if m.experts:
@@ -121,7 +130,7 @@ def metadata(m: Tiny) -> dict[str, Any]:
     if m.experts:
         sizes |= {"expert_count": m.experts, "expert_used_count": 2}
     own = {"attention.layer_norm_rms_epsilon": 1e-6, **m.keys}
-    kinds = {int: "u32", float: "f32", str: "str"}
+    kinds = {int: "u32", float: "f32", str: "str", bool: "bool"}
     return {"general.architecture": Typed("str", m.arch), **{f"{m.arch}.{k}": Typed("u32", v) for k, v in sizes.items()},
             **{f"{m.arch}.{k}": Typed(kinds[type(v)], v) for k, v in own.items()}, **vocabulary(VOCAB)}
 
