@@ -75,18 +75,19 @@ void pool_barrier(worker *w);
 //  rope_table      dst (T, R/2, 2)       src pos i32 (T), inv_freq (R/2)                               f mscale      (cos, sin) * mscale
 //  rope            dst (T, H, D)         src x (T, H, D), table                                        i ROPE_*, R   (dst may be x)
 //  store           dst cache (Hk, C, D)  src x (T, Hk, D), cell i32 (T)                                              any cache type
-//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T)              i window, coarse, fixed      f scale, softcap
+//  attention       dst (T, H * D)        src q (T, H, D), K, V cache, cell, first i32 (T), sinks (H)|-1  i window, coarse, fixed      f scale, softcap
+//                  sinks: a score of each head beside those of its cells, which takes its share of the weights and has no value
 //                  token t sees the cells first[t] .. cell[t] (and within `window` of cell[t] when window > 0)
 //                  fixed: 1 gives a token the same bits in any batch (attention_step does so for the sizes that it takes)
 //                  coarse: 1 lets products be rounded to bf16, for plans that round activations to 8 bits anyway
-//  attention_step  dst (T, H * D)        src q, K, V, cell, first, k (T, Hk, D), v (T, Hk, D), table|-1   i window, ROPE_*, R, coarse   f scale, softcap
+//  attention_step  dst (T, H * D)        src q, K, V, cell, first, k (T, Hk, D), v (T, Hk, D), table|-1, sinks|-1   i window, ROPE_*, R, coarse   f scale, softcap
 //                  T <= SMALL_COLS: rope q and k, store k and v, then attention, all in one step (q, k, v unroped)
 //  moe_route       dst ids i32 (T, U)    src logits (T, E), weights (T, U) written                     i MOE_*, normalize   f scale
-//  mul_mat_id      dst (T, U, M)         src W (E, M, K), x (T, K) or (T, U, K), norm|-1, ids          i act_id, format  f eps
-//  glu_mat_id      dst (T, U, M)         src Wgate (E, M, K), x (T, K), norm|-1, ids, Wup              i act_id, format, 0, GLU_*  f eps
+//  mul_mat_id      dst (T, U, M)         src W (E, M, K), x (T, K) or (T, U, K), norm|-1, ids, bias (E, M)|-1   i act_id, format  f eps
+//  glu_mat_id      dst (T, U, M)         src Wgate (E, M, K), x (T, K), norm|-1, ids, Wup, bias_gate|-1, bias_up|-1   i act_id, format, 0, GLU_*  f eps
 //  moe_sum         dst (T, M)            src y (T, U, M), weights (T, U), residual (T, M)|-1
 //  peak            dst (C)               src bytes (C, n)                                              i PEAK_*    (in no plan: measures the machine)
-enum { GLU_SILU, GLU_GELU, GLU_RELU };
+enum { GLU_SILU, GLU_GELU, GLU_RELU, GLU_CLAMPED };       // CLAMPED: see vf_glu
 enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R/2)
 enum { MOE_SOFTMAX, MOE_SIGMOID };
 enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ, PEAK_BF16 };

@@ -102,7 +102,10 @@ class Calls:
 # ---- fusions: each looks at one call and either rewrites the list (True) or does nothing ------------------------------------
 
 def fuse_bias(calls: Calls, c: Call) -> bool:
-    """add(W x, b) with b a row -> the matmul's bias."""
+    """add(W x, b) with b a row -> the matmul's bias; that of experts, a source, goes to the same place."""
+    if c.op == "mul_mat_id" and len(c.srcs) > 3:
+        calls.replace(Call(c.op, c.out, c.srcs[:3], {**c.attrs, "bias": c.srcs[3]}), c)
+        return True
     if c.op != "add" or c.srcs[1] is None or len(c.srcs[1].shape) != 1:
         return False
     m = calls.made_by(c.srcs[0], "mul_mat")
@@ -188,7 +191,7 @@ def fuse_attention_step(calls: Calls, c: Call) -> bool:
     k = calls.made_by(store_k.srcs[1], "rope")
     if k is None or k.srcs[1] is not q.srcs[1] or k.attrs != q.attrs:
         return False
-    srcs = [q.srcs[0], store_k.srcs[0], store_v.srcs[0], c.srcs[3], c.srcs[4], k.srcs[0], store_v.srcs[1], q.srcs[1]]
+    srcs = [q.srcs[0], store_k.srcs[0], store_v.srcs[0], c.srcs[3], c.srcs[4], k.srcs[0], store_v.srcs[1], q.srcs[1], *c.srcs[5:]]
     calls.replace(Call("attention_step", c.out, srcs, {**c.attrs, **q.attrs}), q, k, store_k, store_v, c)
     return True
 

@@ -136,6 +136,6 @@ class Lowering:
         if c.op == "glu_mat_id":
             if self.store.act_format(a["up"], self.fixed) != format:
                 raise PyggmlError(f"{weight.name} and {a['up'].name} have types whose activations differ; quantize them to one type")
-            self.emit(c, [weight, x, norm, ids, a["up"]], [*i, basic.GLU.index(a["kind"])], f)
+            self.emit(c, [weight, x, norm, ids, a["up"], a.get("bias"), a.get("bias_up")], [*i, basic.GLU.index(a["kind"])], f)
         else:
-            self.emit(c, [weight, x, norm, ids], i, f)
+            self.emit(c, [weight, x, norm, ids, a.get("bias")], i, f)

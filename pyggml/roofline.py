@@ -44,8 +44,9 @@ def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, ex
 
     out = size(step.out)
     if step.op in ("mul_mat", "glu_mat", "mul_mat_id", "glu_mat_id"):
-        weights = [t for t in step.src if t is not None and t.op == "weight" and len(t.shape) > 1]
-        experts, columns = (weights[0].sizes[0], math.prod(out[:-1])) if step.op.endswith("_id") else (1, out[0])
+        of_experts = step.op.endswith("_id")
+        weights = [t for t in step.src if t is not None and t.op == "weight" and len(t.shape) > 1 + of_experts]
+        experts, columns = (weights[0].sizes[0], math.prod(out[:-1])) if of_experts else (1, out[0])
         used = min(experts, columns)
         read = sum(nbytes(w) for w in weights) * used // experts
         others = sum(nbytes(t) for t in (step.out, *step.src) if t is not None and all(t is not w for w in weights))

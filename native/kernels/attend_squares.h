@@ -184,8 +184,8 @@ static void attend_tile(square_memory *m, int blocks, float softcap) {
 }
 
 // D floats; a token that sees nothing gets zeros.
-INLINE void store_result(const square_memory *m, int64_t row, int64_t D, float *to) {
-    const float sum = vf_sum(vf_load(m->sum + row * VL)), inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+INLINE void store_result(const square_memory *m, int64_t row, int64_t D, float sink, float *to) {
+    const float sum = vf_sum(vf_load(m->sum + row * VL)) + sink, inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
     for (int64_t d = 0; d < D; d += VL) {
         vf x = vf_load(out_line(m, row, d / MATRIX_DEPTH, (int)(d / VL % 2))) * inverse;
         if (D - d >= VL) vf_store(to + d, x);

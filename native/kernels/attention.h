@@ -18,6 +18,7 @@ enum {
 typedef struct {                        // a step's operands, read once
     const pyg_view *dst, *q, *k, *v;    // k and v: the cache
     const int32_t  *cell, *first;
+    const float    *sinks;              // of each query head, or NULL
     int64_t         tokens, share, kv_heads, D, window, words, padded;      // share: query heads per KV head
     float           scale, softcap;
     int             pair, parts, tile;  // parts: how a score's sum is cut (shape_group); tile: cells converted together, up to TILE_CELLS
@@ -55,12 +56,13 @@ static int attends_in_bf16(int64_t tokens, int fixed) { return FAST_PAIRS || in_
 // bf16 dot products serve a bf16 cache as it is; of any other they would be felt (ten times what an F16 cache loses), so a plan
 // asks for them with `coarse`, which a processor that is slow at them takes for leave only. An F32 cache is always read in full. A matrix
 // unit does not add as attention_step does: it has the batches that it has in matmuls, but where bits are `fixed`.
-static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int coarse, int fixed) {
+static attention_args attention_shape(const pyg_view *views, const pyg_step *s, int32_t sinks, int coarse, int fixed) {
     const pyg_view *q = &views[s->src[0]], *k = &views[s->src[1]], *v = &views[s->src[2]];
     int all_bf16 = k->type == TYPE_bf16 && v->type == TYPE_bf16, any_f32 = k->type == TYPE_f32 || v->type == TYPE_f32;
     attention_args a = {
         .dst = &views[s->dst], .q = q, .k = k, .v = v,
         .cell = (const int32_t *)views[s->src[3]].data, .first = (const int32_t *)views[s->src[4]].data,
+        .sinks = sinks < 0 ? NULL : (const float *)views[sinks].data,
         .tokens = q->ne[2], .share = q->ne[1] / k->ne[2], .kv_heads = k->ne[2], .D = q->ne[0], .window = s->i[0],
         .padded = round_up(q->ne[0], VL), .scale = s->f[0], .softcap = s->f[1],
     };
@@ -212,10 +214,13 @@ INLINE void attend_cells(const attention_args *a, attention_memory *m, int64_t k
     }
 }
 
+// What a head's sink adds to the sum of its weights, which are relative to the largest score: a score that no value has.
+INLINE float sink_weight(const attention_args *a, int64_t head, float max) { return a->sinks ? exp2f(a->sinks[head] * LOG2_E - max) : 0.0f; }
+
 INLINE void write_group(const attention_args *a, const query_group *g, int64_t t0, int64_t kv_head) {
     for (int r = 0; r < g->rows; r++) {
         int64_t t = t0 + (g->first_row + r) / a->share, head = kv_head * a->share + (g->first_row + r) % a->share;
-        float *to = (float *)row_at(a->dst, t, 0, 0) + head * a->D, sum = g->sum[r * g->rep];
+        float *to = (float *)row_at(a->dst, t, 0, 0) + head * a->D, sum = g->sum[r * g->rep] + sink_weight(a, head, g->max[r * g->rep]);
         float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;     // a token that sees nothing gets zeros
         gather_row(g, r, a->D, g->out, inverse, to);
     }
@@ -262,7 +267,7 @@ static void attend_squares(const attention_args *a, square_memory *m, int64_t kv
     }
     for (int64_t r = 0, t = t0; t < t1; t++)
         for (int64_t i = 0; i < a->share; i++, r++)
-            store_result(m, r, a->D, (float *)row_at(a->dst, t, 0, 0) + (kv_head * a->share + i) * a->D);
+            store_result(m, r, a->D, sink_weight(a, kv_head * a->share + i, m->max[r]), (float *)row_at(a->dst, t, 0, 0) + (kv_head * a->share + i) * a->D);
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------------------------
@@ -274,7 +279,7 @@ static void attend_run(const attention_args *a, attention_memory *m, int64_t kv_
 }
 
 static void op_attention(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s, s->i[1], s->i[2]);
+    attention_args a = attention_shape(w->plan->views, s, s->src[5], s->i[1], s->i[2]);
     attention_memory m;
     square_memory q;
     int64_t used = attention_layout(&m, &a, w->scratch, a.squares ? 0 : unit_tokens(&a) * a.share, 1, a.tokens), runs = 0;
@@ -293,7 +298,7 @@ static void op_attention(worker *w, const pyg_step *s) {
     if (a.squares) matrix_end();
 }
 static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s, s->i[1], s->i[2]);
+    attention_args a = attention_shape(plan->views, s, s->src[5], s->i[1], s->i[2]);
     attention_memory m;
     square_memory q;
     const int64_t few = attention_layout(&m, &a, NULL, unit_tokens(&a) * a.share, 1, a.tokens);
@@ -361,7 +366,7 @@ static void merge_splits(const attention_args *a, attention_memory *m, const cel
 }
 
 static void op_attention_step(worker *w, const pyg_step *s) {
-    attention_args a = attention_shape(w->plan->views, s, s->i[3], 1);
+    attention_args a = attention_shape(w->plan->views, s, s->src[8], s->i[3], 1);
     if (!a.pair) a.tile = TILE_CELLS / 2;               // so that its floats and what is asked for ahead stay in the first-level cache
     cell_splits p = split_cells(&a);
     attention_memory m;
@@ -395,7 +400,7 @@ static void op_attention_step(worker *w, const pyg_step *s) {
     for (int64_t kv_head; (kv_head = claim_again(w, a.kv_heads)) < a.kv_heads;) merge_splits(&a, &m, &p, kv_head, states, state_size);
 }
 static int64_t scratch_attention_step(const pyg_plan *plan, const pyg_step *s) {
-    attention_args a = attention_shape(plan->views, s, s->i[3], 1);
+    attention_args a = attention_shape(plan->views, s, s->src[8], s->i[3], 1);
     attention_memory m;
     int64_t used = attention_layout(&m, &a, NULL, a.tokens * a.share, a.tokens, 0);
     int64_t splits = (a.k->ne[1] + split_length(&a) - 1) / split_length(&a);

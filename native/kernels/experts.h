@@ -58,7 +58,8 @@ static void gather(const pyg_view *x, act_norm norm, int layout, const routing *
     }
 }
 
-static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epilogue finish) {
+// bias: of each matrix, (E, M) or NULL
+static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epilogue finish, const pyg_view *const bias[2]) {
     const pyg_view *weight = view_of(w, s->src[0]), *x = view_of(w, s->src[1]), *ids = view_of(w, s->src[3]);
     const int64_t tiles = tile_count(weight->ne[1]);
     char *memory = w->scratch + scratch_tiles(weight, second ? second : weight, s->i[1]);
@@ -76,6 +77,7 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
             j.layout = act_layout(s->i[1], b.count);
             j.m[0] = matrix_of(weight, b.expert, j.layout);
             if (second) j.m[1] = matrix_of(second, b.expert, j.layout);
+            for (int m = 0; m < 2; m++) j.finish.bias[m] = bias[m] ? (const float *)row_at(bias[m], b.expert, 0, 0) : NULL;
             j.to.map = r.order + b.first;
             gather(x, norm_of(w, s, 2), j.layout, &r, &b, acts);
         }
@@ -84,8 +86,13 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
     }
 }
 
-static void op_mul_mat_id(worker *w, const pyg_step *s) { matmul_id(w, s, NULL, (epilogue){.glu = -1, .scale = 1.0f}); }
-static void op_glu_mat_id(worker *w, const pyg_step *s) { matmul_id(w, s, view_of(w, s->src[4]), (epilogue){.glu = s->i[3], .scale = 1.0f}); }
+static void op_mul_mat_id(worker *w, const pyg_step *s) {
+    matmul_id(w, s, NULL, (epilogue){.glu = -1, .scale = 1.0f}, (const pyg_view *const[2]){view_of(w, s->src[4]), NULL});
+}
+static void op_glu_mat_id(worker *w, const pyg_step *s) {
+    epilogue e = {.glu = s->i[3], .scale = 1.0f};
+    matmul_id(w, s, view_of(w, s->src[4]), e, (const pyg_view *const[2]){view_of(w, s->src[5]), view_of(w, s->src[6])});
+}
 
 static int64_t scratch_mul_mat_id(const pyg_plan *plan, const pyg_step *s) {
     const pyg_view *weight = &plan->views[s->src[0]], *ids = &plan->views[s->src[3]];

@@ -48,10 +48,15 @@ static void op_softcap(worker *w, const pyg_step *s) {
     }
 }
 
+enum { CLAMP = 7 };                                     // of GLU_CLAMPED
 // act(gate) * up. GELU is the tanh form, written as x * sigmoid(2u): 0.5 (1 + tanh u) = sigmoid(2u)
 INLINE vf vf_glu(int kind, vf gate, vf up) {
     if (kind == GLU_RELU) return vf_max(gate, vf_set(0.0f)) * up;
     if (kind == GLU_SILU) return gate * vf_sigmoid(gate) * up;
+    if (kind == GLU_CLAMPED) {
+        gate = vf_min(gate, vf_set(CLAMP));
+        return gate * vf_sigmoid(1.702f * gate) * (vf_max(vf_min(up, vf_set(CLAMP)), vf_set(-CLAMP)) + 1.0f);
+    }
     vf u = 0.79788456080286536f * (gate + 0.044715f * gate * gate * gate);
     return gate * vf_sigmoid(2.0f * u) * up;
 }

@@ -16,12 +16,12 @@ _SHARED = {"blocks", "config"}
 
 
 def names() -> list[str]:
-    """Every architecture name that can run."""
-    return sorted({m.name for m in pkgutil.iter_modules(__path__)} - _SHARED | set(ALIASES))
+    """Every architecture name that can run; dashes in it are underscores in its file's."""
+    return sorted({m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__)} - _SHARED | set(ALIASES))
 
 
 def find(name: str, path: Any) -> Callable[..., Any]:
     """The graph function of an architecture; ModelError names what is known."""
     if name not in names():
         raise ModelError(f'{path}: the architecture "{printable(name)}" is not known; pyggml runs {", ".join(names())}')
-    return importlib.import_module(f"pyggml.arch.{ALIASES.get(name, name)}").graph
+    return importlib.import_module(f"pyggml.arch.{ALIASES.get(name, name).replace('-', '_')}").graph

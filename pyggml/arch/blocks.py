@@ -42,6 +42,8 @@ class Style:
     head_norms: bool = False          # every layer norms the heads of its queries and keys; without it, those that have such norms do
     wide_norms: bool = False          # it norms all heads together
     pre_norms: bool = True            # what enters attention and feed-forward is normed
+    ffn_norm: str = "ffn_norm"        # the tensor of the latter's
+    sinks: bool = False               # heads have scores that take a share of the weights and have no value
     post_norms: bool = False          # what they return is normed before it is added
     residual_scale: float = 1.0       # of what they return
     logit_scale: float = 1.0
@@ -155,7 +157,8 @@ class Builder(Graph):
         q, k = (self.rope(x, self.angles(how.rope), mode=style.rope) for x in (q, k))
         keys = self.store(self.cache(self.cache_tensors.keys[layer]), k, self.cell)
         values = self.store(self.cache(self.cache_tensors.values[layer]), v, self.cell)
-        return self.attention(q, keys, values, self.cell, self.first, scale=how.scale, softcap=how.softcap, window=how.window)
+        sinks = [self.floats(f"{p}.attn_sinks.weight", (n_head,))] if style.sinks else []
+        return self.attention(q, keys, values, self.cell, self.first, *sinks, scale=how.scale, softcap=how.softcap, window=how.window)
 
     def ffn(self, x: Tensor, layer: int, style: Style) -> Tensor:
         """The gated feed-forward of a layer over normed x: dense, or the experts that a router picks."""
@@ -178,9 +181,14 @@ class Builder(Graph):
         logits = self.linear(x, f"{p}.ffn_gate_inp", c.n_expert)
         ids = self.moe_ids(logits, n_used=c.n_expert_used)
         weights = self.moe_weights(logits, ids, normalize=style.normalize_experts)
-        gate, up = (self.matmul_id(self.w(f"{p}.ffn_{name}_exps.weight", (c.n_expert, n, c.n_embd)), x, ids) for name in ("gate", "up"))
-        down = self.w(f"{p}.ffn_down_exps.weight", (c.n_expert, c.n_embd, n))
-        return self.moe_sum(self.matmul_id(down, self.glu(gate, up, kind=style.activation), ids), weights)
+
+        def linear(x: Tensor, name: str, rows: int) -> Tensor:
+            name = f"{p}.ffn_{name}_exps"
+            bias = [self.floats(f"{name}.bias", (c.n_expert, rows))] if self.has(f"{name}.bias") else []
+            return self.matmul_id(self.w(f"{name}.weight", (c.n_expert, rows, x.shape[-1])), x, ids, *bias)
+
+        y = linear(self.glu(linear(x, "gate", n), linear(x, "up", n), kind=style.activation), "down", c.n_embd)
+        return self.moe_sum(y, weights)
 
     def shared_expert(self, x: Tensor, p: str, style: Style) -> Tensor:
         """The expert of every token; where it has a gate times the sigmoid of that, as one expert of one -> (T, n_embd)"""
@@ -221,5 +229,5 @@ def transformer(b: Builder, style: Style) -> Tensor:
         if layer == b.config.n_layers - 1:
             a, x = b.get_rows(a, b.wanted), b.get_rows(x, b.wanted)
         x = b.add(returned(b.linear(a, f"{p}.attn_output", b.config.n_embd), f"{p}.post_attention_norm"), x)
-        x = b.add(returned(b.ffn(entering(x, f"{p}.ffn_norm"), layer, style), f"{p}.post_ffw_norm"), x)
+        x = b.add(returned(b.ffn(entering(x, f"{p}.{style.ffn_norm}"), layer, style), f"{p}.post_ffw_norm"), x)
     return b.logits(b.enter(x), style)

@@ -160,7 +160,8 @@ class Config:
             if q % kv_heads:
                 raise ModelError(f'{path}: the key "{arch}.attention.head_count_kv" is {kv_heads}; it must divide the {q} heads')
         head_dim = keys.integer("attention.key_length", n_embd // n_head[0])
-        n_ff = keys.per_layer("feed_forward_length", n_layers)
+        n_ff_expert = keys.per_layer("expert_feed_forward_length", n_layers) if keys.has("expert_feed_forward_length") else ()
+        n_ff = keys.per_layer("feed_forward_length", n_layers, n_ff_expert or REQUIRED)
         n_ctx = keys.integer("context_length", high=1 << 31)
         n_expert = keys.integer("expert_count", 0, low=0, high=4096)
         n_rot = keys.integer("rope.dimension_count", head_dim)
@@ -182,5 +183,5 @@ class Config:
                 beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, above=0),
                 beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, above=0)),
             n_expert=n_expert, n_expert_used=keys.integer("expert_used_count", low=1, high=n_expert) if n_expert else 0,
-            n_ff_expert=keys.per_layer("expert_feed_forward_length", n_layers) if keys.has("expert_feed_forward_length") else (),
+            n_ff_expert=n_ff_expert,
             n_ff_shared=keys.integer("expert_shared_feed_forward_length", n_ff[0]))

@@ -216,7 +216,7 @@ def layers(file: TensorFile) -> Iterator[Finding]:
 
 
 # Shapes of a plain decoder, rows first. Names are sizes: E embedding, F feed-forward, G twice that,
-# Q and K and V rows of the projections, A of all three, H a head, X experts, N and S feed-forward of
+# Q and K and V rows of the projections, A of all three, H a head, M heads, X experts, N and S feed-forward of
 # an expert and of the shared one
 SHAPES = {
     "attn_norm.weight": "E", "ffn_norm.weight": "E", "post_attention_norm.weight": "E", "post_ffw_norm.weight": "E",
@@ -227,8 +227,10 @@ SHAPES = {
     "ffn_gate_shexp.weight": "SE", "ffn_up_shexp.weight": "SE", "ffn_down_shexp.weight": "ES", "ffn_gate_inp_shexp.weight": "E",
 }
 EXPERTS = {**SHAPES, "ffn_gate_exps.weight": "XNE", "ffn_up_exps.weight": "XNE", "ffn_down_exps.weight": "XEN"}
+BIASES = {"attn_output.bias": "E", "ffn_gate_inp.bias": "X", "ffn_gate_exps.bias": "XN", "ffn_up_exps.bias": "XN", "ffn_down_exps.bias": "XE"}
 PLAIN = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "granite", "granitemoe", "minicpm", "smollm3", "exaone4")
 DECODERS = {**dict.fromkeys(PLAIN, SHAPES), **dict.fromkeys(("qwen2moe", "qwen3moe"), EXPERTS), "phi3": {**SHAPES, "ffn_up.weight": "GE"},
+            "gpt-oss": {**EXPERTS, **BIASES, "attn_sinks.weight": "M"},
             "olmo2": {**SHAPES, "attn_q_norm.weight": "Q", "attn_k_norm.weight": "K"}}
 
 
@@ -244,7 +246,7 @@ def shapes(file: TensorFile) -> Iterator[Finding]:
     key = _number(file, f"{arch}.attention.key_length") or embedding // heads
     value = _number(file, f"{arch}.attention.value_length") or embedding // heads
     feed = _number(file, f"{arch}.feed_forward_length")
-    sizes = {"E": embedding, "Q": heads * key, "K": kv_heads * key, "V": kv_heads * value, "O": heads * value, "H": key,
+    sizes = {"E": embedding, "Q": heads * key, "K": kv_heads * key, "V": kv_heads * value, "O": heads * value, "H": key, "M": heads,
              "A": (heads + kv_heads) * key + kv_heads * value, "F": feed, "G": feed and 2 * feed, "X": _number(file, f"{arch}.expert_count"),
              "N": _number(file, f"{arch}.expert_feed_forward_length"), "S": _number(file, f"{arch}.expert_shared_feed_forward_length")}
     for t in file.tensors.values():

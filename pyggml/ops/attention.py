@@ -11,10 +11,12 @@ def store(cache, x: np.ndarray, cell: np.ndarray):
     return cache
 
 
-def attention(q: np.ndarray, k, v, cell: np.ndarray, first: np.ndarray, scale: float, softcap: float, window: int) -> np.ndarray:
+def attention(q: np.ndarray, k, v, cell: np.ndarray, first: np.ndarray, sinks: np.ndarray | None = None, *, scale: float, softcap: float,
+              window: int) -> np.ndarray:
     """Softmax(q Kᵀ) V where token t sees the cells first[t]..cell[t], or the last `window` of them.
 
-    q (T, H, D); k, v cache tensors (Hkv, C, D); head h reads the keys and values of head h // (H / Hkv). -> (T, H * D)
+    q (T, H, D); k, v cache tensors (Hkv, C, D); head h reads the keys and values of head h // (H / Hkv). sinks (H): a score of each head
+    that takes its share of the weights and has no value (Xiao et al. 2023). -> (T, H * D)
     """
     T, H, D = q.shape
     keys, values = k.read(), v.read()
@@ -27,8 +29,10 @@ def attention(q: np.ndarray, k, v, cell: np.ndarray, first: np.ndarray, scale: f
         z = np.einsum("hd,hcd->hc", q[t].astype(np.float64), ks) * scale
         if softcap:
             z = softcap * np.tanh(z / softcap)
+        if sinks is not None:
+            z = np.column_stack([z, sinks])
         p = np.exp(z - z.max(-1, keepdims=True))
-        out[t] = np.einsum("hc,hcd->hd", p / p.sum(-1, keepdims=True), vs)
+        out[t] = np.einsum("hc,hcd->hd", (p / p.sum(-1, keepdims=True))[:, :vs.shape[1]], vs)
     return out.reshape(T, -1)
 
 

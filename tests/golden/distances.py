@@ -36,12 +36,12 @@ BOUNDS = {
 def native_bound(name: str) -> str:
     """The bound for a golden file `model.type` whose activations are rounded as llama.cpp rounds them."""
     model, kind = name.split(".")
-    experts = model == "mixtral" or model.endswith("moe")
+    experts = model in ("mixtral", "gpt-oss") or model.endswith("moe")
     if kind in ("f32", "f16", "bf16"):
         return "native moe f16" if experts else f"native {kind.replace('f32', 'f16')}"
     if experts or model == "stories260K":
         return "native moe" if experts else "native stories"
-    return "native q8_0" if kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl") else "native q8_K"
+    return "native q8_0" if kind in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "mxfp4") else "native q8_K"
 
 
 def misses(found: dict[str, float], bound: dict[str, float]) -> list[str]:

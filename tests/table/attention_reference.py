@@ -59,8 +59,8 @@ def sequences(name: str, *parts: tuple[int, int, int]) -> Batch:
     return Batch(name, [first for first, _, n in parts for _ in range(n)], [start + i for _, start, n in parts for i in range(n)])
 
 
-def attention(q, k, v, mask, scale, softcap=0.0) -> np.ndarray:
-    """q (T, H, D), k and v (Hk, C, D), mask (T, C) -> (T, H * D); a token that sees nothing gives zeros."""
+def attention(q, k, v, mask, scale, softcap=0.0, sinks=None) -> np.ndarray:
+    """q (T, H, D), k and v (Hk, C, D), mask (T, C), sinks (H) -> (T, H * D); a token that sees nothing gives zeros."""
     T, H, D = q.shape
     share = H // k.shape[0]
     out = np.zeros((T, H, D))
@@ -70,5 +70,6 @@ def attention(q, k, v, mask, scale, softcap=0.0) -> np.ndarray:
             s = k[h // share, cells] @ q[t, h].astype(np.float64) * scale
             s = softcap * np.tanh(s / softcap) if softcap else s
             p = np.exp(s - s.max())
-            out[t, h] = (p / p.sum()) @ v[h // share, cells]
+            sink = np.exp(sinks[h] - s.max()) if sinks is not None else 0
+            out[t, h] = (p / (p.sum() + sink)) @ v[h // share, cells]
     return out.reshape(T, H * D)

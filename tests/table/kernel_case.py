@@ -14,7 +14,7 @@ ISAS = [name for name, usable in native.isa_names().items() if usable]
 THREADS = (1, 2, 3, 7)
 
 # as in native/engine.h
-GLU_SILU, GLU_GELU, GLU_RELU = range(3)
+GLU_SILU, GLU_GELU, GLU_RELU, GLU_CLAMPED = range(4)
 ROPE_NORM, ROPE_NEOX = range(2)
 MOE_SOFTMAX, MOE_SIGMOID = range(2)
 

@@ -40,7 +40,7 @@ def bound(isa: str, cache_type: str, coarse: int) -> float:
 class Case:
     """Operands of one attention step, and what it must give."""
 
-    def __init__(self, batch: Batch, heads, cache_type="F32", window=0, softcap=0.0, roped=None, seed=3, spread=1.3):
+    def __init__(self, batch: Batch, heads, cache_type="F32", window=0, softcap=0.0, roped=None, seed=3, spread=1.3, sinks=False):
         H, Hk, D = heads
         T, rng = len(batch.cell), np.random.default_rng(seed)
         self.batch, self.scale, self.window, self.softcap = batch, 1.3 / np.sqrt(D), window, softcap
@@ -59,7 +59,8 @@ class Case:
             self.table = rope_table(batch.own_cells - batch.first_cells, inv_freq).astype(np.float32)
             q, key = rope(q, self.table, roped[0]), rope(self.new_k, self.table, roped[0])
             k[:, batch.own_cells], v[:, batch.own_cells] = key.transpose(1, 0, 2), self.new_v.transpose(1, 0, 2)
-        self.want = attention(q, k, v, mask, self.scale, softcap)
+        self.sinks = 3 * rng.standard_normal(H).astype(np.float32) if sinks else None
+        self.want = attention(q, k, v, mask, self.scale, softcap, self.sinks)
         self.dst = np.full((T, H * D), np.nan, np.float32)
 
     def common(self):
@@ -67,13 +68,13 @@ class Case:
                 self.batch.own_cells, self.batch.first_cells]
 
     def attention(self, isa, threads=2, coarse=0, fixed=0) -> np.ndarray:
-        run("attention", isa, self.dst, self.common(), i=[self.window, coarse, fixed], f=[self.scale, self.softcap], threads=threads)
+        run("attention", isa, self.dst, [*self.common(), self.sinks], i=[self.window, coarse, fixed], f=[self.scale, self.softcap], threads=threads)
         return self.dst
 
     def step(self, isa, roped, threads=2, coarse=0) -> np.ndarray:
         new = [(x, {"strides": x.strides[:-1]}) for x in (self.new_k, self.new_v)]
-        run("attention_step", isa, self.dst, [*self.common(), *new, self.table], i=[self.window, *roped, coarse], f=[self.scale, self.softcap],
-            threads=threads)
+        run("attention_step", isa, self.dst, [*self.common(), *new, self.table, self.sinks], i=[self.window, *roped, coarse],
+            f=[self.scale, self.softcap], threads=threads)
         return self.dst
 
 
@@ -88,9 +89,9 @@ def test_attention(isa, batch, heads):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cache_type, coarse", CACHES_AND_COARSE)
 @pytest.mark.parametrize("batch", PREFILL, ids=str)
-@pytest.mark.parametrize("window, softcap", [(0, 0.0), (16, 0.0), (100, 30.0)])
-def test_attention_caches(isa, cache_type, batch, window, softcap, coarse):
-    case = Case(batch, (8, 2, 64), cache_type, window, softcap)
+@pytest.mark.parametrize("window, softcap, sinks", [(0, 0.0, False), (16, 0.0, True), (100, 30.0, False)])
+def test_attention_caches(isa, cache_type, batch, window, softcap, sinks, coarse):
+    case = Case(batch, (8, 2, 64), cache_type, window, softcap, sinks=sinks)
     assert nmse(case.attention(isa, coarse=coarse), case.want) < bound(isa, cache_type, coarse)
 
 
@@ -176,10 +177,10 @@ def test_step(isa, batch, heads, kind):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cache_type, coarse", CACHES_AND_COARSE)
 @pytest.mark.parametrize("batch", STEPS, ids=str)
-@pytest.mark.parametrize("window, softcap", [(0, 0.0), (70, 20.0)])
-def test_step_caches(isa, cache_type, batch, window, softcap, coarse):
+@pytest.mark.parametrize("window, softcap, sinks", [(0, 0.0, False), (70, 20.0, True)])
+def test_step_caches(isa, cache_type, batch, window, softcap, sinks, coarse):
     roped = (ROPE_NORM, 64)
-    case = Case(batch, (8, 2, 64), cache_type, window, softcap, roped)
+    case = Case(batch, (8, 2, 64), cache_type, window, softcap, roped, sinks=sinks)
     own = case.k[:, batch.own_cells].copy()
     got = case.step(isa, roped, coarse=coarse)
     assert not np.array_equal(case.k[:, batch.own_cells], own)

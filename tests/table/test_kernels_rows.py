@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kernel_case import GLU_GELU, GLU_RELU, GLU_SILU, ISAS, MOE_SIGMOID, MOE_SOFTMAX, THREADS, nmse, run
+from kernel_case import GLU_CLAMPED, GLU_GELU, GLU_RELU, GLU_SILU, ISAS, MOE_SIGMOID, MOE_SOFTMAX, THREADS, nmse, run
 
 FLOAT = 1e-12                   # NMSE of float arithmetic against double
 SHAPES = [(1, 1), (1, 33), (3, 64), (37, 100), (300, 257), (2, 20000)]
@@ -64,9 +64,10 @@ def test_softcap(isa, threads, shape):
 
 
 GLU = {
-    GLU_SILU: lambda x: x / (1 + np.exp(-x)),
-    GLU_GELU: lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))),
-    GLU_RELU: lambda x: np.maximum(x, 0),
+    GLU_SILU: lambda x, up: x / (1 + np.exp(-x)) * up,
+    GLU_GELU: lambda x, up: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3))) * up,
+    GLU_RELU: lambda x, up: np.maximum(x, 0) * up,
+    GLU_CLAMPED: lambda x, up: np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))) * (np.clip(up, -7, 7) + 1),
 }
 
 
@@ -74,10 +75,10 @@ GLU = {
 @pytest.mark.parametrize("kind", GLU)
 @pytest.mark.parametrize("shape", SHAPES[1:])
 def test_glu(isa, kind, shape):
-    gate, up, dst = 5 * floats(*shape), floats(*shape), np.full(shape, np.nan, np.float32)
+    gate, up, dst = 5 * floats(*shape), 5 * floats(*shape), np.full(shape, np.nan, np.float32)
     gate.flat[0] = -200.0                       # the exponential of 200 is no float
     run("glu", isa, dst, [gate, up], i=[kind], threads=2)
-    assert nmse(dst, GLU[kind](gate.astype(np.float64)) * up) < FLOAT
+    assert nmse(dst, GLU[kind](gate.astype(np.float64), up)) < FLOAT
 
 
 @pytest.mark.parametrize("isa", ISAS)

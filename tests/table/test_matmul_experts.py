@@ -29,21 +29,21 @@ def expected(x: np.ndarray, weight: Weight, ids: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name, layout", LAYOUTS)
-@pytest.mark.parametrize("tokens, slots", [(1, 1), (1, 3), (6, 2), (90, 2)])
-def test_mul_mat_id(isa, name, layout, tokens, slots):
+@pytest.mark.parametrize("tokens, slots, biased", [(1, 1, False), (1, 3, True), (6, 2, False), (90, 2, True)])
+def test_mul_mat_id(isa, name, layout, tokens, slots, biased):
     rng = np.random.default_rng(tokens)
     weight = Weight(name, (7, 33, 256), layout, rng)
     ids = choose(tokens, slots, 7, rng)
-    x = rng.standard_normal((tokens, slots, 256), np.float32)
+    x, bias = rng.standard_normal((tokens, slots, 256), np.float32), 9 * biased * rng.standard_normal((7, 33)).astype(np.float32)
     out = np.full((tokens, slots, 33), np.nan, np.float32)
     with instruction_set(isa):
         program = Program()
-        sources = [weight.view(program), program.view(x), -1, program.view(ids)]
+        sources = [weight.view(program), program.view(x), -1, program.view(ids), program.view(bias) if biased else -1]
         program.step("mul_mat_id", program.view(out), sources, [-1, weight.format], [EPS])
         program.finish()
         for _ in range(2):
             program.run(pool(3))
-            assert nmse(out, expected(x, weight, ids)) < 1e-10
+            assert nmse(out, expected(x, weight, ids) + bias[ids]) < 1e-10
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -54,15 +54,16 @@ def test_glu_mat_id_shares_a_tokens_column(isa, name, layout, tokens, slots):
     gate, up = (Weight(name, (6, 48, 256), layout, rng) for _ in range(2))
     ids = choose(tokens, slots, 6, rng)
     x, norm = rng.standard_normal((tokens, 256), np.float32), rng.uniform(0.5, 2, 256).astype(np.float32)
+    bias = rng.standard_normal((2, 6, 48)).astype(np.float32)
     out = np.full((tokens, slots, 48), np.nan, np.float32)
     with instruction_set(isa):
         program = Program()
-        sources = [gate.view(program), program.view(x), program.view(norm), program.view(ids), up.view(program)]
+        sources = [gate.view(program), program.view(x), program.view(norm), program.view(ids), up.view(program), *map(program.view, bias)]
         program.step("glu_mat_id", program.view(out), sources, [-1, gate.format, 0, 0], [EPS])
         program.finish().run(pool(2))
         each = np.repeat(rms_norm(x, norm, EPS)[:, None], slots, 1)
         # a byte of the normalized activations may fall to the other side
-        assert nmse(out, activation(0, expected(each, gate, ids)) * expected(each, up, ids)) < 2e-5
+        assert nmse(out, activation(0, expected(each, gate, ids) + bias[0][ids]) * (expected(each, up, ids) + bias[1][ids])) < 2e-5
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -48,6 +48,12 @@ def test_a_pattern_that_is_none_is_refused(pattern):
         Keys("m", {"a.attention.sliding_window_pattern": pattern}, "a").sliding(4, period=2)
 
 
+def test_a_model_of_experts_needs_their_size_alone():
+    file = formats.open(GOLDEN / "gpt-oss.mxfp4.gguf")
+    config = Config.read("m", {k: v for k, v in file.kv.items() if k != "gpt-oss.feed_forward_length"}, "gpt-oss")
+    assert config.n_ff == config.n_ff_expert == (32, 32)
+
+
 def test_layers_of_gemma_3():
     found = nodes(Model.load(GOLDEN / "gemma3.q4_0.gguf"), "attention")
     assert [t.attrs["window"] for t in found] == [52, 52, 52, 52, 52, 0, 52]
@@ -85,9 +91,9 @@ def test_granite_without_positions(tmp_path, finetuned, turns):
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("gemma2.q8_0", "blk.1.post_attention_norm.weight"), ("gemma2.q8_0", "blk.2.post_ffw_norm.weight"),
-                                              ("olmo2.bf16", "blk.0.attn_k_norm.weight"),
+                                              ("olmo2.bf16", "blk.0.attn_k_norm.weight"), ("gpt-oss.mxfp4", "blk.1.attn_sinks.weight"),
                                               ("gemma3.q4_0", "blk.0.attn_q_norm.weight"), ("gemma3.q4_0", "blk.6.attn_k_norm.weight")])
-def test_a_norm_that_is_missing_is_named(tmp_path, name, tensor):
+def test_what_is_missing_is_named(tmp_path, name, tensor):
     with pytest.raises(ModelError, match=tensor):
         nodes(altered(tmp_path / "m.gguf", name, without=[tensor]), "attention")
 
@@ -138,7 +144,8 @@ def test_the_size_of_an_expert(tmp_path, key, value, rows):
 
 @pytest.mark.skipif(lib is None, reason="steps are those of the kernels")
 @pytest.mark.parametrize("limit", [SMALL, 64])
-@pytest.mark.parametrize("name", ["gemma.f16", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1", "smollm3.iq4_nl", "granite.q8_0", "olmo2.bf16"])
+@pytest.mark.parametrize("name", ["gemma.f16", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1", "smollm3.iq4_nl", "granite.q8_0", "olmo2.bf16",
+                                  "gpt-oss.mxfp4"])
 def test_scales_caps_and_residuals_are_no_steps(name, limit):
     steps = Schedule([Context(Model.load(GOLDEN / f"{name}.gguf"), n_ctx=64).output], WeightStore(), {TOKENS: limit, OUTPUTS: SMALL}).steps
     assert not {s.op for s in steps} & {"scale", "softcap", "add", "mul"}

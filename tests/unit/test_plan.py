@@ -88,7 +88,7 @@ class RandomGraph:
 
     def ffn(self) -> Tensor:
         x = self.norm()
-        kind = self.draw(st.sampled_from(["silu", "gelu", "relu"]))
+        kind = self.draw(st.sampled_from(["silu", "gelu", "relu", "clamped"]))
         h = self.g.glu(self.g.matmul(self.matrix(96), x), self.g.matmul(self.matrix(96), x), kind=kind)
         return self.g.add(self.g.matmul(self.matrix(DIM, 96), h), self.pick())
 
@@ -97,8 +97,9 @@ class RandomGraph:
         logits = self.g.matmul(self.matrix(4), x)
         ids = self.g.moe_ids(logits, n_used=self.n_used)
         gate, up, down = (self.g.weight(self.new(s)) for s in ((4, 32, DIM), (4, 32, DIM), (4, DIM, 32)))
-        h = self.g.glu(self.g.matmul_id(gate, x, ids), self.g.matmul_id(up, x, ids), kind="silu")
-        return self.g.add(self.g.moe_sum(self.g.matmul_id(down, h, ids), self.g.moe_weights(logits, ids)), self.pick())
+        biases = [[self.g.weight(self.new((4, n)))] if self.draw(st.booleans()) else [] for n in (32, 32, DIM)]
+        h = self.g.glu(self.g.matmul_id(gate, x, ids, *biases[0]), self.g.matmul_id(up, x, ids, *biases[1]), kind="silu")
+        return self.g.add(self.g.moe_sum(self.g.matmul_id(down, h, ids, *biases[2]), self.g.moe_weights(logits, ids)), self.pick())
 
     def attention(self) -> Tensor:
         if self.layer == 8:
@@ -112,7 +113,8 @@ class RandomGraph:
         v = self.g.reshape(self.g.matmul(self.matrix(KV_HEADS * HEAD_DIM), x), (TOKENS, KV_HEADS, HEAD_DIM))
         keys = self.g.store(self.g.cache(self.cache.keys[layer]), k, self.cell)
         values = self.g.store(self.g.cache(self.cache.values[layer]), v, self.cell)
-        a = self.g.attention(q, keys, values, self.cell, self.first, scale=HEAD_DIM**-0.5, window=self.draw(st.sampled_from([0, 3])))
+        sinks = [self.g.weight(self.new((HEADS,)))] if self.draw(st.booleans()) else []
+        a = self.g.attention(q, keys, values, self.cell, self.first, *sinks, scale=HEAD_DIM**-0.5, window=self.draw(st.sampled_from([0, 3])))
         return self.g.add(self.g.matmul(self.matrix(), a), self.pick())
 
 

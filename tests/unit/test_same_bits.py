@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 ISAS = [name for name, usable in native.isa_names().items() if usable]
 # blocks of 32 and 256, codebooks, halves, experts, heads that share and heads that do not, windows, caps
 MODELS = ["llama_quant.q4_0", "llama_quant.q4_k", "llama_quant.iq4_xs", "llama_yarn.f16", "stories260K.bf16", "mixtral.q4_k_m_mix",
-          "qwen2.q4_k_m_mix", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1", "qwen2moe.q5_0"]
+          "qwen2.q4_k_m_mix", "gemma2.q8_0", "gemma3.q4_0", "phi3.q4_1", "qwen2moe.q5_0", "gpt-oss.mxfp4"]
 LENGTH = 90
 ONES = (1,) * LENGTH
 

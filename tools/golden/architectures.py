@@ -30,8 +30,9 @@ from random_model import vocabulary  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden" / "models"
 N_TOKENS, VOCAB, DIM, FF = 48, 272, 32, 64
-ROUTER = "ffn_gate_inp.weight"              # stays in floats, as llama-quantize leaves it
+ROUTER = "ffn_gate_inp"                     # stays in floats, as llama-quantize leaves it
 PRE_NORMS, POST_NORMS, HEAD_NORMS = ("attn_norm", "ffn_norm"), ("post_attention_norm", "post_ffw_norm"), ("attn_q_norm", "attn_k_norm")
+QKV = ("attn_q", "attn_k", "attn_v")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Tiny:
     merged: bool = False                               # q, k and v are one matrix, gate and up another
     experts: int = 0                                   # two of them are used; in place of the feed-forward
     shared: int = 0                                    # feed-forward of an expert that every token takes
-    biases: bool = False                               # of q, k and v
+    biases: tuple[str, ...] = ()
+    sinks: bool = False
     output: bool = False                               # the output is a matrix of its own
     factors: int = 0                                   # numbers that divide so many frequencies, for short and for long contexts
 
@@ -73,7 +75,11 @@ MODELS = {
                                             "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
                        POST_NORMS + HEAD_NORMS, wide_norms=True, heads=(2, 1, 16), output=True),
     "qwen2moe.q5_0": Tiny("qwen2moe", "Q5_0", 2, {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 96}, heads=(2, 1, 16),
-                          experts=4, shared=96, biases=True, output=True, continuation=16),
+                          experts=4, shared=96, biases=QKV, output=True, continuation=16),
+    "gpt-oss.mxfp4": Tiny("gpt-oss", "MXFP4", 2, {"expert_feed_forward_length": 32, "attention.sliding_window": 16, "rope.scaling.type": "yarn",
+                                                  "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64},
+                          ("attn_norm", "post_attention_norm"), experts=5, sinks=True, output=True, continuation=16,
+                          biases=(*QKV, "attn_output", ROUTER, "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")),
     "qwen3moe.q5_1": Tiny("qwen3moe", "Q5_1", 2, {"expert_feed_forward_length": 32}, PRE_NORMS + HEAD_NORMS, experts=6, continuation=16),
 }
 
@@ -86,7 +92,7 @@ def tensors(name: str, m: Tiny) -> Iterator[tuple[str, np.ndarray]]:
         values = gain * columns**-0.5 * rng.standard_normal((experts, rows, columns), dtype=np.float32)
         return values if experts > 1 else values[0]
 
-    def norm(size: int, around: float = 1.0) -> np.ndarray:
+    def norm(size: int | tuple[int, ...], around: float = 1.0) -> np.ndarray:
         return (around + 0.3 * rng.standard_normal(size)).astype(np.float32)
 
     yield "token_embd.weight", matrix(VOCAB, DIM, 3.0)
@@ -107,15 +113,19 @@ def tensors(name: str, m: Tiny) -> Iterator[tuple[str, np.ndarray]]:
         for part in m.norms:
             width = shapes[part.removesuffix("_norm")][0] if m.wide_norms and part in HEAD_NORMS else size
             yield f"blk.{layer}.{part}.weight", norm(width, 1.7) if part in HEAD_NORMS else norm(DIM)
-        for part in ("attn_q", "attn_k", "attn_v") if m.biases else ():
-            yield f"blk.{layer}.{part}.bias", norm(shapes[part][0], 0.0)
+        for part in m.biases:
+            of_experts = (m.experts,) if part.endswith("_exps") else ()
+            rows = m.experts if part == ROUTER else shapes[part][0]
+            yield f"blk.{layer}.{part}.bias", norm((*of_experts, rows), 0.0)
+        if m.sinks:
+            yield f"blk.{layer}.attn_sinks.weight", norm(heads, 1.0)
         if m.experts:
-            yield f"blk.{layer}.{ROUTER}", matrix(m.experts, DIM, 2.0)
+            yield f"blk.{layer}.{ROUTER}.weight", matrix(m.experts, DIM, 2.0)
         if m.shared:
             yield f"blk.{layer}.ffn_gate_inp_shexp.weight", norm(DIM, 0.0)
         made = {part: matrix(*shape) for part, shape in shapes.items()}
         if m.merged:
-            made["attn_qkv"] = np.concatenate([made.pop(part) for part in ("attn_q", "attn_k", "attn_v")])
+            made["attn_qkv"] = np.concatenate([made.pop(part) for part in QKV])
             made["ffn_up"] = np.concatenate([made.pop("ffn_gate"), made["ffn_up"]])
         for part, weight in made.items():
             yield f"blk.{layer}.{part}.weight", weight
@@ -139,7 +149,7 @@ def write(path: Path, name: str, m: Tiny, kind: str) -> None:
     """The model with its matrices in `kind`, a type that keeps what m.type has left of them."""
     made = []
     for tensor, values in tensors(name, m):
-        if values.ndim == 1 or tensor.endswith(ROUTER):
+        if values.ndim == 1 or tensor.endswith((f"{ROUTER}.weight", ".bias")):
             made.append(formats.new_tensor(tensor, values))
             continue
         blocks = quants.quantize(values, m.type)
