@@ -131,6 +131,10 @@ class Builder(Graph):
         """How a layer attends where nothing else is said."""
         return Attending(self.config.head_dim**-0.5, self.config.rope)
 
+    def by_window(self, nearby: Attending, everywhere: Attending, period: int) -> list[Attending]:
+        """Of each layer: `nearby` where it sees a sliding window (see Keys.sliding)."""
+        return [nearby if slides else everywhere for slides in self.keys.sliding(self.config.n_layers, period)]
+
     def embedding(self, scale: float = 1.0) -> Tensor:
         """Rows of the token table, times `scale` -> (T, n_embd)"""
         return self.get_rows(self.token_table(), self.tokens, scale=scale)

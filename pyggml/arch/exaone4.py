@@ -17,5 +17,5 @@ def graph(b: Builder) -> Tensor:
     if c.n_layers == LAYERS_OF_32B:
         nearby = replace(b.attending, window=keys.integer("attention.sliding_window", 4096))
         everywhere = replace(b.attending, rope=c.rope.still)
-        attending = [nearby if slides else everywhere for slides in keys.sliding(c.n_layers, period=4)]
+        attending = b.by_window(nearby, everywhere, period=4)
     return transformer(b, Style(rope="neox", head_norms=True, pre_norms=False, post_norms=True, attending=attending))

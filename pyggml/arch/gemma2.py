@@ -14,6 +14,5 @@ def graph(b: Builder) -> Tensor:
     everywhere = Attending(gemma.query_scale(c, LAYERS_OF_27B), c.rope, softcap=keys.number("attn_logit_softcapping", 50.0, above=0))
     nearby = replace(everywhere, rope=replace(c.rope, base=keys.number("rope.freq_base_swa", c.rope.base, above=1)),
                      window=keys.integer("attention.sliding_window", 4096))
-    attending = [nearby if slides else everywhere for slides in keys.sliding(c.n_layers, period=2)]
     softcap = keys.number("final_logit_softcapping", 30.0, above=0)
-    return transformer(b, replace(gemma.style(b), post_norms=True, softcap=softcap, attending=attending))
+    return transformer(b, replace(gemma.style(b), post_norms=True, softcap=softcap, attending=b.by_window(nearby, everywhere, period=2)))

@@ -19,6 +19,6 @@ def graph(b: Builder) -> Tensor:
     if window := keys.integer("attention.sliding_window", 0, low=0):
         local = replace(c.rope, base=keys.number("rope.freq_base_swa", 10000.0, above=1), factor=1.0)
         nearby = replace(everywhere, rope=local, window=window)
-        attending = [nearby if slides else everywhere for slides in keys.sliding(c.n_layers, period=6)]
+        attending = b.by_window(nearby, everywhere, period=6)
     softcap = keys.number("final_logit_softcapping", 0.0, low=0)
     return transformer(b, replace(gemma.style(b), head_norms=True, post_norms=True, softcap=softcap, attending=attending))

@@ -10,5 +10,5 @@ def graph(b: Builder) -> Tensor:
     c, keys = b.config, b.keys
     nearby = replace(b.attending, rope=replace(c.rope, base=keys.number("rope.freq_base_swa", c.rope.base, above=1)),
                      window=keys.integer("attention.sliding_window"))
-    attending = [nearby if slides else b.attending for slides in keys.sliding(c.n_layers, period=2)]
-    return transformer(b, Style(rope="neox", activation="clamped", ffn_norm="post_attention_norm", sinks=True, attending=attending))
+    return transformer(b, Style(rope="neox", activation="clamped", ffn_norm="post_attention_norm", sinks=True,
+                                attending=b.by_window(nearby, b.attending, period=2)))

@@ -14,5 +14,5 @@ def graph(b: Builder) -> Tensor:
     attending = [b.attending] * c.n_layers
     if window := keys.integer("attention.sliding_window", 0, low=0):
         nearby = replace(b.attending, rope=replace(c.rope, scaling="none", attn_factor=1.0), window=window)
-        attending = [nearby if slides else b.attending for slides in keys.sliding(c.n_layers, period=4)]
+        attending = b.by_window(nearby, b.attending, period=4)
     return transformer(b, Style(rope="neox", wide_norms=True, pre_norms=False, post_norms=True, attending=attending))
