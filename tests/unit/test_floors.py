@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pyggml"
 # from the ground up; a module may import its own floor and those below
 FLOORS = [
-    {"errors", "native", "types"},
+    {"errors", "native", "types", "shapes"},
     {"formats", "quants", "page"},
     {"backends"},
     {"ops"},
