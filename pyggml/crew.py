@@ -10,10 +10,11 @@ class Crew:
     """Decides whether a token is computed by the whole pool or by one thread, which is faster for small models.
 
     Both are tried in turn for the first tokens, some in a row, as a pool that has slept takes its time to wake; the one with the
-    lower median is kept. A number of threads that the user gave is never second-guessed, and large models always take the pool.
+    lower median is kept, as soon as each had a row where the medians lie clearly apart. A number of threads that the user gave is never
+    second-guessed, and large models always take the pool.
     """
 
-    ROW, TRIALS = 6, 24
+    ROW, TRIALS, CLEAR = 6, 24, 1.25
     SMALL_MODEL = 64 << 20          # bytes of weights: beyond it the pool wins by so much that trying is a waste
 
     def __init__(self, undecided: bool) -> None:
@@ -31,7 +32,9 @@ class Crew:
         done = run(trial)
         if self.trials_left % self.ROW != self.ROW - 1:       # the first of a row wakes the pool
             self._times[trial].append(time.perf_counter() - start)
-        if not self.trials_left:
+        if self.trials_left % (2 * self.ROW) == 0:
             pool, alone = (sorted(self._times[way])[len(self._times[way]) // 2] for way in (False, True))
             self.alone = alone < pool
+            if max(pool, alone) > self.CLEAR * min(pool, alone):
+                self.trials_left = 0
         return done

@@ -153,8 +153,10 @@ INLINE query_block block_at(const square_memory *m, int64_t first, int64_t rows)
 INLINE void block_scores(const square_memory *m, const query_block *b, float *scores) {
     const int64_t keys = m->steps * MATRIX_SQUARE;
     const char *q = m->q + b->first / MATRIX_SIDE * keys;
-    for (int i = 0; i < 2 * TILE_STEPS; i += 2, scores += 4 * SQUARE_FLOATS)
-        matrix_block(1, (const char *const[]){q, q + keys}, (const char *const[]){m->k + i * keys, m->k + (i + 1) * keys}, m->steps, scores, 1);
+    for (int i = 0; i < 2 * TILE_STEPS; i += 2, scores += 4 * SQUARE_FLOATS) {
+        const matrix_sums to = squares_at(scores);
+        matrix_block(1, (const char *const[]){q, q + keys}, (const char *const[]){m->k + i * keys, m->k + (i + 1) * keys}, m->steps, NULL, &to);
+    }
 }
 INLINE void block_softmax(square_memory *m, const query_block *b, const float *scores, char *p, float softcap) {
     const int masked = m->first < b->lo_max || m->first + TILE_CELLS - 1 > b->hi_min;
@@ -165,8 +167,10 @@ INLINE void block_softmax(square_memory *m, const query_block *b, const float *s
 INLINE void block_output(const square_memory *m, const query_block *b, const char *p) {
     const int64_t values = TILE_STEPS * MATRIX_SQUARE;
     float *out = m->out + b->first / BLOCK_ROWS * m->steps * 4 * SQUARE_FLOATS;
-    for (int64_t i = 0; i < 2 * m->steps; i += 2, out += 4 * SQUARE_FLOATS)
-        matrix_block(1, (const char *const[]){p, p + values}, (const char *const[]){m->v + i * values, m->v + (i + 1) * values}, TILE_STEPS, out, 0);
+    for (int64_t i = 0; i < 2 * m->steps; i += 2, out += 4 * SQUARE_FLOATS) {
+        const matrix_sums sums = squares_at(out);
+        matrix_block(1, (const char *const[]){p, p + values}, (const char *const[]){m->v + i * values, m->v + (i + 1) * values}, TILE_STEPS, &sums, &sums);
+    }
 }
 
 // All blocks against the tile, but for those of which no row sees it. While vectors work on one block the unit has the scores of the next

@@ -17,7 +17,7 @@ enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights
 enum { STREAM_BYTES = 512 << 10 };               // for a few columns, where weights come from memory: a stream is slow to start
 enum { RUN_TILES = 8 };                          // tiles of one matrix before the other's: likewise
 enum { PREFETCH_BYTES = 1024 };                  // of the next stream, while this one ends
-enum { WIDE_PAIRS = 8, WIDE_BLOCK = 512, WIDE_STEPS = 64 };        // a matrix unit's chunk: row tiles / 2, columns; its depth at a time
+enum { WIDE_PAIRS = 8, WIDE_BLOCK = 512, WIDE_SQUARES = 64 };      // a matrix unit's chunk: row tiles / 2, columns; squares of a tile at a time
 
 typedef struct {                                 // one matrix of (rows, k): a weight, or one expert's part of it
     const char *raw;                             // its first row in the file
@@ -243,15 +243,16 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
 }
 
 // ---- many columns through a matrix unit ------------------------------------------------------------------------------------------
-// A chunk is pairs of row tiles (or of gate and up) x pairs of column tiles. Along k it goes WIDE_STEPS squares at a time: the weights of
-// all pairs are unpacked for that depth and stay in the second-level cache with the columns of a pair. Sums that are not whole wait in scratch.
+// A chunk is pairs of row tiles (or of gate and up) x pairs of column tiles. Along k it goes WIDE_SQUARES squares at a time: the weights of
+// all pairs are unpacked for that depth (1 MB) and stay in the second-level cache with the columns of a pair. Sums that are not whole wait
+// in scratch.
 typedef struct { char *weights, *made; float *sums; int64_t bytes; } wide_memory;
 
 static wide_memory wide_layout(char *base, const matrix *m) {
     wide_memory at = {.weights = base};
-    at.sums = (float *)(at.weights + 2 * WIDE_PAIRS * WIDE_STEPS * 2 * MATRIX_SQUARE);
+    at.sums = (float *)(at.weights + 2 * WIDE_PAIRS * WIDE_SQUARES * MATRIX_SQUARE);
     at.made = (char *)(at.sums + WIDE_PAIRS * 2 * TILE_ROWS * WIDE_BLOCK);
-    at.bytes = at.made - base + (m->packed ? 0 : tile_bytes(m->tile, WIDE_STEPS * MATRIX_DEPTH));
+    at.bytes = at.made - base + (m->packed ? 0 : tile_bytes(m->tile, WIDE_SQUARES * MATRIX_DEPTH));
     return at;
 }
 
@@ -269,31 +270,44 @@ static void make_squares(const matrix *m, int64_t t, int64_t start, int64_t step
     for (int64_t i = 0; i < steps; i++, to += parts * MATRIX_SQUARE) SQUARES[m->tile](tile, k, start + i, to);
 }
 
+// Whether sums of whole tiles are the result as they are, but for a residual, from which they then start: the unit reads and writes the
+// columns by itself.
+static int ends_in_columns(const job *j) {
+    const pyg_view *residual = j->to.residual;
+    return j->matrices == 1 && j->finish.scale == 1.0f && !j->finish.bias[0] && !j->to.map && j->to.dst->ne[2] == 1 && (!residual || residual->ne[2] == 1);
+}
+
 static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
     const wide_memory at = wide_layout(w->scratch, &j->m[0]);
     const int parts = ACT_LAYOUT[j->layout].parts, per_pair = 2 / j->matrices;
     const int64_t square = parts * MATRIX_SQUARE, k = j->m[0].k, steps = div_up(k, MATRIX_DEPTH), columns = act_column_bytes(j->layout, k) * MATRIX_SIDE;
-    const int64_t pairs = div_up(last_tile - first_tile, per_pair);
+    const int64_t pairs = div_up(last_tile - first_tile, per_pair), at_once = WIDE_SQUARES / parts;
+    const int in_columns = ends_in_columns(j);
     for (int i = 0; i < j->matrices; i++)
         if (j->m[i].packed) pack_tiles(&j->m[i], first_tile, last_tile);
     matrix_begin();
-    for (int64_t start = 0; start < steps; start += WIDE_STEPS) {
-        const int64_t depth = least(WIDE_STEPS, steps - start), whole = start + depth == steps;
+    for (int64_t start = 0; start < steps; start += at_once) {
+        const int64_t depth = least(at_once, steps - start), whole = start + depth == steps;
         for (int64_t p = 0; p < 2 * pairs; p++) {
             const int64_t t = first_tile + p / j->matrices;
-            if (t < last_tile) make_squares(&j->m[p % j->matrices], t, start, depth, parts, at.made, at.weights + p * WIDE_STEPS * square);
+            if (t < last_tile) make_squares(&j->m[p % j->matrices], t, start, depth, parts, at.made, at.weights + p * WIDE_SQUARES * MATRIX_SQUARE);
         }
         for (int64_t c = first; c < last; c += 2) {
             const char *a[2] = {acts + c * columns + start * square, acts + least(c + 1, last - 1) * columns + start * square};
             const int N = (int)least(2 * MATRIX_SIDE, cols - c * MATRIX_SIDE);
-            landing to = {0};
-            if (whole) to = landing_of(&j->to, c * MATRIX_SIDE, N);
+            const landing to = landing_of(&j->to, c * MATRIX_SIDE, N);
             for (int64_t p = 0; p < pairs; p++) {
-                const char *b[2] = {at.weights + 2 * p * WIDE_STEPS * square, at.weights + (2 * p + 1) * WIDE_STEPS * square};
+                const char *b[2] = {at.weights + 2 * p * WIDE_SQUARES * MATRIX_SQUARE, at.weights + (2 * p + 1) * WIDE_SQUARES * MATRIX_SQUARE};
                 float *sums = at.sums + (depth == steps ? 0 : ((c - first) / 2 * WIDE_PAIRS + p) * 4 * TILE_ROWS * MATRIX_SIDE);
-                if (parts == 1) matrix_block(1, a, b, depth, sums, start == 0);
-                else matrix_block(2, a, b, depth, sums, start == 0);
-                if (!whole) continue;
+                const int64_t row = (first_tile + p * per_pair) * TILE_ROWS;
+                const int directly = in_columns && N == 2 * MATRIX_SIDE && row + 2 * TILE_ROWS <= j->m[0].rows;
+                matrix_sums before = squares_at(sums), after = before;
+                if (directly && start == 0 && to.residual[0]) before = columns_at((float *)to.residual[0] + row, j->to.residual->nb[1]);
+                if (directly && whole) after = columns_at(to.to[0] + row, j->to.dst->nb[1]);
+                const matrix_sums *from = start == 0 && !(directly && to.residual[0]) ? NULL : &before;
+                if (parts == 1) matrix_block(1, a, b, depth, from, &after);
+                else matrix_block(2, a, b, depth, from, &after);
+                if (!whole || directly) continue;
                 for (int i = 0; i < per_pair; i++) {
                     const int64_t t = first_tile + p * per_pair + i;
                     if (t == last_tile) break;

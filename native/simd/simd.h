@@ -25,6 +25,9 @@ typedef int32_t  i32x8 __attribute__((vector_size(32)));
 typedef float    f32x8 __attribute__((vector_size(32)));
 INLINE u8x32 u8x32_set(int x) { return (uint8_t)x - (u8x32){0}; }
 
+// For a matrix unit (see below): where four squares of sums lie, and the bytes from one of their lines to the next.
+typedef struct { float *square[2][2]; int64_t line; } matrix_sums;
+
 // Holds a value in a register: the compiler would load it again for each use, or add in another order and run out of registers.
 #if defined __x86_64__
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
@@ -184,16 +187,23 @@ INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd
 // ---- a matrix unit: products of bf16 in squares of 16 --------------------------------------------------------------------------------
 // A square is 1 KB: of activations 16 columns x 32 k, of weights [k / 2][16 rows][2 k], of sums float [column][row].
 //   matrix_begin(), matrix_end()      around products, in each thread
-//   matrix_block(parts, a, b, steps, c, fresh)
-//       c[i][j] (+)= sum over steps of a[i] x b[j], i and j in 0 .. 1, in c[0][0], c[0][1], c[1][0], c[1][1]; fresh: from zero.
+//   matrix_block(parts, a, b, steps, from, to)
+//       c[i][j] = from[i][j] + sum over steps of a[i] x b[j], i and j in 0 .. 1, stored to `to`; from NULL: zero.
 //       The squares of a step follow those of the one before. parts 2: a value is the sum of two bf16, the higher one in the first
 //       of two squares; the product of the lower ones is left out.
 enum { MATRIX_SIDE = 16, MATRIX_DEPTH = 32, MATRIX_SQUARE = 1024 };
+INLINE matrix_sums squares_at(float *c) {                           // one after another
+    return (matrix_sums){{{c, c + 256}, {c + 512, c + 768}}, 64};
+}
+INLINE matrix_sums columns_at(float *c, int64_t line) {             // 32 rows of 32 columns, these `line` bytes apart
+    float *next = (float *)((char *)c + MATRIX_SIDE * line);
+    return (matrix_sums){{{c, c + MATRIX_SIDE}, {next, next + MATRIX_SIDE}}, line};
+}
 #ifndef MATRIX_UNIT
 enum { MATRIX_UNIT = 0 };
 INLINE void matrix_begin(void) {}
 INLINE void matrix_end(void) {}
-INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, float *c, int fresh) {
-    (void)parts, (void)a, (void)b, (void)steps, (void)c, (void)fresh;
+INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, const matrix_sums *from, const matrix_sums *to) {
+    (void)parts, (void)a, (void)b, (void)steps, (void)from, (void)to;
 }
 #endif

@@ -251,41 +251,49 @@ INLINE void matrix_begin(void) {                // the tile registers of this th
 }
 INLINE void matrix_end(void) { _tile_release(); }           // until then a context switch saves 8 KB more
 
-INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, float *c, int fresh) {
+// Operands of one part come from the second-level cache about as fast as they are used: streaming loads are a tenth faster there. And a
+// tile store that follows no other for 0.6 microseconds waits for 0.2 more, so one goes out now and then (measured on Sapphire Rapids).
+enum { STORE_EVERY = 16 };                                  // steps, a power of two
+#define MATRIX_LOAD(square, p) if (parts == 1) _tile_stream_loadd(square, p, 64); else _tile_loadd(square, p, 64)
+INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, const matrix_sums *from, const matrix_sums *to) {
     const char *a0 = a[0], *a1 = a[1], *b0 = b[0], *b1 = b[1];
     __asm__ volatile("" : : : "memory");                    // nor that tile loads read memory
-    if (fresh) {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    if (from) {
+        _tile_loadd(0, from->square[0][0], from->line); _tile_loadd(1, from->square[0][1], from->line);
+        _tile_loadd(2, from->square[1][0], from->line); _tile_loadd(3, from->square[1][1], from->line);
     } else {
-        _tile_loadd(0, c, 64); _tile_loadd(1, c + 256, 64); _tile_loadd(2, c + 512, 64); _tile_loadd(3, c + 768, 64);
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     }
     for (int64_t i = 0; i < steps; i++, a0 += 1024 * parts, a1 += 1024 * parts, b0 += 1024 * parts, b1 += 1024 * parts) {
-        _tile_loadd(6, b0, 64);
+        MATRIX_LOAD(6, b0);
         if (parts == 2) {                                   // high weights x low activations
-            _tile_loadd(4, a0 + 1024, 64);
+            MATRIX_LOAD(4, a0 + 1024);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b1, 64);
+            MATRIX_LOAD(7, b1);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a1 + 1024, 64);
+            MATRIX_LOAD(5, a1 + 1024);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_loadd(4, a0, 64);
+        MATRIX_LOAD(4, a0);
         _tile_dpbf16ps(0, 4, 6);
-        if (parts == 1) _tile_loadd(7, b1, 64);
+        if (parts == 1) _tile_stream_loadd(7, b1, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a1, 64);
+        MATRIX_LOAD(5, a1);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
         if (parts == 2) {                                   // low weights x high activations
-            _tile_loadd(6, b0 + 1024, 64);
+            MATRIX_LOAD(6, b0 + 1024);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(2, 5, 6);
-            _tile_loadd(7, b1 + 1024, 64);
+            MATRIX_LOAD(7, b1 + 1024);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
+        if (parts == 1 && i % STORE_EVERY == STORE_EVERY - 1) _tile_stored(0, to->square[0][0], to->line);
     }
-    _tile_stored(0, c, 64); _tile_stored(1, c + 256, 64); _tile_stored(2, c + 512, 64); _tile_stored(3, c + 768, 64);
+    _tile_stored(0, to->square[0][0], to->line); _tile_stored(1, to->square[0][1], to->line);
+    _tile_stored(2, to->square[1][0], to->line); _tile_stored(3, to->square[1][1], to->line);
 }
+#undef MATRIX_LOAD
 #endif

@@ -102,6 +102,19 @@ def test_norm_bias_scale_residual_softcap(isa, name, columns):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("columns", [64, 75])
+@pytest.mark.parametrize("name", ["F16", "Q4_0", "Q4_K"])
+def test_residual_of_whole_and_partial_tiles(isa, name, columns):
+    """A residual and nothing else, which a matrix unit adds by itself; so deep that it puts its sums aside on the way."""
+    rng = np.random.default_rng(columns)
+    x, residual = rng.standard_normal((columns, 2560), np.float32), 100 * rng.standard_normal((columns, 85), np.float32)
+    with instruction_set(isa):
+        weight = Weight(name, (85, 2560), "packed", rng)
+        got = Matmul(x, weight, prepare=True, residual=residual)(pool(2))
+        assert nmse(got, rounded(x, weight.format) @ weight.seen(columns).T + residual) < bound(weight, columns)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("columns", [1, 3, 20, 50])
 @pytest.mark.parametrize("kind", [0, 1, 2])
 @pytest.mark.parametrize("name, layout", [("Q4_0", "packed"), ("Q6_K", "packed"), ("Q4_0", "raw"), ("F16", "exact"), ("IQ3_S", "raw")])

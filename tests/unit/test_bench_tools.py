@@ -298,6 +298,14 @@ def test_one_benchmark_at_a_time(tmp_path, monkeypatch):
         pass
 
 
+def test_neighbours_compute_until_the_end():
+    with peers.neighbours(2) as burners:
+        assert len(burners) == 2 and all(burner.poll() is None for burner in burners)
+    assert all(burner.poll() is not None for burner in burners)
+    options = peers.arguments(["-m", "x.gguf", "--neighbours", "1"])
+    assert options.keep_disturbed and not options.patience
+
+
 def test_processor_lists():
     assert peers.processors("0,2-4") == [0, 2, 3, 4]
 

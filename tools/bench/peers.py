@@ -50,6 +50,18 @@ def only_one() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def neighbours(count: int) -> Iterator[list[subprocess.Popen]]:
+    """So many processes that compute without end beside what is measured, on the same processors."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield burners
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
 def summarise(rounds: Sequence[dict], ours: str, strict: bool) -> dict:
     """Median rates, and for each rival the comparison over the rounds that count (all of them unless `strict`)."""
     counted = [r["runs"] for r in rounds if counts(r, strict)]
@@ -72,7 +84,8 @@ def measure_test(bench: Bench, book: FlagBook, ours: Contestant, rivals: Sequenc
             absent[contestant.name] = str(error)
             say(f"{test.name} without {contestant.name}: {error}")
     say(f"{model.name}, {test.name}")
-    rounds = measure_rounds(bench, settings, test, model, options.pairs)
+    with neighbours(options.neighbours):
+        rounds = measure_rounds(bench, settings, test, model, options.pairs)
     chosen = {contestant.name: {"threads": s.threads, "flags": " ".join(s.flags)} for contestant, s in settings.items()}
     return summarise(rounds, ours.name, bench.strict) | {"settings": chosen, "absent": absent, "runs": rounds}
 
@@ -86,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict:
     ours, rivals, book = ourselves(options.python), [rival(text) for text in options.rival], FlagBook(options.flags)
     models: list[dict] = []
     report = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit(), "machine": machine(),
-              "threads": options.threads, "processors": cpus, "limits": LIMITS,
+              "threads": options.threads, "processors": cpus, "neighbours": options.neighbours, "limits": LIMITS,
               "rivals": {c.name: {"command": c.command, "identity": c.identity} for c in rivals}, "models": models}
     known = earlier(options, report)
     for path in options.model:
@@ -114,7 +127,7 @@ def earlier(options: argparse.Namespace, report: dict) -> dict[tuple[str, int], 
     if not (options.resume and options.output and options.output.exists()):
         return {}
     before = json.loads(options.output.read_text())
-    same = all(before[key] == report[key] for key in ("commit", "threads", "processors", "rivals"))
+    same = all(before.get(key) == report[key] for key in ("commit", "threads", "processors", "neighbours", "rivals"))
     if not same:
         raise BenchError(f"{options.output} is of another commit, setting or rival; leave out --resume, or write to another file (-o)")
     return {(m["model"], m["bytes"]): m for m in before["models"]}
@@ -154,12 +167,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flags", type=Path, default=Path("peers-flags.json"), help="where the best flags of rivals are kept")
     add("--agreement", metavar="PYTHON", nargs="?", const=sys.executable, help="compare logits with the llama_cpp of PYTHON (this one)")
     add("--cold", type=int, default=0, metavar="ROUNDS", help="also measure start to first token and memory, this many rounds")
+    add("--neighbours", type=int, default=0, metavar="N", help="keep N processors busy with other work during the rounds, which then count as they are")
     add("--keep-disturbed", action="store_true", help="count disturbed rounds too (they stay marked)")
     add("--patience", type=float, default=60, help="seconds to wait for a quiet machine before a run")
     add("--timeout", type=float, default=1800, help="seconds a run may take")
     add("-o", "--output", type=Path, help="write everything measured to this JSON file")
     options = parser.parse_args(argv)
     options.tests = options.tests or [Test.parse(name) for name in EVERYTHING.split(",")]
+    if options.neighbours:
+        options.keep_disturbed, options.patience = True, 0
     if options.quick:
         options.pairs, options.keep_disturbed, options.patience, options.cold = 2, True, 0, min(options.cold, 2)
     return options
