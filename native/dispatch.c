@@ -104,12 +104,18 @@ int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
     return 0;
 }
 
-enum { PIECE = 1 << 16 };        // floats that are looked at and then encoded: they stay in a core's cache between the two
+// Floats that are looked at and then encoded stay in a core's cache between the two. LANES of them, from whole rows, fill every lane of every
+// encoder and lie in the first cache; where it takes more than PIECE to make whole rows of that, a piece has so many.
+enum { LANES = 1 << 12, PIECE = 1 << 16 };
+static int64_t rows_of_a_piece(int64_t n_per_row) {
+    int64_t power = n_per_row & -n_per_row, rows = power < LANES ? LANES / power : 1;      // the fewest whose floats are a multiple of LANES
+    return rows * n_per_row <= PIECE ? rows : PIECE > n_per_row ? PIECE / n_per_row : 1;
+}
 
 // 0; 1: no such encoder, 2: a weight is not finite, 3: no memory for a codebook
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked) {
     if (!kernels->encode[type] && !kernels->quantize[type]) return 1;
-    int64_t row_bytes = kernels->row_bytes(type, n_per_row), step = PIECE > n_per_row ? PIECE / n_per_row : 1;
+    int64_t row_bytes = kernels->row_bytes(type, n_per_row), step = rows_of_a_piece(n_per_row);
     for (int64_t done = 0; done < n_rows; done += step) {
         int64_t rows = n_rows - done < step ? n_rows - done : step;
         const float *x = src + done * n_per_row;

@@ -6,6 +6,7 @@ The C kernels do the work where there are any; the numpy codecs beside this file
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,41 +19,46 @@ from pyggml.types import TensorType, tensor_type
 
 __all__ = ["CODECS", "Codec", "codec", "dequantize", "quantize", "register"]
 
+_FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
+_FLOATS = ffi.typeof("float[]")
 _CHUNK = 1 << 19         # weights handed to one worker at a time
 _pool: list[ThreadPoolExecutor] = []        # the helpers of _in_chunks, once there were any; gone after a fork, as threads are
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
 
 
-def _in_chunks(rows: int, per_row: int, threads: int | None, work) -> None:
-    """Call work(first, last) over ranges of rows, on several threads when there is enough to do (C calls release the GIL)."""
-    step = max(1, _CHUNK // max(1, per_row))
+def _in_chunks(rows: int, per_row: int, threads: int | None, work: Callable[[int, int], int]) -> int:
+    """The largest of what work(first, last) returns over ranges of rows, on several threads when there is enough to do (C calls release
+    the GIL)."""
+    if threads == 1 or rows * per_row <= _CHUNK:        # before the number of processors is asked for: that takes longer than a small array
+        return work(0, rows)
+    step = max(1, _CHUNK // per_row)
     starts = range(0, rows, step)
     threads = min(threads or os.cpu_count() or 1, len(starts))
-    if threads <= 1:
-        work(0, rows)
-        return
+    if threads == 1:
+        return work(0, rows)
     if not _pool or _pool[0]._max_workers < threads - 1:
         _pool[:] = [ThreadPoolExecutor(threads - 1, "pyggml-quants")]
     chunks = iter(starts)
 
-    def take() -> None:
-        for i in chunks:
-            work(i, min(rows, i + step))
+    def take() -> int:
+        return max((work(i, min(rows, i + step)) for i in chunks), default=0)
     helpers = [_pool[0].submit(take) for _ in range(threads - 1)]
+    worst = 0
     try:
-        take()
+        worst = take()
     finally:
         for helper in helpers:
-            helper.result()
+            worst = max(worst, helper.result())
+    return worst
 
 
-def _result(out: np.ndarray | None, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def _result(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Where a result of this shape goes: a new array, or the caller's `out` if it is one that C can fill."""
     if out is None:
         return np.empty(shape, dtype)
-    if out.shape != shape or out.dtype != dtype or not (out.flags.c_contiguous and out.flags.writeable):
-        raise PyggmlError(f"out is {out.dtype} of shape {out.shape}; pass a writable, contiguous {np.dtype(dtype)} array of shape {shape}")
+    if out.shape != shape or out.dtype != dtype or not out.flags.carray:
+        raise PyggmlError(f"out is {out.dtype} of shape {out.shape}; pass a writable, contiguous {dtype} array of shape {shape}")
     return out
 
 
@@ -65,21 +71,22 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, out: np.ndar
     """
     row = tensor_type(type)
     raw = np.ascontiguousarray(blocks)
-    raw = raw.reshape(1).view(np.uint8) if raw.ndim == 0 else raw.view(np.uint8)
-    if raw.shape[-1] % row.bytes:
-        raise PyggmlError(f"rows of {raw.shape[-1]} bytes do not divide into {row} blocks of {row.bytes} bytes")
-    per_row = raw.shape[-1] // row.bytes * row.block
-    out = _result(out, (*raw.shape[:-1], per_row), np.float32)
+    row_bytes = raw.shape[-1] * raw.itemsize
+    if row_bytes % row.bytes:
+        raise PyggmlError(f"rows of {row_bytes} bytes do not divide into {row} blocks of {row.bytes} bytes")
+    per_row = row_bytes // row.bytes * row.block
+    out = _result(out, (*raw.shape[:-1], per_row), _FLOAT)
     if out.size == 0:
         return out
-    flat, result = raw.reshape(-1, raw.shape[-1]), out.reshape(-1, per_row)
     if lib is not None and not row.user_defined:
-        def work(first: int, last: int) -> None:
-            lib.pyg_dequantize(row.id, (last - first) * per_row, ffi.from_buffer(flat[first:]), ffi.from_buffer("float[]", result[first:]))
-        _in_chunks(len(flat), per_row, threads, work)
+        src, dst = ffi.from_buffer(raw), ffi.from_buffer(_FLOATS, out)
+
+        def work(first: int, last: int) -> int:
+            return lib.pyg_dequantize(row.id, (last - first) * per_row, src + first * row_bytes, dst + first * per_row)
+        _in_chunks(out.size // per_row, per_row, threads, work)
     else:
         with np.errstate(all="ignore"):
-            result[:] = codec(row).decode(flat.reshape(-1).view(row.layout)).reshape(result.shape)
+            out[:] = codec(row).decode(raw.view(np.uint8).reshape(-1).view(row.layout)).reshape(out.shape)
     return out
 
 
@@ -101,33 +108,31 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
     if x.ndim == 0:
         raise PyggmlError(f"cannot quantize a single number to {row}; pass an array whose last axis is a row of weights")
     n = x.shape[-1]
-    out = _result(out, (*x.shape[:-1], row.row_bytes(n)), np.uint8)
+    out = _result(out, (*x.shape[:-1], row.row_bytes(n)), _BYTE)
     if out.size == 0:
         return out
     if not row.quantized and row.layout.kind in "if" and row.layout.itemsize == 8:         # float32 would round these
         out.view(row.layout)[:] = x
         return out
-    x = np.ascontiguousarray(x, np.float32)
-    groups, importance = _importance(x, imatrix)
-    rows = x.reshape(groups, -1, n)
-    result = out.reshape(groups, -1, out.shape[-1])
-    for g in range(groups):
-        if not quantize_rows(rows[g], row, usable(None if importance is None else importance[g], search), result[g], search, threads):
+    x = np.ascontiguousarray(x, _FLOAT)
+    for rows, blocks, importance in _stacks(x, out, imatrix):
+        if not quantize_rows(rows, row, usable(importance, search), blocks, search, threads):
             where = np.argwhere(~np.isfinite(x))[0]
             raise PyggmlError(f"cannot quantize {x[tuple(where)]} at index {where.tolist()} to {row}; repair the tensor or keep it in F32")
     return out
 
 
-def _importance(x: np.ndarray, imatrix: np.ndarray | None) -> tuple[int, np.ndarray | None]:
-    """Into how many stacks of rows x falls, and the importance row of each."""
+def _stacks(x: np.ndarray, out: np.ndarray, imatrix: np.ndarray | None) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """The stacks of rows of x that share an importance row, each with its part of `out` and that row."""
     if imatrix is None:
-        return 1, None
-    w = np.ascontiguousarray(imatrix, np.float32)
+        return ((x, out, None),)
+    w = np.ascontiguousarray(imatrix, _FLOAT)
     if w.shape not in {x.shape[-1:], (*x.shape[:-2], x.shape[-1])}:
         raise PyggmlError(f"an importance of shape {w.shape} does not fit weights of shape {x.shape}; pass {x.shape[-1:]}")
     if not (np.isfinite(w).all() and (w >= 0).all()):
         raise PyggmlError("the importance matrix has a negative or non-finite entry; compute it again")
-    return w.size // x.shape[-1], w.reshape(-1, x.shape[-1])
+    w = w.reshape(-1, x.shape[-1])
+    return zip(x.reshape(len(w), -1, x.shape[-1]), out.reshape(len(w), -1, out.shape[-1]), w, strict=True)
 
 
 def usable(w: np.ndarray | None, search: bool) -> np.ndarray | None:
@@ -139,20 +144,20 @@ def usable(w: np.ndarray | None, search: bool) -> np.ndarray | None:
 
 
 def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.ndarray, search: bool, threads: int | None) -> bool:
-    """x, float32 (rows, n), with importance w (n,) or None into out, uint8 (rows, bytes). False when a blocked type gets what is not finite."""
-    n = x.shape[1]
+    """x, float32 (..., n), with importance w (n,) or None into out, uint8 (..., bytes), both contiguous. False when a blocked type gets
+    what is not finite."""
+    n, row_bytes = x.shape[-1], out.shape[-1]
     if lib is not None and not row.user_defined:
-        importance = ffi.NULL if w is None else ffi.from_buffer("float[]", w)
-        found = set()
+        importance = ffi.NULL if w is None else ffi.from_buffer(_FLOATS, w)
+        src, dst = ffi.from_buffer(_FLOATS, x), ffi.from_buffer(out)
 
-        def work(first: int, last: int) -> None:
-            found.add(lib.pyg_quantize(row.id, last - first, n, ffi.from_buffer("float[]", x[first:]), ffi.from_buffer(out[first:]), importance,
-                                       search, row.quantized))
-        _in_chunks(len(x), n, threads, work)
-        if 3 in found:
+        def work(first: int, last: int) -> int:
+            return lib.pyg_quantize(row.id, last - first, n, src + first * n, dst + first * row_bytes, importance, search, row.quantized)
+        status = _in_chunks(x.size // n, n, threads, work)
+        if status == 3:
             raise PyggmlError(f"no memory for the codebook of {row}, a few megabytes; free some, or choose another type")
-        if 1 not in found:
-            return 2 not in found
+        if status != 1:
+            return status == 0
     if row.quantized and not np.isfinite(x).all():
         return False
     columns = None if w is None else np.ascontiguousarray(np.broadcast_to(w, x.shape)).reshape(-1, row.block)
