@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from pyggml.errors import GGUFError
+from pyggml.errors import GGUFError, PyggmlError
 from pyggml.formats import ggml, gguf, inplace, shards, sniff
 from pyggml.formats.source import Source, is_address, source_of
 from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
@@ -23,6 +23,8 @@ def open(path: str | bytes | os.PathLike[str], *, use_mmap: bool = True, split: 
     GGUFError says what is wrong with the file, or what it is instead.
     """
     path = os.fsdecode(path)
+    if not path or "\0" in path:
+        raise PyggmlError(f"{printable(path)!r} is not the path of a file; give that of a model file")
     if not is_address(path):
         inplace.recover(path)
     file = open_source(source_of(path, use_mmap), limits, lambda part: source_of(part, use_mmap))

@@ -117,8 +117,7 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     both = remove & (set(values) | set(edits.rename))
     if both:
         raise PyggmlError(f'key "{printable(min(both))}" is to be removed and changed at once')
-    for key, value in values.items():
-        _encode(key, value, file.order)             # a value that no file can hold is told as that
+    encoded = {key: _encode(key, value, file.order) for key, value in values.items()}       # a value that no file can hold is told as that
     if not edits.force:
         for key, value in [*values.items(), *((new, kv.typed_value(old)) for old, new in edits.rename.items())]:
             problem = keys.problem(key, value)
@@ -131,7 +130,7 @@ def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
         if key in renamed:
             continue
         before = kv.typed_value(key) if key in kv else None
-        if before is None or _encode(key, before, file.order) != _encode(key, value, file.order):
+        if before is None or _encode(key, before, file.order) != encoded[key]:
             changes.append(Change(key, before, value, key))
     return changes
 
@@ -214,8 +213,10 @@ def _forecast(file: TensorFile, edits: Edits) -> str:
     if _moves_tensors(file, edits):
         writer.header(_values(file, edits), writer.normal(file.tensors), file.order, file.path)
         return REWRITTEN
+    if _header(file, edits, grow=False) is not None:
+        return IN_PLACE
     _header(file, edits, grow=True)
-    return IN_PLACE if _header(file, edits, grow=False) is not None else f"{INSERTED} or {REWRITTEN}"
+    return f"{INSERTED} or {REWRITTEN}"
 
 
 def _in_place(path: str | os.PathLike[str], fd: int, file: TensorFile, edits: Edits) -> str:

@@ -64,6 +64,9 @@ class HttpFile:
         self.size = -1
         self._head = self._fetch(0, first)
 
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return HttpFile, (self.name,)           # by its address, without what was fetched and without the token
+
     def head(self, n: int) -> Any:
         have = len(self._head)
         if have < min(n, self.size):

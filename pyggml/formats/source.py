@@ -66,6 +66,9 @@ class _LocalFile:
     def __del__(self) -> None:
         _LocalFile.close(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (type(self), os.path.abspath(self.name), self.size, self.state.st_mtime_ns)
+
     def close(self) -> None:
         """Give the descriptor back; nothing can be read any more."""
         if not self.borrowed:
@@ -79,6 +82,14 @@ class _LocalFile:
 
     def verify(self) -> None:
         """GGUFError when bytes that were handed out were not the file's."""
+
+
+def _reopened(kind: type[_LocalFile], path: str, size: int, mtime_ns: int) -> _LocalFile:
+    """A file that was pickled, which is by its path."""
+    file = kind(path)
+    if (file.size, file.state.st_mtime_ns) != (size, mtime_ns):
+        raise GGUFError(f"{printable(path)}: the file was changed since it was pickled; open it again")
+    return file
 
 
 mapped: weakref.WeakSet[MappedFile] = weakref.WeakSet()         # every file that is mapped now
@@ -191,6 +202,9 @@ class Memory:
 
     def array(self, offset: int, n: int) -> np.ndarray:
         return self._bytes[offset:offset + n]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise PyggmlError(f"{printable(self.name)}: a model in memory is not pickled; pickle its bytes, or write it to a file and open that")
 
     def verify(self) -> None:
         """Memory stays."""

@@ -82,6 +82,9 @@ class Metadata(Mapping[str, Any]):
         """Where the value lies in its file, as the reader of the format keeps it."""
         return self._entries[key]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return metadata, (self.typed(),)                    # what is pickled or copied is the values
+
     def __repr__(self) -> str:
         return f"<{len(self)} keys: {', '.join(printable(k) for k in list(self)[:4])}{', ...' if len(self) > 4 else ''}>"
 
@@ -190,6 +193,9 @@ class Tensor:
         """The tensor as the engine computes with it: one of a type that is defined in Python is decoded to F32, the C code knows the others."""
         return DecodedTensor(self) if isinstance(self.type, TensorType) and self.type.user_defined else self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cached": None}            # a weak reference is not pickled; the source is by its path
+
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.shape)) or "scalar"
         return f"<{printable(self.name)} {self.type} {shape}, {self.nbytes} bytes at 0x{self.offset:x}>"
@@ -224,6 +230,9 @@ class TensorFile:
         self.format, self.alignment, self.order = format, alignment, order
         self.table_end, self.data_offset = table_end, data_offset       # end of the tensor table, and that rounded up to the alignment
         self.warnings = warnings or []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.sources,)                   # which are pickled by their paths
 
     @property
     def path(self) -> str:
@@ -298,3 +307,10 @@ class TensorFile:
         parts = ((f"{len(self.kv)} keys", table(("key", "type", "value"), keys)),
                  (f"{len(self.tensors)} tensors", table(("tensor", "type", "shape", "bytes"), tensors)))
         return f"<b>{html.escape(repr(self))}</b>" + "".join(f"<details><summary>{head}</summary>{body}</details>" for head, body in parts)
+
+
+def _reopened(sources: list[Source]) -> TensorFile:
+    """A model file that was pickled."""
+    from pyggml import formats
+
+    return formats.open_source(sources[0]) if len(sources) == 1 else formats.open(sources[0].name, use_mmap=sources[0].map is not None)

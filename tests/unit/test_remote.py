@@ -1,5 +1,6 @@
 """Reading models by HTTP ranges, against a server on this machine that can misbehave."""
 
+import pickle
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -115,6 +116,8 @@ def test_hub_addresses(server, monkeypatch):
     (asked, headers), (_, elsewhere) = server.log
     assert asked == "/redirect/user/repo/resolve/main/m.gguf" and headers["Authorization"] == "Bearer secret"
     assert "Authorization" not in elsewhere and elsewhere["Range"].startswith("bytes=0-")
+    data = pickle.dumps(file)                       # by its address
+    assert b"secret" not in data and pickle.loads(data).kv["general.name"] == "remote"
     for wrong in ("hf:user/m.gguf", "hf:", "hf:a/b/"):
         with pytest.raises(PyggmlError, match="hf:user/repo/file.gguf"):
             formats.open(wrong)

@@ -107,3 +107,29 @@ def test_reading_ahead_asks_for_the_whole_file(model, monkeypatch):
     formats.open(model).read_ahead()
     assert done.wait(10)
     assert asked == [(at, 1 << 20) for at in range(0, os.stat(model).st_size, 1 << 20)]
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_an_open_file_is_pickled_by_its_path(model, use_mmap):
+    file = formats.open(model, use_mmap=use_mmap)
+    held = file["w"].raw                                # a tensor that keeps its bytes is pickled without them
+    data = pickle.dumps((file, file["w"], file.kv))
+    assert len(data) < 4096
+    again, tensor, kv = pickle.loads(data)
+    assert dict(again.kv) == dict(kv) == dict(file.kv)
+    assert (again["w"].raw == held).all() and (tensor.numpy() == file["w"].numpy()).all()
+    os.truncate(model, 1 << 20)
+    with pytest.raises(GGUFError, match="was changed since it was pickled; open it again"):
+        pickle.loads(data)
+
+
+def test_a_model_in_memory_is_not_pickled(model):
+    from pyggml.formats.source import Memory
+    with pytest.raises(PyggmlError, match="a model in memory is not pickled; pickle its bytes"):
+        pickle.dumps(formats.open_source(Memory(model.read_bytes())))
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_what_is_no_path(path):
+    with pytest.raises(PyggmlError, match="is not the path of a file"):
+        formats.open(path)
