@@ -167,7 +167,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--flags", type=Path, default=Path("peers-flags.json"), help="where the best flags of rivals are kept")
     add("--agreement", metavar="PYTHON", nargs="?", const=sys.executable, help="compare logits with the llama_cpp of PYTHON (this one)")
     add("--cold", type=int, default=0, metavar="ROUNDS", help="also measure start to first token and memory, this many rounds")
-    add("--neighbours", type=int, default=0, metavar="N", help="keep N processors busy with other work during the rounds, which then count as they are")
+    add("--neighbours", type=int, default=0, metavar="N", help="keep N processors busy with other work during the rounds, which then all count")
     add("--keep-disturbed", action="store_true", help="count disturbed rounds too (they stay marked)")
     add("--patience", type=float, default=60, help="seconds to wait for a quiet machine before a run")
     add("--timeout", type=float, default=1800, help="seconds a run may take")
