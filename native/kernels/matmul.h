@@ -274,7 +274,8 @@ static void make_squares(const matrix *m, int64_t t, int64_t start, int64_t step
 // columns by itself.
 static int ends_in_columns(const job *j) {
     const pyg_view *residual = j->to.residual;
-    return j->matrices == 1 && j->finish.scale == 1.0f && !j->finish.bias[0] && !j->to.map && j->to.dst->ne[2] == 1 && (!residual || residual->ne[2] == 1);
+    const int as_they_are = j->matrices == 1 && j->finish.scale == 1.0f && j->finish.softcap == 0.0f && !j->finish.bias[0];
+    return as_they_are && !j->to.map && j->to.dst->ne[2] == 1 && (!residual || residual->ne[2] == 1);
 }
 
 static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
