@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from device_case import cache_numbers, cache_view, hands_on_what_it_makes, nmse, run, view
+from device_case import Numbers, cache_numbers, cache_view, hands_on_what_it_makes, nmse, run, view
 
 from pyggml import quants
 from pyggml.backends.cuda import attention as kernels
@@ -19,16 +19,6 @@ HALF = 3e-6                                              # queries and probabili
 
 def numbers(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
-
-
-class Numbers:
-    """A cache for the reference: what the device's cache decodes to."""
-
-    def __init__(self, view_: DeviceView) -> None:
-        self.numbers = cache_numbers(view_)
-
-    def read(self) -> np.ndarray:
-        return self.numbers
 
 
 def want(q, k, v, cell, first, scale, softcap=0.0, window=0):

@@ -8,7 +8,8 @@ from device_case import nmse, run, view, weight
 from ptx.memory import zeros
 
 from pyggml.backends.cuda import layout
-from pyggml.backends.cuda.base import DeviceView
+from pyggml.backends.cuda.act import INT8
+from pyggml.backends.cuda.base import DeviceView, HandOn
 from pyggml.ops import OPS
 
 rng = np.random.default_rng(9)
@@ -58,7 +59,7 @@ def test_the_end_of_a_large_cache():
     assert (k.reshape(heads, cells, d)[:, -3:] == new_k.transpose(1, 0, 2).astype(np.float16)).all() and k.nbytes > FAR
     q, out = numbers(1, 4, d), np.zeros((1, 4 * d), np.float32)
     run("attention", view(out), [view(q), keys, values, view(where[-1:]), view(where[:1])], i=[0, 0], f=[0.2, 0],
-        hands_on=1)                                         # as in test_attention.py, where it is compiled
+        hands_on=HandOn(1, INT8))                                         # as in test_attention.py, where it is compiled
     want = OPS["attention"].reference(q, Rows(new_k), Rows(new_v), np.array([2]), np.array([0]), 0.2, 0.0, 0)
     assert nmse(out, want) < 1e-5
 

@@ -46,7 +46,7 @@ def test_what_no_kernel_reads_is_refused():
 
 PTX = {                                             # capability (or the fake driver) and tests, by process, side by side
     "9.0": ["test_attention.py", "test_large.py", "test_gemm.py"],
-    "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py"],
+    "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py", "test_qkv.py"],
     "driver": ["test_driver.py", "test_gpu_script.py"],
     "7.5": ["test_gemm.py", "-k", "every_epilogue and F16"],        # other matrix instructions, and no copies behind the kernel's back
 }

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(bool(missing), reason="needs the CUDA compiler's
 REGISTERS = {
     "matvec Q4_K": 64, "matvec Q4_K few rows": 64, "matvec Q6_K": 80, "matvec Q8_0": 80, "matvec F16": 64,
     "matvec gated Q4_K": 72, "matvec Q4_K 8 columns": 144, "prepare": 40, "gemm Q4_K small": 160, "gemm Q4_K": 255,
-    "matvec three Q4_K Q6_K": 80, "attention decode F16": 128, "attention decode Q8_0 128": 184, "attention prefill F16 128": 184,
+    "matvec Q4_K normed": 64, "qkv Q4_K Q6_K": 80, "qkv Q4_K Q6_K F16": 80, "qkv Q8_0 Q8_0": 80,
+    "attention decode F16": 128, "attention decode Q8_0 128": 184, "attention prefill F16 128": 184,
     "attention decode F16 256": 255,
 }
 
@@ -46,7 +47,7 @@ def test_hot_kernels(capability):
         assert made["shared"] <= 48 << 10, (name, made)
         if name.startswith("matvec F16"):
             assert used[WIDE] >= 2, (name, used)
-        elif name.startswith("matvec"):
+        elif name.startswith(("matvec", "qkv")):
             assert used["dp4a"] >= 8 and used[WIDE] >= 1, (name, used)
         elif name.startswith("gemm"):
             assert used["mma.sync"] >= 4 and used["ldmatrix"] >= 2, (name, used)
