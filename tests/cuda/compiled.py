@@ -23,7 +23,7 @@ import numba.cuda.compiler as compiler
 import numba.cuda.dispatcher as dispatcher
 from numba import types
 
-from pyggml.backends.cuda import act, attention, factors, gemm, matvec, qkv
+from pyggml.backends.cuda import act, attention, factors, gemm, matvec, qkv, sample
 from pyggml.backends.cuda.cachestore import Heads
 
 NUMBERS = {"U8": types.uint8, "I32": types.int32, "F32": types.float32, "F16": types.float16}
@@ -70,6 +70,7 @@ SOME = {
     "matvec Q4_K": lambda: _decoding("Q4_K"),
     "gemm Q4_K small": lambda: _gemm(gemm.Form("Q4_K", 64, 32)),
     "attention decode F16": lambda: _attention(attention.Form("F16", "F16", 64, 64, True)),
+    "top_k": lambda: (sample._top_k, "F32 I32 F32 i i I32 i i"),
     "prepare": lambda: (act._prepare_kernel(act.INT8, True), "F32 F32 f U8 i i i I32 i i"),
 }
 ALL = {
