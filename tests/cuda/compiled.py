@@ -39,11 +39,11 @@ def signature(text: str) -> tuple:
 def _matvec(form: matvec.Form) -> tuple:
     w, x = ("F16", "F32") if form.gate == "F16" else ("U8", "U8")
     planes = f"{w} i i i U8"
-    return matvec.matvec_kernel(form), f"{planes} {planes} {x} i I32 i i F32 F32 F32 F32 f i i F32 f U8 I32 I32 i i"
+    return matvec.matvec_kernel(form), f"{planes} {planes} {x} i I32 i i F32 F32 F32 F32 f f i i F32 f U8 I32 I32 i i"
 
 
 def _gemm(form: gemm.Form) -> tuple:
-    return gemm.gemm_kernel(form), "U8 i i i U8 U8 i I32 I32 i F32 F32 F32 f i i i I32 i i i"
+    return gemm.gemm_kernel(form), "U8 i i i U8 U8 i I32 I32 i F32 F32 F32 f f i i i I32 i i i"
 
 
 def _attention(form: attention.Form) -> tuple:

@@ -66,6 +66,8 @@ def run(op: str, dst, src, i=(), f=(), *, tokens: int | None = None, cells: int 
         hands_on: HandOn | None = None, settles: Settle | None = None, settled: bool = False) -> Scratch:
     """One step. dst and src are DeviceViews or None; tokens is what slot 0 says."""
     launches, needs = kernels()
+    f = (*f, 0.0) if op == "mul_mat" and len(f) == 2 else f             # no cap
+    src = [*src, None] if op == "rms_norm" and len(src) == 2 else src   # no residual
     step = DeviceStep(op, dst, tuple(src), tuple(i), tuple(f), beside=tuple(beside), hands_on=hands_on,
                       settles=settles, settled=settled)
     room = needs[op](step, cells) if op in needs else (0, 0)

@@ -40,7 +40,8 @@ def close(got: np.ndarray, expected: np.ndarray) -> bool:
     return np.linalg.norm(got - expected) < 0.05 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(arch="qwen2", tied=True), dict(experts=True)], ids=["llama", "qwen2", "experts"])
+@pytest.mark.parametrize("options", [dict(), dict(arch="qwen2", tied=True), dict(experts=True), dict(arch="gemma3")],
+                         ids=["llama", "qwen2", "experts", "gemma3"])
 def test_a_model_of_one_layer_gives_the_cpus_tokens(tmp_path, options):
     model = open_model(tmp_path, **options)
     expected, rows = continue_greedily(Context(model, n_ctx=CELLS), 2)

@@ -128,8 +128,8 @@ def test_the_last_logits_of_many_columns(last_block, monkeypatch):
     residual, norm, bias = many(m), numbers(k), numbers(m)
     x, out = zeros(len(residual) * k, np.float32).reshape(-1, k), zeros(residual.size, np.float32).reshape(residual.shape)
     x[-1] = numbers(k)
-    run("mul_mat", view(out), [w, view(x), view(norm), view(bias), view(residual)], i=[0, 0, 0], f=[1e-5, 0.5])
-    want = OPS["rms_norm"].reference(x[-1], norm, 1e-5) @ numeric.T * 0.5 + bias + residual[-1]
+    run("mul_mat", view(out), [w, view(x), view(norm), view(bias), view(residual)], i=[0, 0, 0], f=[1e-5, 0.5, 30])
+    want = 30 * np.tanh((OPS["rms_norm"].reference(x[-1], norm, 1e-5) @ numeric.T * 0.5 + bias + residual[-1]) / 30)
     assert nmse(out[-1, -32:], want[-32:]) < 1e-6
     router, numeric = weight(numbers(4, 4608), "F32")
     x = many(4608)

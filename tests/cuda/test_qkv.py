@@ -26,7 +26,7 @@ def numbers(*shape: int) -> np.ndarray:
 def product(matrices, outs, x, norm, biases) -> list[DeviceStep]:
     """The steps of three products of the same x."""
     x_, n = view(x, 0), view(norm)
-    return [DeviceStep("mul_mat", view(out, 0), (w, x_, n, None if b is None else view(b), None), (2, 0, 0), (EPS, 1.0))
+    return [DeviceStep("mul_mat", view(out, 0), (w, x_, n, None if b is None else view(b), None), (2, 0, 0), (EPS, 1.0, 0.0))
             for (w, _), out, b in zip(matrices, outs, biases, strict=True)]
 
 
@@ -68,7 +68,7 @@ def test_heads_are_settled_by_the_launch_that_makes_them(types, cache, mode, rot
     sources = (view(q, 0), keys, values, view(cell, 0), view(first, 0), view(k, 0), view(v, 0), view(table, 0))
     attend = DeviceStep("attention_step", view(out, 0), sources, (0, MODES.index(mode), rotated, 0), (0.3, 0.0))
     head_norms = [numbers(D), numbers(D)]
-    norms = tuple(DeviceStep("rms_norm", view(a), (view(a), view(n)), f=(EPS,)) for a, n in zip((q, k), head_norms, strict=True)) if normed else ()
+    norms = tuple(DeviceStep("rms_norm", view(a), (view(a), view(n), None), f=(EPS,)) for a, n in zip((q, k), head_norms, strict=True) if normed)
     left = run_together(product(matrices, outs, x, norm, biases), tokens=TOKENS, settles=Settle(attend, norms))
     seen = seen_by(types[0], OPS["rms_norm"].reference(x, norm, EPS))
     want_q, want_k, want_v = ((seen @ numeric.T + (0 if b is None else b)).reshape(TOKENS, n, D).astype(np.float32)

@@ -46,6 +46,10 @@ def none_of(dtype: Any) -> Any:
     return device_constant(dtype, lambda: np.zeros(16, dtype))
 
 
+def array_of(view: DeviceView | None, dtype: Any) -> Any:
+    return none_of(dtype) if view is None else view.array
+
+
 @device
 def count_of(slots, slot, per, limit):
     """How many there are in this run: `per` for each of slots[slot], or the limit where the size is fixed."""
@@ -165,11 +169,17 @@ def prepare(kind: int, act_id: int, x: DeviceView, norm: DeviceView | None, eps:
     return scratch.act
 
 
-# ---- the functions of gated units -----------------------------------------------------------------------------------------------------
+# ---- functions of one number, for gated units and caps ---------------------------------------------------------------------------------
 
 @device
 def _tanh(x):
     return f32(1) - f32(2) / (exp2(x * f32(2 * LOG2_E)) + f32(1))
+
+
+@device
+def capped(x, cap):
+    """What is far beyond `cap` comes near it."""
+    return cap * _tanh(x / cap)
 
 
 @device

@@ -46,7 +46,7 @@ def mul_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None
         return
     _, _, norm, bias, residual = step.src
     w, x = _weights(step, 0), _x(step)
-    rest: dict[str, Any] = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], bias=bias, residual=residual)
+    rest: dict[str, Any] = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], softcap=step.f[2], bias=bias, residual=residual)
     if by_columns(w.type, columns_of(step)):
         matvec(w, None, x, norm, step.dst, slots, stream, scratch, hands_on=step.hands_on, **rest)
     else:

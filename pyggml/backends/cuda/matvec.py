@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import INT8, activation, count_of, none_of, prepare, row_length
+from pyggml.backends.cuda.act import INT8, activation, array_of, capped, count_of, none_of, prepare, row_length
 from pyggml.backends.cuda.base import DeviceView, HandOn, Scratch
 from pyggml.backends.cuda.decode import grid_bytes
 from pyggml.backends.cuda.factors import factor
@@ -49,6 +49,7 @@ class Form:
     glu: int = 0            # GLU_*
     bias: bool = False
     residual: bool = False
+    softcap: bool = False
     onto: bool = False      # dst holds the gate, whose activation the product is multiplied with
     hands_on: int = -1      # dst is also left prepared as INT8 or FLOAT
     normed: bool = False    # ... and normed, by the last of all blocks
@@ -75,7 +76,7 @@ def product(form: Form) -> Any:
     fetch_a, times_a = factor(form.gate).fetch, factor(form.gate).times
     fetch_b, times_b = factor(form.up or form.gate).fetch, factor(form.up or form.gate).times
     rows, columns, ahead, split, experts, glu = form.rows, form.columns, form.ahead, form.split, form.experts, form.glu
-    gated, with_bias, with_residual, onto = bool(form.up), form.bias, form.residual, form.onto
+    gated, with_bias, with_residual, with_cap, onto = bool(form.up), form.bias, form.residual, form.softcap, form.onto
     cells = rows * columns
     sums = form.sums
     tiles = WARPS // split
@@ -97,7 +98,7 @@ def product(form: Form) -> Any:
                     acc[cells + r * columns + n] += times_b(q_b, act, min(column + n, total - 1), total, units, here, keep)
 
     @device
-    def finish(y, z, row, at, dst, bias, bias_b, residual, scale):
+    def finish(y, z, row, at, dst, bias, bias_b, residual, scale, cap):
         """The epilogue of one number."""
         if gated:
             if with_bias:
@@ -109,13 +110,15 @@ def product(form: Form) -> Any:
                 y += bias[row]
             if with_residual:
                 y += residual[at]
+            if with_cap:
+                y = capped(y, cap)
             if onto:
                 y *= activation(dst[at], glu)
             dst[at] = y
 
     @device
     def block_of(acc, shared, tid, block, t0, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias,
-                 bias_b, residual, scale, m, units, slots, slot, limit):
+                 bias_b, residual, scale, cap, m, units, slots, slot, limit):
         lane, warp = tid & 31, tid >> 5
         row0 = (block * tiles + warp // split) * rows
         count = count_of(slots, slot, per_token, limit)
@@ -157,7 +160,7 @@ def product(form: Form) -> Any:
                 z = one if lane == i else z
         row, n = row0 + lane // columns, t0 + lane % columns
         if lane < cells and row < m and n < count:
-            finish(y, z, row, i64(n) * m + row, dst, bias, bias_b, residual, scale)
+            finish(y, z, row, i64(n) * m + row, dst, bias, bias_b, residual, scale, cap)
     return block_of
 
 
@@ -167,13 +170,13 @@ def matvec_kernel(form: Form) -> Any:
     sums, parts, per_block = form.sums, form.parts, form.per_block
 
     @kernel
-    def matvec(w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, m, units,
+    def matvec(w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, cap, m, units,
                norm, eps, made, arrived, slots, slot, limit):
         tid, block, t0, rows = cuda.threadIdx.x, i32(cuda.blockIdx.x), i32(cuda.blockIdx.y) * columns, i32(m)   # Python's integers come as 64 bits
         acc = cuda.local.array(sums, np.float32)
         shared = cuda.shared.array(parts, np.float32)
         block_of(acc, shared, tid, block, t0, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, i32(total), ids, per_token, share, dst, bias,
-                 bias_b, residual, scale, rows, i32(units), slots, slot, limit)
+                 bias_b, residual, scale, cap, rows, i32(units), slots, slot, limit)
         if hands_on >= 0:
             count = count_of(slots, slot, 1, limit)
             turn = cuda.shared.array(1, np.int32)
@@ -191,10 +194,6 @@ def matvec_kernel(form: Form) -> Any:
 
 
 # ---- launching ---------------------------------------------------------------------------------------------------------------------------
-
-def array_of(view: DeviceView | None, dtype: Any) -> Any:
-    return none_of(dtype) if view is None else view.array
-
 
 def planes_of(weight: RelaidWeight) -> tuple[Any, ...]:
     """A weight as kernels take it: its memory, where its planes start, and the codebook that its codes index."""
@@ -229,8 +228,8 @@ def tile_of(limit: int) -> int:
 
 
 def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: DeviceView | None, dst: DeviceView, slots: Any, stream: Any,
-           scratch: Scratch, *, act_id: int = -1, eps: float = 0, scale: float = 1, bias: DeviceView | None = None, bias_up: DeviceView | None = None,
-           residual: DeviceView | None = None, ids: DeviceView | None = None, glu: int = 0, onto: bool = False,
+           scratch: Scratch, *, act_id: int = -1, eps: float = 0, scale: float = 1, softcap: float = 0, bias: DeviceView | None = None,
+           bias_up: DeviceView | None = None, residual: DeviceView | None = None, ids: DeviceView | None = None, glu: int = 0, onto: bool = False,
            hands_on: HandOn | None = None) -> None:
     """dst (T, M) = x Wᵀ with its epilogue, or with `ids` (T, U) dst (T, U, M), one expert's product for each of a token's pairs."""
     if up is not None and ids is None and dst.shape[0] > 1:         # two matrices' sums of several columns would not fit the registers
@@ -244,11 +243,12 @@ def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: D
     shape = shape_of(m, units, columns, up is not None)
     after = hands_on.norm if hands_on is not None else None
     form = Form(weight.type, up.type if up is not None else "", columns=columns, experts=ids is not None, glu=glu, bias=bias is not None,
-                residual=residual is not None, onto=onto, hands_on=hands_on.kind if hands_on is not None else -1, normed=after is not None, **shape)
+                residual=residual is not None, softcap=softcap != 0, onto=onto,
+                hands_on=hands_on.kind if hands_on is not None else -1, normed=after is not None, **shape)
     second = planes_of(up if up is not None else weight)
     matvec_kernel(form)[(-(-m // form.per_block), -(-limit // columns)), 32 * WARPS, stream](
         *planes_of(weight), *second, act, total, array_of(ids, np.int32), per_token, limit // total, dst.array, array_of(bias, np.float32),
-        array_of(bias_up, np.float32), array_of(residual, np.float32), f32(scale), m, units, array_of(after, np.float32),
+        array_of(bias_up, np.float32), array_of(residual, np.float32), f32(scale), f32(softcap), m, units, array_of(after, np.float32),
         f32(hands_on.eps if hands_on is not None else 0), scratch.handing, counters(), slots, dst.slot, limit)
     scratch.hand_on(hands_on)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pyggml.backends.cuda import attention, matmul
+from pyggml.backends.cuda import attention, matmul, norm
 from pyggml.backends.cuda.act import FLOAT, HALF
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, HandOn, Settle
 from pyggml.backends.cuda.matmul import form_of
@@ -20,6 +20,7 @@ BETWEEN = 4         # steps behind q/k/v among which their attention is: norms o
 # whether a step can leave its result prepared, and normed
 CAN_HAND_ON: dict[str, Callable[[DeviceStep, bool], bool]] = {
     "mul_mat": matmul.can_hand_on, "glu_mat": matmul.can_hand_on, "attention": attention.can_hand_on, "attention_step": attention.can_hand_on,
+    "rms_norm": norm.can_hand_on,
 }
 
 
@@ -41,7 +42,9 @@ def merged(steps: Sequence[DeviceStep], wanted: Sequence[Any] = ()) -> list[Devi
 def _one_product(steps: Sequence[DeviceStep]) -> bool:
     """Are these products of the same few columns, prepared alike, with nothing but biases behind them?"""
     first = steps[0]
-    if any(s.op != "mul_mat" or s.src[1] is not first.src[1] or s.src[2] is not first.src[2] or s.src[4] is not None or s.f[1] != 1 for s in steps):
+    if any(s.op != "mul_mat" or s.src[1] is not first.src[1] or s.src[2] is not first.src[2] for s in steps):
+        return False
+    if any(s.src[4] is not None or s.f[1:] != (1, 0) for s in steps):
         return False
     return form_of(first) != HALF and all(form_of(s) == form_of(first) for s in steps)
 
@@ -53,7 +56,7 @@ def _settle(three: DeviceStep, following: Sequence[DeviceStep], wanted: Sequence
         return None
     (heads, dk), (kv_heads, _, dv) = step.src[0].shape[1:], step.src[2].shape       # type: ignore[union-attr]
     made = [step.src[n] for n in (0, 5, 6)]
-    norms = [s for view in made[:2] for s in following if s.op == "rms_norm" and s.src[1] is not None and _same(s.dst, view)]
+    norms = [s for view in made[:2] for s in following if _norm_of(view, s)]
     if len(norms) == 2:
         made[:2] = (s.src[0] for s in norms)
     if any(_address(s.dst.array) == _address(array) for s in norms for array in wanted):
@@ -61,6 +64,12 @@ def _settle(three: DeviceStep, following: Sequence[DeviceStep], wanted: Sequence
     if not all(map(_same, (s.dst for s in (three, *three.beside)), made)) or heads + 2 * kv_heads > COUNTERS or dk % 8 or dv % 8:
         return None
     return Settle(step, tuple(norms))       # type: ignore[arg-type]
+
+
+def _norm_of(heads: DeviceView | None, step: DeviceStep) -> bool:
+    """Is this the norm, with weights, of each of these heads?"""
+    alone = step.op == "rms_norm" and step.src[1] is not None and step.src[2] is None
+    return alone and heads is not None and step.dst.shape == heads.shape and _same(step.dst, heads)
 
 
 def _same(a: DeviceView | None, b: DeviceView | None) -> bool:
@@ -79,7 +88,7 @@ def _handing(step: DeviceStep, reader: DeviceStep | None) -> DeviceStep:
     """The step as it is, or handing on what it makes to the product that reads it next."""
     if reader is None or reader.op not in ("mul_mat", "glu_mat") or reader.src[1] is not step.dst or step.op not in CAN_HAND_ON:
         return step
-    form, norm = form_of(reader), reader.src[2]
-    if form == HALF or (form == FLOAT and norm is None) or not CAN_HAND_ON[step.op](step, norm is not None):
+    form, after = form_of(reader), reader.src[2]
+    if form == HALF or (form == FLOAT and after is None) or not CAN_HAND_ON[step.op](step, after is not None):
         return step
-    return replace(step, hands_on=HandOn(reader.i[0], form, norm, reader.f[0]))
+    return replace(step, hands_on=HandOn(reader.i[0], form, after, reader.f[0]))

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import count_of, none_of
+from pyggml.backends.cuda.act import array_of, count_of, none_of
 from pyggml.backends.cuda.base import DeviceStep, Scratch
 from pyggml.backends.cuda.cachestore import NOTHING, Heads, head_arguments, heads_of, settler
 from pyggml.backends.cuda.factors import factor
 from pyggml.backends.cuda.intrinsics import kernel
 from pyggml.backends.cuda.layout import RelaidWeight
-from pyggml.backends.cuda.matvec import WARPS, array_of, planes_of, prepared, product, shape_of, tile_of
+from pyggml.backends.cuda.matvec import WARPS, planes_of, prepared, product, shape_of, tile_of
 from pyggml.backends.cuda.matvec import Form as MatvecForm
 from pyggml.backends.cuda.tails import arrive, counters
 
@@ -51,13 +51,13 @@ def qkv_kernel(form: Form) -> Any:
         shared = cuda.shared.array(parts, np.float32)
         if block < blocks:
             one(acc, shared, tid, block, t0, w, o1, o2, o3, grid, w, o1, o2, o3, grid, act, total, ids, 1, 1, dst, bias, bias, bias, scale,
-                i32(m), k, slots, slot, limit)
+                scale, i32(m), k, slots, slot, limit)
         elif block < blocks + blocks_b:
             two(acc, shared, tid, block - blocks, t0, w_b, p1, p2, p3, grid_b, w_b, p1, p2, p3, grid_b, act, total, ids, 1, 1, dst_b, bias_b,
-                bias_b, bias_b, scale, i32(m_b), k, slots, slot, limit)
+                bias_b, bias_b, scale, scale, i32(m_b), k, slots, slot, limit)
         else:
             three(acc, shared, tid, block - blocks - blocks_b, t0, w_c, q1, q2, q3, grid_c, w_c, q1, q2, q3, grid_c, act, total, ids, 1, 1, dst_c,
-                  bias_c, bias_c, bias_c, scale, i32(m_c), k, slots, slot, limit)
+                  bias_c, bias_c, bias_c, scale, scale, i32(m_c), k, slots, slot, limit)
         if settles:
             head, d = block * rows // i32(dk), i32(dk)          # queries' heads, then keys', then values'
             if head >= heads + kv_heads:
