@@ -22,7 +22,7 @@ def numbers(*shape: int) -> np.ndarray:
 
 
 def want(q, k, v, cell, first, scale, softcap=0.0, window=0):
-    return OPS["attention"].reference(q, Numbers(k), Numbers(v), cell, first, scale, softcap, window)
+    return OPS["attention"].reference(q, Numbers(k), Numbers(v), cell, first, scale=scale, softcap=softcap, window=window)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])

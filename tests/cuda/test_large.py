@@ -62,7 +62,7 @@ def test_the_end_of_a_large_cache():
     q, out = numbers(1, 4, d), np.zeros((1, 4 * d), np.float32)
     run("attention", view(out), [view(q), keys, values, view(where[-1:]), view(where[:1])], i=[0, 0], f=[0.2, 0],
         hands_on=HandOn(1, INT8))                                         # as in test_attention.py, where it is compiled
-    want = OPS["attention"].reference(q, Rows(new_k), Rows(new_v), np.array([2]), np.array([0]), 0.2, 0.0, 0)
+    want = OPS["attention"].reference(q, Rows(new_k), Rows(new_v), np.array([2]), np.array([0]), scale=0.2, softcap=0.0, window=0)
     assert nmse(out, want) < 1e-5
 
 
@@ -161,4 +161,4 @@ def test_the_last_of_many_queries(last_block, monkeypatch):
     cell, first = (zeros(len(q), np.int32) for _ in range(2))
     cell[-1] = 19
     run("attention", view(out), [view(q), k, v, view(cell), view(first)], i=[0, 0], f=[0.25, 0])
-    assert nmse(out[-1:], OPS["attention"].reference(q[-1:], Numbers(k), Numbers(v), cell[-1:], first[-1:], 0.25, 0.0, 0)) < 3e-6
+    assert nmse(out[-1:], OPS["attention"].reference(q[-1:], Numbers(k), Numbers(v), cell[-1:], first[-1:], scale=0.25, softcap=0.0, window=0)) < 3e-6

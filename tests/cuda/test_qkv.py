@@ -83,4 +83,4 @@ def test_heads_are_settled_by_the_launch_that_makes_them(types, cache, mode, rot
         assert nmse(got[:, cell], want.transpose(1, 0, 2)) < rounding[tensor.type]
         assert not np.delete(got, cell, axis=1).any()
     run("attention_step", attend.dst, attend.src, attend.i, attend.f, tokens=TOKENS, shared=left, settled=True)
-    assert nmse(out, OPS["attention"].reference(want_q, Numbers(keys), Numbers(values), cell, first, 0.3, 0.0, 0)) < 3e-6
+    assert nmse(out, OPS["attention"].reference(want_q, Numbers(keys), Numbers(values), cell, first, scale=0.3, softcap=0.0, window=0)) < 3e-6
