@@ -21,9 +21,11 @@ from types import SimpleNamespace
 
 import numba.cuda.compiler as compiler
 import numba.cuda.dispatcher as dispatcher
+import typed_once  # noqa: F401
 from numba import types
 
-from pyggml.backends.cuda import act, attention, factors, gemm, matvec
+from pyggml.backends.cuda import act, attention, factors, gemm, matvec, qkv, sample
+from pyggml.backends.cuda.cachestore import Heads
 
 NUMBERS = {"U8": types.uint8, "I32": types.int32, "F32": types.float32, "F16": types.float16}
 SCALARS = {"i": types.int64, "f": types.float32}
@@ -38,11 +40,11 @@ def signature(text: str) -> tuple:
 def _matvec(form: matvec.Form) -> tuple:
     w, x = ("F16", "F32") if form.gate == "F16" else ("U8", "U8")
     planes = f"{w} i i i U8"
-    return matvec.matvec_kernel(form), f"{planes} {planes} {x} i I32 i i F32 F32 F32 F32 f i i U8 I32 I32 i i"
+    return matvec.matvec_kernel(form), f"{planes} {planes} {x} i I32 i i F32 F32 F32 F32 f f i i F32 f U8 I32 I32 i i"
 
 
 def _gemm(form: gemm.Form) -> tuple:
-    return gemm.gemm_kernel(form), "U8 i i i U8 U8 i I32 I32 i F32 F32 F32 f i i i I32 i i i"
+    return gemm.gemm_kernel(form), "U8 i i i U8 U8 i I32 I32 i F32 F32 F32 f f i i i I32 i i i"
 
 
 def _attention(form: attention.Form) -> tuple:
@@ -56,17 +58,20 @@ def _decoding(name: str, up: str = "", columns: int = 1, m: int = 1 << 17, **opt
     return _matvec(matvec.Form(name, up, columns=columns, **matvec.shape_of(m, units, columns, bool(up)), **options))
 
 
-def _three(name: str, other: str) -> tuple:
-    """Queries, keys and values of a model of 4096 numbers with 8 heads of keys."""
-    forms = [matvec.Form(n, **matvec.shape_of(4096 + 1024 + 1024, 4096 // factors.factor(n).unit, 1, False)) for n in (name, name, other)]
-    planes = "U8 i i i U8 i F32 F32"
-    return matvec.three_kernel(*forms), f"{planes} {planes} {planes} U8 I32 i U8 I32 I32 i i"
+def _qkv(name: str, other: str, cache: str = "") -> tuple:
+    """Queries, keys and values of a model of 4096 numbers with 8 heads of keys, whose heads may be settled in a cache of this type."""
+    shape = matvec.shape_of(4096 + 1024 + 1024, 4096 // factors.factor(name).unit, 1, False)
+    forms = tuple(matvec.Form(n, **shape) for n in (name, name, other))
+    planes, tensor = "U8 i i i U8 i F32 F32", "F16" if cache == "F16" else "U8"
+    return (qkv.qkv_kernel(qkv.Form(forms, Heads(cache, cache) if cache else None)),
+            f"{planes} {planes} {planes} U8 I32 i I32 F32 F32 f f F32 I32 {tensor} i {tensor} i F32 i i i i i i i I32 i i")
 
 
 SOME = {
     "matvec Q4_K": lambda: _decoding("Q4_K"),
     "gemm Q4_K small": lambda: _gemm(gemm.Form("Q4_K", 64, 32)),
     "attention decode F16": lambda: _attention(attention.Form("F16", "F16", 64, 64, True)),
+    "top_k": lambda: (sample._top_k, "F32 I32 F32 i i I32 i i"),
     "prepare": lambda: (act._prepare_kernel(act.INT8, True), "F32 F32 f U8 i i i I32 i i"),
 }
 ALL = {
@@ -75,9 +80,12 @@ ALL = {
     "matvec Q6_K": lambda: _decoding("Q6_K"),
     "matvec Q8_0": lambda: _decoding("Q8_0"),
     "matvec F16": lambda: _decoding("F16"),
-    "matvec gated Q4_K": lambda: _decoding("Q4_K", "Q4_K", hands_on=True),
+    "matvec gated Q4_K": lambda: _decoding("Q4_K", "Q4_K", hands_on=act.INT8),
     "matvec Q4_K 8 columns": lambda: _decoding("Q4_K", columns=8),
-    "matvec three Q4_K Q6_K": lambda: _three("Q4_K", "Q6_K"),
+    "matvec Q4_K normed": lambda: _decoding("Q4_K", m=4096, residual=True, hands_on=act.INT8, normed=True),
+    "qkv Q4_K Q6_K": lambda: _qkv("Q4_K", "Q6_K"),
+    "qkv Q4_K Q6_K F16": lambda: _qkv("Q4_K", "Q6_K", "F16"),
+    "qkv Q8_0 Q8_0": lambda: _qkv("Q8_0", "Q8_0", "Q8_0"),
     "gemm Q4_K": lambda: _gemm(gemm.Form("Q4_K")),
     "attention decode Q8_0 128": lambda: _attention(attention.Form("Q8_0", "Q8_0", 128, 128, True, hands_on=True)),
     "attention prefill F16 128": lambda: _attention(attention.Form("F16", "F16", 128, 128, False)),

@@ -29,6 +29,7 @@ int cuGetProcAddress_v2(const char *name, void **out, int version, unsigned long
 { if (status) *status = 0; return resolve(name, out); }
 static void *named(const char *name) { void *p = NULL; resolve(name, &p); return p; }
 int cuInit(unsigned f) { return ((int (*)(unsigned))named("cuInit"))(f); }
+int cuDriverGetVersion(int *n) { return ((int (*)(int *))named("cuDriverGetVersion"))(n); }
 int cuDeviceGetCount(int *n) { return ((int (*)(int *))named("cuDeviceGetCount"))(n); }
 int cuDeviceGet(int *d, int i) { return ((int (*)(int *, int))named("cuDeviceGet"))(d, i); }
 int cuDeviceGetName(char *s, int n, int d) { return ((int (*)(char *, int, int))named("cuDeviceGetName"))(s, n, d); }
@@ -62,7 +63,7 @@ class Driver:
     """The state of it all; `problems` are faults that enqueued work ran into, `calls` counts."""
 
     def __init__(self, total: int = 1 << 30) -> None:
-        self.total, self.used, self.peak = total, 0, 0
+        self.total, self.used, self.peak, self.largest = total, 0, 0, total     # largest: piece that an allocation can have
         self.memory = Global()
         self.allocations: dict[int, int] = {}
         self.pinned: dict[int, Any] = {}
@@ -195,7 +196,7 @@ class Driver:
     def cuMemAlloc(self, out, size):
         if self.captured is not None:
             return CAPTURE_UNSUPPORTED
-        if self.used + size > self.total:
+        if self.used + size > self.total or size > self.largest:
             return OUT_OF_MEMORY
         address = self.memory.add(np.full(size, POISON, np.uint8), f"{size} bytes")
         self.allocations[address] = size

@@ -16,6 +16,7 @@ from ptx.machine import Program
 from ptx.memory import Global
 
 CAPABILITY = (8, 0)
+LAST_ONLY = False                                   # of every grid's blocks only the last runs
 _programs: dict[Any, Program] = {}
 
 
@@ -37,7 +38,7 @@ def launch(kernel: Any, args: Any, grid: Any, block: Any, shared: int, capabilit
         program = _programs[kernel] = Program(kernel._codelibrary.get_asm_str(cc=capability))
     memory = Global()
     params = [p for n, (t, v) in enumerate(zip(kernel.argument_types, args, strict=True)) for p in arguments(memory, t, v, f"argument {n}")]
-    program.only().launch(memory, grid, block, params, shared)
+    program.only().launch(memory, grid, block, params, shared, LAST_ONLY)
 
 
 def arguments(memory: Global, type_: Any, value: Any, what: str) -> list[bytes]:

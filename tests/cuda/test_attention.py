@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from device_case import cache_numbers, cache_view, hands_on_what_it_makes, nmse, run, view
+from device_case import Numbers, cache_numbers, cache_view, hands_on_what_it_makes, nmse, run, view
 
 from pyggml import quants
 from pyggml.backends.cuda import attention as kernels
@@ -21,18 +21,8 @@ def numbers(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-class Numbers:
-    """A cache for the reference: what the device's cache decodes to."""
-
-    def __init__(self, view_: DeviceView) -> None:
-        self.numbers = cache_numbers(view_)
-
-    def read(self) -> np.ndarray:
-        return self.numbers
-
-
 def want(q, k, v, cell, first, scale, softcap=0.0, window=0):
-    return OPS["attention"].reference(q, Numbers(k), Numbers(v), cell, first, scale, softcap, window)
+    return OPS["attention"].reference(q, Numbers(k), Numbers(v), cell, first, scale=scale, softcap=softcap, window=window)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])

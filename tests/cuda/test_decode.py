@@ -40,7 +40,8 @@ def close(got: np.ndarray, expected: np.ndarray) -> bool:
     return np.linalg.norm(got - expected) < 0.05 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(arch="qwen2", tied=True), dict(experts=True)], ids=["llama", "qwen2", "experts"])
+@pytest.mark.parametrize("options", [dict(), dict(arch="qwen2", tied=True), dict(experts=True), dict(arch="gemma3")],
+                         ids=["llama", "qwen2", "experts", "gemma3"])
 def test_a_model_of_one_layer_gives_the_cpus_tokens(tmp_path, options):
     model = open_model(tmp_path, **options)
     expected, rows = continue_greedily(Context(model, n_ctx=CELLS), 2)
@@ -87,8 +88,9 @@ def test_one_launch_does_what_several_steps_say(tmp_path, monkeypatch):
     monkeypatch.setattr(toys, "HEAD", 32)               # heads so narrow as usual do not fill a group that is quantized together
     context = Context(open_model(tmp_path, layers=2), n_ctx=CELLS, n_gpu_layers="all", timing=True)
     plan = context.plan(1, 1)
-    said = [(s.op, len(s.beside), s.hands_on >= 0) for s in plan.program.steps]
-    assert said[2:7] == [("mul_mat", 2, False), ("attention_step", 0, True), ("mul_mat", 0, False), ("glu_mat", 0, True), ("mul_mat", 0, False)]
+    said = [(s.op, len(s.beside), s.settles is not None or s.settled, s.hands_on is not None) for s in plan.program.steps]
+    assert said[2:7] == [("mul_mat", 2, True, False), ("attention_step", 0, True, True), ("mul_mat", 0, False, True), ("glu_mat", 0, False, True),
+                         ("mul_mat", 0, False, True)]
     assert len(said) == len(plan.steps) - 4 and said[7] == said[2]
     context.eval([1])
     assert len(plan.op_times()) == len(plan.steps) and all(row.ns > 0 for row in plan.op_times())

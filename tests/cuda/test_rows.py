@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from device_case import nmse, run, view
+from device_case import hands_on_what_it_makes, nmse, run, view
 
+from pyggml.backends.cuda.basic import OF_ONE
 from pyggml.ops import OPS
 from pyggml.ops.basic import GLU
 from pyggml.ops.rope import MODES
@@ -24,13 +25,20 @@ def test_rms_norm(shape, weighted):
     assert (out[-1] == 7).all()
 
 
+def test_rms_norm_with_a_residual_hands_on():
+    x, w, residual, norm, out = numbers(2, 96), numbers(96), numbers(2, 96), numbers(96), np.zeros((2, 96), np.float32)
+    hands_on_what_it_makes("rms_norm", view(out, 0), [view(x, 0), view(w), view(residual, 0)], [], [1e-5], norm=view(norm), tokens=2)
+    assert nmse(out, OPS["rms_norm"].reference(x, w, 1e-5) + residual) < 1e-12
+
+
 @pytest.mark.parametrize("op,i,f,attrs", [("add", [], [], {}), ("mul", [], [], {}), ("scale", [], [0.3], {"factor": 0.3}),
+                                          ("softcap", [], [0.7], {"cap": 0.7}),
                                           *(("glu", [n], [], {"kind": kind}) for n, kind in enumerate(GLU))])
 @pytest.mark.parametrize("d", [40, 7])
 def test_element_by_element(op, i, f, attrs, d):
     a, b, out = numbers(3, d), numbers(3, d), np.full((3, d), 9, np.float32)
-    run(op, view(out, 0), [view(a, 0)] if op == "scale" else [view(a, 0), view(b, 0)], i, f, tokens=2)
-    want = OPS[op].reference(a, **attrs) if op == "scale" else OPS[op].reference(a, b, **attrs)
+    run(op, view(out, 0), [view(a, 0)] if op in OF_ONE else [view(a, 0), view(b, 0)], i, f, tokens=2)
+    want = OPS[op].reference(a, **attrs) if op in OF_ONE else OPS[op].reference(a, b, **attrs)
     assert nmse(out[:2], want[:2]) < 1e-12
     assert (out[2] == 9).all()
     if op in ("add", "mul"):

@@ -10,7 +10,7 @@ DIM, HEAD, VOCAB, EXPERTS = 32, 16, 40, 4
 
 
 def write(path: Path, arch: str = "llama", *, layers: int = 1, experts: bool = False, kind: str = "Q8_0", tied: bool = False) -> Path:
-    """A model file; `kind` is the type of its matrices. Qwen 2 has biases on q, k and v."""
+    """A model file; `kind` is the type of its matrices. Qwen 2 has biases on q, k and v, Gemma 3 more norms, a window and a cap on logits."""
     rng = np.random.default_rng(5)
     tensors = []
 
@@ -31,6 +31,9 @@ def write(path: Path, arch: str = "llama", *, layers: int = 1, experts: bool = F
             matrix(f"{p}{name}.weight", rows, DIM)
             if arch == "qwen2" and name != "attn_output":
                 numbers(f"{p}{name}.bias", rows, 0)
+        if arch == "gemma3":
+            for name, size in (("attn_q_norm", HEAD), ("attn_k_norm", HEAD), ("post_attention_norm", DIM), ("post_ffw_norm", DIM)):
+                numbers(f"{p}{name}.weight", size, 1)
         numbers(f"{p}attn_norm.weight", DIM, 1)
         numbers(f"{p}ffn_norm.weight", DIM, 1)
         if experts:
@@ -40,6 +43,9 @@ def write(path: Path, arch: str = "llama", *, layers: int = 1, experts: bool = F
     kv = {"general.architecture": arch, f"{arch}.block_count": layers, f"{arch}.context_length": 64, f"{arch}.embedding_length": DIM,
           f"{arch}.feed_forward_length": DIM, f"{arch}.attention.head_count": DIM // HEAD, f"{arch}.attention.head_count_kv": 1,
           f"{arch}.attention.layer_norm_rms_epsilon": 1e-5}
+    if arch == "gemma3":
+        kv |= {f"{arch}.attention.sliding_window": 3, f"{arch}.final_logit_softcapping": 1.0, f"{arch}.attention.key_length": HEAD,
+               f"{arch}.attention.value_length": HEAD}
     if experts:
         kv |= {f"{arch}.expert_count": EXPERTS, f"{arch}.expert_used_count": 2}
     formats.write(path, kv, tensors)

@@ -1,5 +1,6 @@
 """The CUDA backend, as far as a machine without a GPU can tell: what is said where it cannot be used, and the tests in the simulator."""
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -46,7 +47,7 @@ def test_what_no_kernel_reads_is_refused():
 
 PTX = {                                             # capability (or the fake driver) and tests, by process, side by side
     "9.0": ["test_attention.py", "test_large.py", "test_gemm.py"],
-    "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py"],
+    "8.0": ["test_ptx_machine.py", "test_rows.py", "test_layout.py", "test_matvec.py", "test_qkv.py"],
     "driver": ["test_driver.py", "test_gpu_script.py"],
     "7.5": ["test_gemm.py", "-k", "every_epilogue and F16"],        # other matrix instructions, and no copies behind the kernel's back
 }
@@ -79,6 +80,7 @@ def machine(monkeypatch):
     (dict(reason="there is no NVIDIA driver (libcuda.so.1 is not found)"), "there is no NVIDIA driver .*-ngl 0"),
     (dict(reason="the NVIDIA driver finds no GPU"), "finds no GPU.*-ngl 0"),
     (dict(gpus=(OLD,)), r"cuda0 \(Old\) has compute capability 6.1 and 7.5 is needed"),
+    (dict(gpus=(dataclasses.replace(NEW, driver=(11, 4)),)), "the NVIDIA driver speaks CUDA 11.4 and the compiler that is installed CUDA 12; update"),
     (dict(gpus=(NEW,), installed=False), r"numba-cuda is not installed \(pip install 'pyggml\[cuda\]'\)"),
 ])
 @needs_native

@@ -22,9 +22,7 @@ from pyggml.backends.cuda.prims import (
     LOG2_E,
     bits_of,
     block_barrier,
-    count_up,
     exp2,
-    fence,
     float_of,
     half2,
     load128_now,
@@ -40,13 +38,16 @@ from pyggml.backends.cuda.upload import device_constant
 INT8, HALF, FLOAT = range(3)
 THREADS = 256
 WARPS = THREADS // 32
-COUNTERS = 1024                 # groups of blocks that can be counted in one launch
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
 
 def none_of(dtype: Any) -> Any:
     """Stands for an absent array among a kernel's arguments."""
     return device_constant(dtype, lambda: np.zeros(16, dtype))
+
+
+def array_of(view: DeviceView | None, dtype: Any) -> Any:
+    return none_of(dtype) if view is None else view.array
 
 
 @device
@@ -150,44 +151,11 @@ def quantize(a, b, c, d, act, codes, meta, at, k):
             store64(act, meta + 8 * group, bits_of(scale), u32(total & 0xFFFF) | u32(other & 0xFFFF) << 16)
 
 
-@device
-def hand_on(x, n, at, k, columns, made):
-    """Numbers at .. at + 3 of column n of x (columns, k), which this launch wrote, to INT8; called as quantize is."""
-    a, b, c, d = f32(0), f32(0), f32(0), f32(0)
-    if at < k:
-        v = load128_now(x, 4 * (i64(n) * k + at))
-        a, b, c, d = float_of(v[0]), float_of(v[1]), float_of(v[2]), float_of(v[3])
-    quantize(a, b, c, d, made, i64(n) * k, i64(columns) * k + 8 * (i64(n) * (k >> 5)), at, k)
-
-
-# ---- the last of several blocks --------------------------------------------------------------------------------------------------------
-
-def counters() -> Any:
-    """How many blocks have arrived, of COUNTERS groups; all 0 between launches."""
-    return device_constant("counters", lambda: np.zeros(COUNTERS, np.int32))
-
-
-@device
-def arrive(arrived, group, blocks, turn, tid):
-    """Is this block the last of `blocks` that come here? It may then read what the others wrote. `turn` is a shared int32."""
-    fence()
-    block_barrier()
-    if tid == 0:
-        turn[0] = count_up(arrived, 4 * group)
-    block_barrier()
-    last = turn[0] == blocks - 1
-    if last:
-        fence()
-        if tid == 0:
-            arrived[group] = 0
-    return last
-
-
 # ---- launching -------------------------------------------------------------------------------------------------------------------------
 
 def prepare(kind: int, act_id: int, x: DeviceView, norm: DeviceView | None, eps: float, slots: Any, stream: Any, scratch: Scratch) -> Any:
     """Where the columns of x (.., K) are, prepared: in scratch.act, or where another step handed them on."""
-    if act_id >= 0 and (act_id, kind) == (scratch.handed_id, INT8):
+    if act_id >= 0 and (act_id, kind) == scratch.handed_form:
         return scratch.handed
     if act_id >= 0 and (act_id, kind) == scratch.prepared:
         return scratch.act
@@ -201,11 +169,17 @@ def prepare(kind: int, act_id: int, x: DeviceView, norm: DeviceView | None, eps:
     return scratch.act
 
 
-# ---- the functions of gated units -----------------------------------------------------------------------------------------------------
+# ---- functions of one number, for gated units and caps ---------------------------------------------------------------------------------
 
 @device
 def _tanh(x):
     return f32(1) - f32(2) / (exp2(x * f32(2 * LOG2_E)) + f32(1))
+
+
+@device
+def capped(x, cap):
+    """What is far beyond `cap` comes near it."""
+    return cap * _tanh(x / cap)
 
 
 @device

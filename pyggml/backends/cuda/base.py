@@ -43,12 +43,34 @@ class DeviceView:
 
 
 @dataclass(frozen=True)
+class HandOn:
+    """How a launch leaves its dst for the product that reads it next too: as act.py would prepare it under this act_id, in this form
+    (INT8 or FLOAT), normed where there is a norm."""
+
+    act_id: int
+    kind: int
+    norm: DeviceView | None = None
+    eps: float = 0
+
+
+@dataclass(frozen=True)
+class Settle:
+    """What the launch that makes queries, keys and values does with every head of them: what `step`, an attention_step, does before it
+    attends (cachestore.py), and before it the two rms_norm steps of the queries' and the keys' heads, if there are any."""
+
+    step: DeviceStep
+    norms: tuple[DeviceStep, ...] = ()
+
+
+@dataclass(frozen=True)
 class DeviceStep:
     """One step: `op` writes `dst` (and what engine.h says) from `src`, whose absent members are None.
 
     number     its place in the plan
     beside     steps of the same kind that its launch does too
-    hands_on   the act_id under which the launch leaves dst in `scratch.handed` too, prepared as INT8 (act.py); -1: it does not
+    hands_on   how the launch leaves dst in `scratch.handed` too
+    settles    of three products beside one another: they are a token's queries, keys and values
+    settled    of an attention_step: the launch before has settled them
     """
 
     op: str
@@ -58,31 +80,42 @@ class DeviceStep:
     f: tuple[float, ...] = ()
     number: int = -1
     beside: tuple[DeviceStep, ...] = ()
-    hands_on: int = -1
+    hands_on: HandOn | None = None
+    settles: Settle | None = None
+    settled: bool = False
 
 
 @dataclass
 class Scratch:
-    """Device memory that the steps of a plan share, each only while it runs, except for `act` and `handed`.
+    """Device memory that the steps of a plan share, each only while it runs, except for what one leaves for the next.
 
-    act        prepared activations (uint8), which stay until the next step with another act_id
-    handed     activations that a step left prepared for the next (uint8)
-    temp       anything else (uint8); garbage between steps
-    cells      no token of this run sees a cell from this number on: the bucket that sizes the grid of attention
-    prepared   (act_id, kind) of what `act` holds; the launch that fills it sets this
-    handed_id  act_id of what `handed` holds; the launch that fills it sets this
+    act          prepared activations (uint8), which stay until the next step with another act_id
+    handed       activations that a step left prepared for the next (uint8)
+    handing      where a step leaves them, which may read `handed` meanwhile (uint8)
+    roped        queries that the launch of q/k/v left roped for attention (float32)
+    temp         anything else (uint8); garbage between steps
+    cells        no token of this run sees a cell from this number on: the bucket that sizes the grid of attention
+    prepared     (act_id, kind) of what `act` holds; the launch that fills it sets this
+    handed_form  (act_id, kind) of what `handed` holds
     """
 
     act: Any
     handed: Any
+    handing: Any
+    roped: Any
     temp: Any
     cells: int
     prepared: tuple[int, int] = (-1, -1)
-    handed_id: int = -1
+    handed_form: tuple[int, int] = (-1, -1)
 
     def begin(self) -> None:
         """A run begins, with other activations."""
-        self.prepared, self.handed_id = (-1, -1), -1
+        self.prepared = self.handed_form = (-1, -1)
+
+    def hand_on(self, how: HandOn | None) -> None:
+        """What was enqueued last left its dst in `handing`, if it hands on at all."""
+        if how is not None:
+            self.handed, self.handing, self.handed_form = self.handing, self.handed, (how.act_id, how.kind)
 
 
 # enqueues the step's kernels on a stream; reads run-time sizes from `slots` (device int32, SYMBOLS of graph.py) only on the device

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import activation, count_of
+from pyggml.backends.cuda.act import activation, capped, count_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
 from pyggml.backends.cuda.decode import decoder
 from pyggml.backends.cuda.factors import EIGHT
@@ -99,6 +99,9 @@ def get_rows(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> Non
 
 # ---- element by element, four to a lane -------------------------------------------------------------------------------------------------
 
+OF_ONE = ("scale", "softcap")           # with a factor or a cap
+
+
 @cache
 def _elementwise(op: str, kind: int) -> Any:
     @device
@@ -109,6 +112,8 @@ def _elementwise(op: str, kind: int) -> Any:
             return a * b
         if op == "scale":
             return a * factor
+        if op == "softcap":
+            return capped(a, factor)
         return activation(a, kind) * b
 
     @kernel
@@ -131,12 +136,12 @@ def _launch(op: str) -> Launch:
         a, b = step.src[0], step.src[1] if len(step.src) > 1 else step.src[0]
         assert a is not None and b is not None
         rows, per = step.dst.shape[0], math.prod(step.dst.shape[1:])
-        repeat = math.prod(b.shape) if op != "scale" else rows * per
+        repeat = math.prod(b.shape) if op not in OF_ONE else rows * per
         blocks = -(-rows * per // (4 * THREADS))
         _elementwise(op, step.i[0] if op == "glu" else 0)[blocks, THREADS, stream](
-            a.array, b.array, step.dst.array, f32(step.f[0] if op == "scale" else 1), per, repeat, slots, step.dst.slot, rows)
+            a.array, b.array, step.dst.array, f32(step.f[0] if op in OF_ONE else 1), per, repeat, slots, step.dst.slot, rows)
     return launch
 
 
-LAUNCHES: dict[str, Launch] = {"get_rows": get_rows, **{op: _launch(op) for op in ("add", "mul", "scale", "glu")}}
+LAUNCHES: dict[str, Launch] = {"get_rows": get_rows, **{op: _launch(op) for op in ("add", "mul", "glu", *OF_ONE)}}
 NEEDS: dict[str, Needs] = {}

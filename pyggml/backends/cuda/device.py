@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import re
 import sys
+import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,12 +33,13 @@ _MAJOR, _MINOR = 75, 76         # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as the driver describes it; `memory` in bytes."""
+    """A GPU as the driver describes it; `memory` in bytes, `driver` the version of CUDA that the driver speaks."""
 
     index: int
     name: str
     capability: tuple[int, int]
     memory: int
+    driver: tuple[int, int] = (99, 0)
 
     def __str__(self) -> str:
         major, minor = self.capability
@@ -67,10 +71,13 @@ def _probe() -> tuple[tuple[Gpu, ...], str]:
         return (), "the NVIDIA driver finds no GPU" if status == _NO_DEVICE else f"the NVIDIA driver does not start (CUDA error {status})"
     count = ctypes.c_int(0)
     driver.cuDeviceGetCount(ctypes.byref(count))
-    return tuple(_describe(driver, i) for i in range(count.value)), "" if count.value else "the NVIDIA driver finds no GPU"
+    version = ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    speaks = version.value // 1000, version.value % 1000 // 10
+    return tuple(_describe(driver, i, speaks) for i in range(count.value)), "" if count.value else "the NVIDIA driver finds no GPU"
 
 
-def _describe(driver: Any, index: int) -> Gpu:
+def _describe(driver: Any, index: int, speaks: tuple[int, int]) -> Gpu:
     device, name, memory, numbers = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t(), []
     driver.cuDeviceGet(ctypes.byref(device), index)
     driver.cuDeviceGetName(name, len(name), device)
@@ -79,7 +86,7 @@ def _describe(driver: Any, index: int) -> Gpu:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         numbers.append(value.value)
-    return Gpu(index, name.value.decode(errors="replace"), (numbers[0], numbers[1]), memory.value)
+    return Gpu(index, name.value.decode(errors="replace"), (numbers[0], numbers[1]), memory.value, speaks)
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -99,7 +106,19 @@ def why_not(index: int = 0) -> str:
         return f"cuda{index} ({found[index].name}) has compute capability {major}.{minor} and {MINIMUM[0]}.{MINIMUM[1]} is needed"
     if importlib.util.find_spec("numba_cuda") is None:
         return "numba-cuda is not installed (pip install 'pyggml[cuda]')"
+    if (spoken := found[index].driver) < (needed := _compiled_for(), 0):
+        return f"the NVIDIA driver speaks CUDA {spoken[0]}.{spoken[1]} and the compiler that is installed CUDA {needed}; update the driver"
     return ""
+
+
+def _compiled_for() -> int:
+    """The major version of CUDA that kernels are compiled for: drivers load what was made for any minor version of theirs."""
+    from importlib import metadata
+
+    try:
+        return int(metadata.version("cuda-bindings").split(".")[0])
+    except metadata.PackageNotFoundError:
+        return 0
 
 
 def named(device: str | None, main_gpu: int = 0) -> int | None:
@@ -122,7 +141,7 @@ def open_device(index: int) -> Device:
 
 
 class Device:
-    """A GPU that computes: one stream, in which everything happens in order, and memory in arenas.
+    """A GPU that computes: one stream, in which everything happens in order, and memory in arenas. Threads take turns (`active`).
 
     `allocated` and `peak` count bytes of arenas alive, and the most there ever were.
     """
@@ -132,6 +151,7 @@ class Device:
 
         self.gpu, self.cuda = gpu, cuda
         self.allocated = self.peak = 0
+        self._turn = threading.RLock()
         with self.active():
             self.stream = cuda.stream() if simulated() else self._own_stream()
 
@@ -144,9 +164,12 @@ class Device:
             raise PyggmlError(f"{self.gpu} gives no stream: {status.name}")
         return self.cuda.external_stream(int(handle))
 
-    def active(self) -> Any:
-        """A `with` in which this GPU is the current one of the calling thread."""
-        return self.cuda.gpus[self.gpu.index]
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """A `with` in which this GPU is the current one of the calling thread, and no other thread's: what another one enqueued during a recording
+        would become a part of it."""
+        with self._turn, self.cuda.gpus[self.gpu.index]:
+            yield
 
     @property
     def free(self) -> float:
@@ -190,8 +213,8 @@ class Device:
             self.stream.synchronize()
 
     def wait(self, event: Any) -> None:
-        """Wait for a recorded event."""
-        with self.active():
+        """Wait for a recorded event; other threads may go on meanwhile."""
+        with self.cuda.gpus[self.gpu.index]:
             event.synchronize()
 
     def copy_bandwidth(self, n_bytes: int = 512 << 20, times: int = 10) -> float:

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import HALF, activation, count_of, none_of, prepare
+from pyggml.backends.cuda.act import HALF, activation, array_of, capped, count_of, none_of, prepare
 from pyggml.backends.cuda.base import DeviceView, Scratch
 from pyggml.backends.cuda.decode import decoder
 from pyggml.backends.cuda.factors import HIGH
 from pyggml.backends.cuda.intrinsics import device, kernel
 from pyggml.backends.cuda.layout import FLOATS, RelaidWeight
-from pyggml.backends.cuda.matvec import array_of, planes_of
+from pyggml.backends.cuda.matvec import planes_of
 from pyggml.backends.cuda.prims import add_rn, copies_done, copies_issued, copy16, float_of, half2, ldmatrix, load128, mma, prmt, shared_store128
 
 THREADS = 128
@@ -121,12 +121,13 @@ class Form:
     glu: int = -1           # GLU_* to apply to the gate in dst, which is then multiplied; -1: no
     bias: bool = False
     residual: bool = False
+    softcap: bool = False
 
 
 @cache
 def gemm_kernel(form: Form) -> Any:
     load, chunks = source(form.type).load, source(form.type).chunks
-    bm, bn, experts, glu, with_bias, with_residual = form.bm, form.bn, form.experts, form.glu, form.bias, form.residual
+    bm, bn, experts, glu, with_bias, with_residual, with_cap = form.bm, form.bn, form.experts, form.glu, form.bias, form.residual, form.softcap
     per_row = THREADS // bn                             # threads, and groups of 32, of a weight row in one step
     bk = 32 * per_row
     row_chunks = bk // 8
@@ -173,7 +174,7 @@ def gemm_kernel(form: Form) -> Any:
                                                                          b[2 * j], b[2 * j + 1])
 
     @device
-    def finish(acc, i, row0, column0, count, begin, list_, dst, bias, residual, scale, m):
+    def finish(acc, i, row0, column0, count, begin, list_, dst, bias, residual, scale, cap, m):
         """The epilogue of 16 tokens; called with numbers for i, so that sums stay in registers (an index known late puts them into memory)."""
         for half_ in range(2):
             row = row0 + 8 * half_
@@ -188,12 +189,14 @@ def gemm_kernel(form: Form) -> Any:
                                 y += bias[column]
                             if with_residual:
                                 y += residual[base + column]
+                            if with_cap:
+                                y = capped(y, cap)
                             if glu >= 0:
                                 y *= activation(dst[base + column], glu)
                             dst[base + column] = y
 
     @kernel
-    def gemm(w, o1, o2, o3, grid, act, act_row, list_, offsets, share, dst, bias, residual, scale, m, k, groups, slots, slot, per_token, limit):
+    def gemm(w, o1, o2, o3, grid, act, act_row, list_, offsets, share, dst, bias, residual, scale, cap, m, k, groups, slots, slot, per_token, limit):
         shared = cuda.shared.array(shared_halves, np.float16, 16)       # aligned for copies of 16 bytes
         tid = cuda.threadIdx.x
         lane, warp = tid & 31, tid >> 5
@@ -240,12 +243,12 @@ def gemm_kernel(form: Form) -> Any:
             multiply(shared, buffer, acc, b, lane, warp)
         g, t = lane >> 2, lane & 3
         row, column = m0 + (warp >> 1) * wm + g, n0 + (warp & 1) * wn + 2 * t
-        finish(acc, 0, row, column, count, begin, list_, dst, bias, residual, scale, m)
+        finish(acc, 0, row, column, count, begin, list_, dst, bias, residual, scale, cap, m)
         if tiles_m > 1:
-            finish(acc, 1, row + 16, column, count, begin, list_, dst, bias, residual, scale, m)
+            finish(acc, 1, row + 16, column, count, begin, list_, dst, bias, residual, scale, cap, m)
         if tiles_m > 2:
-            finish(acc, 2, row + 32, column, count, begin, list_, dst, bias, residual, scale, m)
-            finish(acc, 3, row + 48, column, count, begin, list_, dst, bias, residual, scale, m)
+            finish(acc, 2, row + 32, column, count, begin, list_, dst, bias, residual, scale, cap, m)
+            finish(acc, 3, row + 48, column, count, begin, list_, dst, bias, residual, scale, cap, m)
     return gemm
 
 
@@ -270,7 +273,7 @@ def tile_of(m: int, columns: int) -> tuple[int, int]:
 
 
 def gemm(weight: RelaidWeight, x: DeviceView, norm: DeviceView | None, dst: DeviceView, slots: Any, stream: Any, scratch: Scratch, *,
-         act_id: int = -1, eps: float = 0, scale: float = 1, bias: DeviceView | None = None, residual: DeviceView | None = None,
+         act_id: int = -1, eps: float = 0, scale: float = 1, softcap: float = 0, bias: DeviceView | None = None, residual: DeviceView | None = None,
          gate: DeviceView | None = None, glu: int = 0, lists: Lists | None = None) -> None:
     """dst (T, M) = x Wᵀ with its epilogue; with `gate` (dst itself) dst = activation(gate) x Wᵀ; with `lists` one expert for each pair."""
     act = prepare(HALF, act_id, x, norm, eps, slots, stream, scratch)
@@ -278,11 +281,12 @@ def gemm(weight: RelaidWeight, x: DeviceView, norm: DeviceView | None, dst: Devi
     m, groups = weight.rows, -(-x.shape[-1] // 32)
     columns = limit if lists is None else max(1, 2 * limit // lists.experts)        # an expert's likely share
     bm, bn = tile_of(m * (lists.experts if lists is not None else 1), columns)
-    form = Form(weight.type, bm, bn, lists is not None, glu if gate is not None else -1, bias is not None, residual is not None)
+    form = Form(weight.type, bm, bn, lists is not None, glu if gate is not None else -1, bias is not None, residual is not None,
+                softcap != 0)
     ints = none_of(np.int32)
     tokens = limit if lists is None else limit // lists.per_token                   # an expert sees a token once
     blocks = (-(-tokens // bm), -(-m // bn), lists.experts if lists is not None else 1)
     gemm_kernel(form)[blocks, THREADS, stream](
         *planes_of(weight), act, groups * 32, lists.list if lists is not None else ints, lists.offsets if lists is not None else ints,
-        lists.share if lists is not None else 1, dst.array, array_of(bias, np.float32), array_of(residual, np.float32), f32(scale), m, weight.k,
-        groups, slots, dst.slot, per_token, limit)
+        lists.share if lists is not None else 1, dst.array, array_of(bias, np.float32), array_of(residual, np.float32), f32(scale), f32(softcap),
+        m, weight.k, groups, slots, dst.slot, per_token, limit)

@@ -26,7 +26,7 @@ class Recording:
     def __init__(self, device: Any, enqueue: Callable[[], None]) -> None:
         self.device = device
         self._exec = self._record(enqueue)
-        weakref.finalize(self, _destroy, device, self._exec)
+        weakref.finalize(self, _destroy, device, self._exec).atexit = False     # the driver may be gone by then, and what it held with it
 
     @staticmethod
     def possible() -> bool:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pyggml.backends.cuda.act import COUNTERS, FLOAT, HALF, INT8, act_bytes
+from pyggml.backends.cuda.act import HALF, act_bytes
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch, Needs, Scratch
+from pyggml.backends.cuda.factors import factor
 from pyggml.backends.cuda.layout import FLOATS
-from pyggml.backends.cuda.matvec import COLUMNS, HANDED, matvec, matvec_three
+from pyggml.backends.cuda.matvec import COLUMNS, matvec
+from pyggml.backends.cuda.qkv import qkv
+from pyggml.backends.cuda.tails import COUNTERS, HANDED, NORMED
 
 
 def by_columns(type_name: str, columns: int) -> bool:
@@ -39,13 +42,13 @@ def _x(step: DeviceStep) -> DeviceView:
 
 def mul_mat(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
     if step.beside:
-        matvec_three((step, *step.beside), slots, stream, scratch)      # type: ignore[arg-type]
+        qkv(step, slots, stream, scratch)
         return
     _, _, norm, bias, residual = step.src
     w, x = _weights(step, 0), _x(step)
-    rest: dict[str, Any] = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], bias=bias, residual=residual)
+    rest: dict[str, Any] = dict(act_id=step.i[0], eps=step.f[0], scale=step.f[1], softcap=step.f[2], bias=bias, residual=residual)
     if by_columns(w.type, columns_of(step)):
-        matvec(w, None, x, norm, step.dst, slots, stream, scratch, **rest)
+        matvec(w, None, x, norm, step.dst, slots, stream, scratch, hands_on=step.hands_on, **rest)
     else:
         from pyggml.backends.cuda.gemm import gemm
 
@@ -72,19 +75,27 @@ def _by_matvec(step: DeviceStep) -> bool:
     return by_columns(w.type, columns_of(step)) and (w.type in FLOATS) == (up.type in FLOATS)
 
 
-def can_hand_on(step: DeviceStep) -> bool:
-    """Can this gated unit leave what it makes quantized?"""
-    m = step.dst.shape[-1]
-    return _by_matvec(step) and columns_of(step) <= COLUMNS and m % 32 == 0 and m <= HANDED * COUNTERS
+def form_of(step: DeviceStep) -> int:
+    """How a product's launch reads its activations: HALF, INT8 or FLOAT."""
+    w = step.src[0]
+    assert w is not None
+    if not (_by_matvec(step) if step.op == "glu_mat" else by_columns(w.type, columns_of(step))):
+        return HALF
+    return factor(w.type).act
+
+
+def can_hand_on(step: DeviceStep, normed: bool) -> bool:
+    """Can this step leave what it makes prepared for the next? A gated unit does group by group, a product as a whole, with the norm."""
+    m, columns = step.dst.shape[-1], columns_of(step)
+    if step.op == "glu_mat":
+        return not normed and _by_matvec(step) and columns <= COLUMNS and m % 32 == 0 and m <= HANDED * COUNTERS
+    return normed and not step.beside and form_of(step) != HALF and columns * m <= NORMED and m % 8 == 0
 
 
 def _needs(step: DeviceStep, cells: int) -> tuple[int, int]:
     """Room for x in the form that the step will ask for."""
-    w, x = step.src[0], step.src[1]
-    assert w is not None and x is not None
-    columns = columns_of(step)
-    kind = HALF if not by_columns(w.type, columns) else FLOAT if w.type in FLOATS else INT8
-    return act_bytes(kind, x.shape[-1], columns), 0
+    assert step.src[1] is not None
+    return act_bytes(form_of(step), step.src[1].shape[-1], columns_of(step)), 0
 
 
 LAUNCHES: dict[str, Launch] = {"mul_mat": mul_mat, "glu_mat": glu_mat}

@@ -5,8 +5,8 @@ of 32 weights at a time, U groups ahead: R x U loads of 16 bytes are on their wa
 L1 by; activations are read through it, 16 bytes a lane, by all rows. Codes are multiplied as bytes (dp4a) with columns of INT8
 activations (act.py); scales, minimums and what codes are raised by are applied once per group, with the sums of its activations.
 
-The epilogue adds bias and residual, or, for a gated unit, multiplies the gate's activation with the row of the second matrix, and may hand
-its columns on, quantized for the product that comes next. Queries, keys and values are made by one launch.
+The epilogue adds bias and residual, or, for a gated unit, multiplies the gate's activation with the row of the second matrix. The tail may
+hand the columns on, prepared for the product that comes next (tails.py). Queries, keys and values are made by one launch (qkv.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import INT8, activation, arrive, count_of, counters, hand_on, none_of, prepare, row_length
-from pyggml.backends.cuda.base import DeviceStep, DeviceView, Scratch
+from pyggml.backends.cuda.act import INT8, activation, array_of, capped, count_of, none_of, prepare, row_length
+from pyggml.backends.cuda.base import DeviceView, HandOn, Scratch
 from pyggml.backends.cuda.decode import grid_bytes
 from pyggml.backends.cuda.factors import factor
 from pyggml.backends.cuda.intrinsics import device, kernel
 from pyggml.backends.cuda.layout import LAYOUTS, RelaidWeight
-from pyggml.backends.cuda.prims import warp_sum
+from pyggml.backends.cuda.prims import block_barrier, warp_sum
+from pyggml.backends.cuda.tails import HANDED, arrive, counters, hand_on, hand_on_normed
 from pyggml.backends.cuda.upload import device_constant
 
 WARPS = 4                       # of a block
 COLUMNS = 8                     # most columns of one launch's tile
 FULL_WARPS = 132 * 16           # a grid with fewer warps than this leaves a large GPU idle: split K over a block's warps
-HANDED = 128                    # rows that are quantized together, by the last of the blocks that made them: 4 for each lane of a warp
 f32, i32, i64, u32 = np.float32, np.int32, np.int64, np.uint32
 
 
@@ -49,22 +49,37 @@ class Form:
     glu: int = 0            # GLU_*
     bias: bool = False
     residual: bool = False
+    softcap: bool = False
     onto: bool = False      # dst holds the gate, whose activation the product is multiplied with
-    hands_on: bool = False  # dst is also left quantized
+    hands_on: int = -1      # dst is also left prepared as INT8 or FLOAT
+    normed: bool = False    # ... and normed, by the last of all blocks
+
+    @property
+    def sums(self) -> int:
+        """Of a warp: the first matrix's, then the second's."""
+        return self.rows * self.columns * (2 if self.up else 1)
+
+    @property
+    def parts(self) -> int:
+        """Floats of shared memory."""
+        return self.sums * WARPS if self.split > 1 else 1
+
+    @property
+    def per_block(self) -> int:
+        """Rows of a block."""
+        return self.rows * (WARPS // self.split)
 
 
 @cache
 def product(form: Form) -> Any:
-    """What block `block` of a grid does, as a device function."""
+    """What a block does, as a device function: `block` counts along the rows, t0 is its first column; acc and shared are its sums."""
     fetch_a, times_a = factor(form.gate).fetch, factor(form.gate).times
     fetch_b, times_b = factor(form.up or form.gate).fetch, factor(form.up or form.gate).times
     rows, columns, ahead, split, experts, glu = form.rows, form.columns, form.ahead, form.split, form.experts, form.glu
-    gated, with_bias, with_residual, onto, hands_on = bool(form.up), form.bias, form.residual, form.onto, form.hands_on
+    gated, with_bias, with_residual, with_cap, onto = bool(form.up), form.bias, form.residual, form.softcap, form.onto
     cells = rows * columns
-    sums = 2 * cells if gated else cells        # of a warp: the first matrix's, then the second's
-    parts = sums * WARPS if split > 1 else 1
+    sums = form.sums
     tiles = WARPS // split
-    per_block = rows * tiles
 
     @device
     def add_unit(acc, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, column, first, last, units, unit):
@@ -83,7 +98,7 @@ def product(form: Form) -> Any:
                     acc[cells + r * columns + n] += times_b(q_b, act, min(column + n, total - 1), total, units, here, keep)
 
     @device
-    def finish(y, z, row, at, dst, bias, bias_b, residual, scale):
+    def finish(y, z, row, at, dst, bias, bias_b, residual, scale, cap):
         """The epilogue of one number."""
         if gated:
             if with_bias:
@@ -95,23 +110,23 @@ def product(form: Form) -> Any:
                 y += bias[row]
             if with_residual:
                 y += residual[at]
+            if with_cap:
+                y = capped(y, cap)
             if onto:
                 y *= activation(dst[at], glu)
             dst[at] = y
 
     @device
-    def block_of(block, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, m,
-                 units, made, arrived, slots, slot, limit):
-        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    def block_of(acc, shared, tid, block, t0, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias,
+                 bias_b, residual, scale, cap, m, units, slots, slot, limit):
+        lane, warp = tid & 31, tid >> 5
         row0 = (block * tiles + warp // split) * rows
-        t0 = i32(cuda.blockIdx.y) * columns
         count = count_of(slots, slot, per_token, limit)
         first, column = i64(0), t0
         if experts and t0 < count:
             first, column = i64(ids[t0]) * m, t0 // share
         if t0 >= count or (split == 1 and row0 >= m):
             return
-        acc = cuda.local.array(sums, np.float32)
         for i in range(sums):
             acc[i] = 0
         for base in range(lane + 32 * ahead * (warp % split), units, 32 * ahead * split):
@@ -124,75 +139,61 @@ def product(form: Form) -> Any:
         for i in range(sums):
             acc[i] = warp_sum(acc[i])
         if split > 1:
-            shared = cuda.shared.array(parts, np.float32)
             if lane == 0:
                 for i in range(sums):
                     shared[sums * warp + i] = acc[i]
-            cuda.syncthreads()
+            block_barrier()
             if warp > 0:
                 return
             for i in range(sums):
                 for other in range(1, WARPS):
                     acc[i] += shared[sums * other + i]
-        # lane i finishes sum i: picked in a loop so small that it is unrolled, as an index known late would put the sums into memory
+        # lane i finishes sum i: picked in a loop so small that it is unrolled, as an index known late would put the sums into memory (so would one
+        # of a branch that is taken when the lane is i: the compiler then takes the lane for the index)
         y, z = f32(0), f32(0)
         for i in range(cells):
-            y = acc[i] if lane == i else y
+            one = acc[i]
+            y = one if lane == i else y
         if gated:
             for i in range(cells):
-                z = acc[cells + i] if lane == i else z
+                one = acc[cells + i]
+                z = one if lane == i else z
         row, n = row0 + lane // columns, t0 + lane % columns
         if lane < cells and row < m and n < count:
-            finish(y, z, row, i64(n) * m + row, dst, bias, bias_b, residual, scale)
-        if hands_on:
-            turn = cuda.shared.array(1, np.int32)
-            part = row0 // HANDED
-            if arrive(arrived, part, (min(HANDED, m - HANDED * part) + per_block - 1) // per_block, turn, cuda.threadIdx.x) and warp == 0:
-                for n in range(columns):
-                    hand_on(dst, n, HANDED * part + 4 * lane if n < count else m, m, limit, made)
+            finish(y, z, row, i64(n) * m + row, dst, bias, bias_b, residual, scale, cap)
     return block_of
 
 
 @cache
 def matvec_kernel(form: Form) -> Any:
-    block_of = product(form)
+    block_of, columns, hands_on, normed = product(form), form.columns, form.hands_on, form.normed
+    sums, parts, per_block = form.sums, form.parts, form.per_block
 
     @kernel
-    def matvec(w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, m, units,
-               made, arrived, slots, slot, limit):
-        block_of(i32(cuda.blockIdx.x), w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, i32(total), ids, per_token, share, dst, bias, bias_b,
-                 residual, scale, i32(m), i32(units), made, arrived, slots, slot, limit)        # Python's integers come as 64 bits
+    def matvec(w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, total, ids, per_token, share, dst, bias, bias_b, residual, scale, cap, m, units,
+               norm, eps, made, arrived, slots, slot, limit):
+        tid, block, t0, rows = cuda.threadIdx.x, i32(cuda.blockIdx.x), i32(cuda.blockIdx.y) * columns, i32(m)   # Python's integers come as 64 bits
+        acc = cuda.local.array(sums, np.float32)
+        shared = cuda.shared.array(parts, np.float32)
+        block_of(acc, shared, tid, block, t0, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, i32(total), ids, per_token, share, dst, bias,
+                 bias_b, residual, scale, cap, rows, i32(units), slots, slot, limit)
+        if hands_on >= 0:
+            count = count_of(slots, slot, 1, limit)
+            turn = cuda.shared.array(1, np.int32)
+            if normed:
+                squares = cuda.shared.array(WARPS, np.float32)
+                if arrive(arrived, cuda.blockIdx.y, cuda.gridDim.x, turn, tid):
+                    for n in range(t0, min(t0 + columns, count)):
+                        hand_on_normed(dst, n, rows, norm, eps, hands_on, limit, made, squares, tid, 32 * WARPS)
+            else:
+                part = block * per_block // HANDED
+                if arrive(arrived, part, (min(HANDED, rows - HANDED * part) + per_block - 1) // per_block, turn, tid) and tid < 32:
+                    for n in range(columns):
+                        hand_on(dst, n, HANDED * part + 4 * tid if n < count else rows, rows, limit, made)
     return matvec
 
 
-@cache
-def three_kernel(first: Form, second: Form, third: Form) -> Any:
-    """Three matrices that read the same columns: the grid's blocks are the first one's, then the second's, then the third's."""
-    one, two, three = product(first), product(second), product(third)
-    rows = first.rows * (WARPS // first.split)
-
-    @kernel
-    def matvec_three(w, o1, o2, o3, grid, m, dst, bias, w_b, p1, p2, p3, grid_b, m_b, dst_b, bias_b, w_c, q1, q2, q3, grid_c, m_c, dst_c, bias_c,
-                     act, ids, units, made, arrived, slots, slot, limit):
-        block, scale, columns, k = i32(cuda.blockIdx.x), f32(1), i32(limit), i32(units)
-        blocks, blocks_b = (m + rows - 1) // rows, (m_b + rows - 1) // rows
-        if block < blocks:
-            one(block, w, o1, o2, o3, grid, w, o1, o2, o3, grid, act, columns, ids, 1, 1, dst, bias, bias, bias, scale, i32(m), k,
-                made, arrived, slots, slot, limit)
-        elif block < blocks + blocks_b:
-            two(block - blocks, w_b, p1, p2, p3, grid_b, w_b, p1, p2, p3, grid_b, act, columns, ids, 1, 1, dst_b, bias_b, bias_b, bias_b, scale,
-                i32(m_b), k, made, arrived, slots, slot, limit)
-        else:
-            three(block - blocks - blocks_b, w_c, q1, q2, q3, grid_c, w_c, q1, q2, q3, grid_c, act, columns, ids, 1, 1, dst_c, bias_c, bias_c, bias_c,
-                  scale, i32(m_c), k, made, arrived, slots, slot, limit)
-    return matvec_three
-
-
 # ---- launching ---------------------------------------------------------------------------------------------------------------------------
-
-def array_of(view: DeviceView | None, dtype: Any) -> Any:
-    return none_of(dtype) if view is None else view.array
-
 
 def planes_of(weight: RelaidWeight) -> tuple[Any, ...]:
     """A weight as kernels take it: its memory, where its planes start, and the codebook that its codes index."""
@@ -227,12 +228,10 @@ def tile_of(limit: int) -> int:
 
 
 def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: DeviceView | None, dst: DeviceView, slots: Any, stream: Any,
-           scratch: Scratch, *, act_id: int = -1, eps: float = 0, scale: float = 1, bias: DeviceView | None = None, bias_up: DeviceView | None = None,
-           residual: DeviceView | None = None, ids: DeviceView | None = None, glu: int = 0, onto: bool = False, hands_on: int = -1) -> None:
-    """dst (T, M) = x Wᵀ with its epilogue, or with `ids` (T, U) dst (T, U, M), one expert's product for each of a token's pairs.
-
-    hands_on: the act_id under which dst is also left in scratch.handed.
-    """
+           scratch: Scratch, *, act_id: int = -1, eps: float = 0, scale: float = 1, softcap: float = 0, bias: DeviceView | None = None,
+           bias_up: DeviceView | None = None, residual: DeviceView | None = None, ids: DeviceView | None = None, glu: int = 0, onto: bool = False,
+           hands_on: HandOn | None = None) -> None:
+    """dst (T, M) = x Wᵀ with its epilogue, or with `ids` (T, U) dst (T, U, M), one expert's product for each of a token's pairs."""
     if up is not None and ids is None and dst.shape[0] > 1:         # two matrices' sums of several columns would not fit the registers
         matvec(weight, None, x, norm, dst, slots, stream, scratch, act_id=act_id, eps=eps, bias=bias)
         matvec(up, None, x, norm, dst, slots, stream, scratch, act_id=act_id, eps=eps, bias=bias_up, glu=glu, onto=True, hands_on=hands_on)
@@ -242,28 +241,14 @@ def matvec(weight: RelaidWeight, up: RelaidWeight | None, x: DeviceView, norm: D
     limit, per_token = math.prod(dst.shape[:-1]), math.prod(dst.shape[1:-1])
     columns = 1 if ids is not None else tile_of(limit)
     shape = shape_of(m, units, columns, up is not None)
+    after = hands_on.norm if hands_on is not None else None
     form = Form(weight.type, up.type if up is not None else "", columns=columns, experts=ids is not None, glu=glu, bias=bias is not None,
-                residual=residual is not None, onto=onto, hands_on=hands_on >= 0, **shape)
-    tiles = shape["rows"] * (WARPS // shape["split"])
+                residual=residual is not None, softcap=softcap != 0, onto=onto,
+                hands_on=hands_on.kind if hands_on is not None else -1, normed=after is not None, **shape)
     second = planes_of(up if up is not None else weight)
-    matvec_kernel(form)[(-(-m // tiles), -(-limit // columns)), 32 * WARPS, stream](
+    matvec_kernel(form)[(-(-m // form.per_block), -(-limit // columns)), 32 * WARPS, stream](
         *planes_of(weight), *second, act, total, array_of(ids, np.int32), per_token, limit // total, dst.array, array_of(bias, np.float32),
-        array_of(bias_up, np.float32), array_of(residual, np.float32), f32(scale), m, units, scratch.handed, counters(), slots, dst.slot, limit)
-    if hands_on >= 0:
-        scratch.handed_id = hands_on
+        array_of(bias_up, np.float32), array_of(residual, np.float32), f32(scale), f32(softcap), m, units, array_of(after, np.float32),
+        f32(hands_on.eps if hands_on is not None else 0), scratch.handing, counters(), slots, dst.slot, limit)
+    scratch.hand_on(hands_on)
 
-
-def matvec_three(steps: tuple[DeviceStep, DeviceStep, DeviceStep], slots: Any, stream: Any, scratch: Scratch) -> None:
-    """Three mul_mat steps over the same columns in one launch."""
-    weights: list[RelaidWeight] = [s.src[0].weight for s in steps]      # type: ignore[union-attr, misc]
-    x, norm = steps[0].src[1:3]
-    assert x is not None
-    act = prepared(x, weights[0], norm, steps[0].i[0], steps[0].f[0], slots, stream, scratch)
-    limit, units = x.shape[0], weights[0].k // factor(weights[0].type).unit
-    columns = tile_of(limit)
-    shape = shape_of(sum(w.rows for w in weights), units, columns, False)
-    forms = (Form(w.type, columns=columns, bias=s.src[3] is not None, **shape) for w, s in zip(weights, steps, strict=True))
-    tiles = shape["rows"] * (WARPS // shape["split"])
-    each = [(*planes_of(w), w.rows, s.dst.array, array_of(s.src[3], np.float32)) for w, s in zip(weights, steps, strict=True)]
-    three_kernel(*forms)[(sum(-(-w.rows // tiles) for w in weights), -(-limit // columns)), 32 * WARPS, stream](
-        *each[0], *each[1], *each[2], act, none_of(np.int32), units, scratch.handed, counters(), slots, steps[0].dst.slot, limit)

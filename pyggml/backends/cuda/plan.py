@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyggml.backends.base import Input
-from pyggml.backends.cuda.act import INT8, act_bytes
+from pyggml.backends.cuda.act import act_bytes
 from pyggml.backends.cuda.ahead import Ahead
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch, Needs, Scratch
+from pyggml.backends.cuda.cachestore import roped_bytes
 from pyggml.backends.cuda.device import Arena, Device, round_up, simulated
 from pyggml.backends.cuda.graphs import Recorder
 from pyggml.backends.cuda.merge import merged
@@ -220,14 +221,16 @@ class DeviceProgram:
             if step.op not in launches:
                 raise PyggmlError(f"the step {step.op} has no CUDA kernel; use -ngl 0")
         self.n_cells = max((s.src[1].shape[1] for s in self.steps if s.op.startswith("attention") and s.src[1] is not None), default=1)
-        self.steps = merged(self.steps)
+        self.steps = merged(self.steps, [r.place for r in self.results])
         if Ahead.fits(self):
             self.ahead = Ahead(self, launches)
         more = self.ahead.own_steps if self.ahead is not None else []
         wants = [needs[s.op](s, self.n_cells) for s in (*self.steps, *more) if s.op in needs]
         act, temp = (self.take(max((w[i] for w in wants), default=0) or 1) for i in range(2))
-        handed = self.take(max((act_bytes(INT8, s.dst.shape[-1], math.prod(s.dst.shape[:-1])) for s in self.steps if s.hands_on >= 0), default=1))
-        self.scratch = Scratch(act, handed, temp, self.n_cells)
+        left = max((act_bytes(s.hands_on.kind, s.dst.shape[-1], math.prod(s.dst.shape[:-1])) for s in self.steps if s.hands_on), default=1)
+        handed, handing = self.take(left), self.take(left)
+        roped = max((roped_bytes(s) for s in self.steps if s.op == "attention_step"), default=4)
+        self.scratch = Scratch(act, handed, handing, self._array(self.take(roped), "F32", roped // 4), temp, self.n_cells)
         self._launches = [(launches[s.op], s) for s in self.steps]
         self._recorder = Recorder(self.device)
         return self

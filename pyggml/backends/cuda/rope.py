@@ -49,13 +49,15 @@ def rotated(x, row, i, d, half, mode, table, t):
 
 
 @device
-def rope_at(x, row, d, half, mode, table, t):
-    """Number d of a head's row after rotation, for who writes elsewhere than it reads."""
+def rope_at(x, row, d, half, mode, table, t, norm, factor, normed):
+    """Number d of a head's row after rotation (and, before it, a norm: times the factor and its weights), for who writes elsewhere than it reads."""
     if d >= 2 * half:
-        return x[row + d]
+        return x[row + d] * factor * norm[d] if normed else x[row + d]
     i = d >> 1 if mode == 0 else (d if d < half else d - half)
     first, second = (2 * i, 2 * i + 1) if mode == 0 else (i, i + half)
     a, b = x[row + first], x[row + second]
+    if normed:
+        a, b = a * factor * norm[first], b * factor * norm[second]
     c, s = table[2 * (t * half + i)], table[2 * (t * half + i) + 1]
     return a * c - b * s if d == first else a * s + b * c
 

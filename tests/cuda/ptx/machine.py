@@ -88,7 +88,9 @@ class Entry:
             out.append((register, int(target), last.guard.startswith("!"), kind == "trap"))
         return out
 
-    def launch(self, memory: Global, grid: Sequence[int], block: Sequence[int], params: Sequence[bytes], dynamic_shared: int = 0) -> None:
+    def launch(self, memory: Global, grid: Sequence[int], block: Sequence[int], params: Sequence[bytes], dynamic_shared: int = 0,
+               last_only: bool = False) -> None:
+        """last_only: of the grid's blocks only the last runs."""
         grid, block = (*grid, 1, 1)[:3], (*block, 1, 1)[:3]
         if any(not 0 < g <= most for g, most in zip(grid, LIMITS, strict=True)):
             raise Fault(f"a grid of {grid} blocks cannot be launched")
@@ -108,7 +110,7 @@ class Entry:
         total = int(np.prod(grid, dtype=np.int64))
         at_once = max(1, AT_ONCE // per_block)
         with np.errstate(all="ignore"):
-            for first in range(0, total, at_once):
+            for first in range(total - 1 if last_only else 0, total, at_once):
                 numbers = np.arange(first, min(first + at_once, total))
                 State(self, memory, grid, block, numbers, params, dynamic_shared).run()
 
