@@ -52,7 +52,6 @@ INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n,
 // ---- blocks of a type ----------------------------------------------------------------------------------------------------------------------
 typedef enum { NEVER, WITHOUT_IMPORTANCE, WITH_IMPORTANCE, ALWAYS } when;
 INLINE int holds(when w, const float *importance) { return w == ALWAYS || w == (importance ? WITH_IMPORTANCE : WITHOUT_IMPORTANCE); }
-typedef struct { vf xx, ex, ee; } errors;        // sums over weights x and their errors e of w x x, w e x, w e e
 static const errors no_errors = {{0}, {0}, {0}};
 typedef struct {
     int block, bytes;
@@ -72,10 +71,9 @@ INLINE vf stretch(errors s, int longer, fitted *f) {
     f->stored = f->d;
     f->stored_min = f->dmin;
     if (!longer) return s.ee;
-    vf along = (COHERENCE - 1) * vf_inverse(s.xx), xv = s.xx - s.ex, vv = s.xx - 2.0f * s.ex + s.ee;
-    vf loss = s.ee + along * s.ex * s.ex, curvature = vv + along * xv * xv, best = COHERENCE * xv * vf_inverse(curvature);
-    vf ratio = vf_half(f->d * best) * vf_inverse(vf_half(f->d));
-    vf saved = curvature * ((best - 1) * (best - 1) - (ratio - best) * (ratio - best));
+    moments m = moments_of(s);
+    vf loss = loss_of(s), best = best_scale(m), ratio = vf_half(f->d * best) * vf_inverse(vf_half(f->d));
+    vf saved = curvature(m) * ((best - 1) * (best - 1) - (ratio - best) * (ratio - best));
     vi better = (ratio > 1) & (saved > 0);
     vf_keep(better, &f->stored, f->d * best);
     vf_keep(better, &f->stored_min, f->dmin * best);

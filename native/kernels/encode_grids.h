@@ -154,6 +154,18 @@ INLINE void nearest_values(const grid_type *type, const grid *g, const float *x,
     (is_ternary(type) ? nearest_ternary : nearest_magnitudes)(type, g, x, w, factor, c);
 }
 
+// The moments of a group, in every lane.
+INLINE moments group_moments(int n, const float *x, const float *w, const float *v) {
+    vf xx = {0}, xv = {0}, vv = {0};
+    for (int i = 0; i < n; i += VL) {
+        vf wx = vf_load(w + i) * vf_load(x + i), wv = vf_load(w + i) * vf_load(v + i);
+        xx = vf_fma(wx, vf_load(x + i), xx);
+        xv = vf_fma(wx, vf_load(v + i), xv);
+        vv = vf_fma(wv, vf_load(v + i), vv);
+    }
+    return (moments){vf_set(vf_sum(xx)), vf_set(vf_sum(xv)), vf_set(vf_sum(vv))};
+}
+
 // ---- the search ----------------------------------------------------------------------------------------------------------------------------
 // The scale of least squares for a group without the codebook: the best of 25. Of equally good ones the smallest leaves other groups the
 // finest steps.
@@ -191,11 +203,12 @@ static void search_grid(const grid_type *type, const grid *grid, const float *x,
         for (int polish = 0; polish < 2 && now != 0; polish++) {
             grid_group c;
             nearest_values(type, grid, xg, wg, 1 / now, &c);
-            moments m = moments_of(type->group, xg, wg, c.value);
-            if (!(m.xv * m.xv > gain * m.vv)) break;
-            now = m.xv / m.vv;
-            gain = m.xv * now;
-            scale[g] = best_scale(m), swell[g] = scale[g] / now;
+            moments m = group_moments(type->group, xg, wg, c.value);
+            float xv = m.xv[0], vv = m.vv[0];
+            if (!(xv * xv > gain * vv)) break;
+            now = xv / vv;
+            gain = xv * now;
+            scale[g] = best_scale(m)[0], swell[g] = scale[g] / now;
         }
         if (scale[g] > top) top = scale[g];
     }
@@ -214,17 +227,17 @@ static void search_grid(const grid_type *type, const grid *grid, const float *x,
                 grid_group c;
                 float factor = type->step * s + type->offset;
                 nearest_values(type, grid, xg, wg, swell[g] * inverse(d * factor), &c);
-                moments m = moments_of(type->group, xg, wg, c.value);
-                float loss = loss_at(m, d * factor);
+                moments m = group_moments(type->group, xg, wg, c.value);
+                float loss = loss_of(errors_at(m, vf_set(d * factor)))[0];
                 if (!(loss < least) && s > 0 && least < INFINITY) continue;
                 least = loss, of_best = m;
                 keep_group(type, g, &c, s, &now);
             }
             float factor = type->step * now.s[g] + type->offset;
-            num += COHERENCE * factor * of_best.xv;
-            den += factor * factor * curvature(of_best);
+            num += COHERENCE * factor * of_best.xv[0];
+            den += factor * factor * curvature(of_best)[0];
             total += least;
-            scale[g] = best_scale(of_best);
+            scale[g] = best_scale(of_best)[0];
         }
         if (total < best) best = total, *out = now, out->d = d;
         if (!(total < last) || !(den > 0)) break;
