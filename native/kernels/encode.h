@@ -41,6 +41,7 @@ INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n,
         int64_t b = k + (l < count ? l : count - 1), per_row = n / block;
         from[l] = x + b * block;
         weights[l] = importance ? importance + b % per_row * block : x;
+        for (int i = 0; i < block; i += LINE / 4) __builtin_prefetch(from[l] + VL * block + i);     // of the blocks that come next
         if (importance && given == WITH_ROW) row[l] = mean_square(b / per_row, n, x, last);
     }
     load_lanes(block, from, t->x);
@@ -97,9 +98,9 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
     }
     int64_t blocks = rows * (n / e->block);
     row_square last = {-1, 0};
+    fitted f = {0}, other = {0};
     for (int64_t k = 0; k < blocks; k += VL, dst += VL * e->bytes) {
         slab t;
-        fitted f = {0}, other = {0};
         int count = load_blocks(&t, e->block, k, blocks, n, x, importance, search ? e->searched : e->plain, e->given, &last);
         e->fit(&t, search, weighted, &f);
         if (!search || !(fits || longer)) stretch(no_errors, 0, &f);

@@ -7,25 +7,23 @@ typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_
 typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK } importance_weights;
 INLINE vf vf_weight(vf importance, vf square, vf x) { return importance * vf_sqrt(square + x * x); }
 
-// t->x is filled, t->w holds the importance if there is one. row: the mean square of each block's row.
+INLINE vf squares_of(int n, const vf *x) {             // lane by lane, in ggml's order
+    vf sum = {0};
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum;
+}
+// w: holds the importance if there is one. row: the mean square of each block's row.
 INLINE void weigh(plain_weights plain, importance_weights given, int weighted, vf row, int n, const vf *x, vf *w) {
-    if (weighted && given == AS_GIVEN) return;
-    vf square = {0};
-    for (int i = 0; i < n; i++) square += x[i] * x[i];
-    square = given == WITH_ROW ? row : square * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
-    for (int i = 0; i < n; i++) {
-        if (weighted) w[i] = vf_weight(w[i], square, x[i]);
-        else if (plain == EQUAL) w[i] = vf_set(1);
-        else if (plain == SQUARE) w[i] = x[i] * x[i];
-        else if (plain == MAGNITUDE) w[i] = vf_abs(x[i]);
-        else {
-            if (i % 32 == 0) {
-                square = vf_set(0);
-                for (int j = i; j < i + 32; j++) square += x[j] * x[j];
-                square = vf_sqrt(square / 32.0f);
-            }
-            w[i] = square + vf_abs(x[i]);
-        }
+    if (weighted) {
+        if (given == AS_GIVEN) return;
+        vf square = given == WITH_ROW ? row : squares_of(n, x) * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
+        for (int i = 0; i < n; i++) w[i] = vf_weight(w[i], square, x[i]);
+    } else if (plain == EQUAL) for (int i = 0; i < n; i++) w[i] = vf_set(1);
+    else if (plain == SQUARE) for (int i = 0; i < n; i++) w[i] = x[i] * x[i];
+    else if (plain == MAGNITUDE) for (int i = 0; i < n; i++) w[i] = vf_abs(x[i]);
+    else for (int i = 0; i < n; i += 32) {
+        vf rms = vf_sqrt(squares_of(32, x + i) / 32.0f);
+        for (int j = i; j < i + 32; j++) w[j] = rms + vf_abs(x[j]);
     }
 }
 
