@@ -55,10 +55,11 @@ ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVE
 // ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
 #define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
 #define SEARCHED_RANGES(top) {(top) - 3, 0.3f, 16, 1}
-#define AFFINE(name, TOP, BELOW, STEP, N, FIFTH)                                                        \
+#define AFFINE(name, TOP, FIFTH)                                                                        \
     static void fit_##name(const slab *t, int search, int weighted, fitted *f) {                        \
         vf products[32];                                                                                \
-        affine_candidates c = {(TOP) - (BELOW), STEP, N, 0};                                            \
+        affine_candidates c = SEARCHED_RANGES(TOP);                                                     \
+        c.polish = 0;                          /* that is done in half floats */                        \
         affine_fit a = !search ? compat_affine(TOP, BY_SQUARES, (affine_candidates)WEIGHTED_RANGES(TOP), 32, t->x, t->w) \
                      : weighted ? fit_affine_direct(TOP, c, 32, weights_of(32, t->x, t->w, products))   \
                      : fit_affine_direct(TOP, c, 32, weights_of(32, t->x, NULL, products));             \
@@ -77,8 +78,8 @@ ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVE
         FIFTH;                                                                                          \
     }                                                                                                   \
     ENCODER(name, 32, direct_affine_errors(TOP, 32, t, f), quantize_##name, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
-AFFINE(q4_1, 15, 1.8f, 0.35f, 8, )
-AFFINE(q5_1, 31, 2.1f, 0.25f, 12, pack_fifth_bits(codes, b->qh))
+AFFINE(q4_1, 15, )
+AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
 
 // With the signs given, the weighted mean magnitude is the best scale there is.
 static int encode_q1_0(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) {

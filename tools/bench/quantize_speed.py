@@ -56,7 +56,7 @@ def timed(command: list[str]) -> tuple[float, int]:
 def first_layers(model: str, n: int, target: str) -> str:
     """Path of a copy of the model with its first n layers, tensors as they are."""
     kv = formats.open(model).kv
-    quantize_file(model, target, "COPY", prune_layers=range(n, kv[f"{kv['general.architecture']}.block_count"]))
+    quantize_file(model, target, "COPY", prune_layers=[*range(n, kv[f"{kv['general.architecture']}.block_count"])])
     return target
 
 
