@@ -41,6 +41,7 @@ INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n,
         int64_t b = k + (l < count ? l : count - 1), per_row = n / block;
         from[l] = x + b * block;
         weights[l] = importance ? importance + b % per_row * block : x;
+        for (int i = 0; i < block; i += LINE / 4) __builtin_prefetch(from[l] + VL * block + i);     // of the blocks that come next
         if (importance && given == WITH_ROW) row[l] = mean_square(b / per_row, n, x, last);
     }
     load_lanes(block, from, t->x);
@@ -52,7 +53,6 @@ INLINE int load_blocks(slab *t, int block, int64_t k, int64_t blocks, int64_t n,
 // ---- blocks of a type ----------------------------------------------------------------------------------------------------------------------
 typedef enum { NEVER, WITHOUT_IMPORTANCE, WITH_IMPORTANCE, ALWAYS } when;
 INLINE int holds(when w, const float *importance) { return w == ALWAYS || w == (importance ? WITH_IMPORTANCE : WITHOUT_IMPORTANCE); }
-typedef struct { vf xx, ex, ee; } errors;        // sums over weights x and their errors e of w x x, w e x, w e e
 static const errors no_errors = {{0}, {0}, {0}};
 typedef struct {
     int block, bytes;
@@ -72,10 +72,9 @@ INLINE vf stretch(errors s, int longer, fitted *f) {
     f->stored = f->d;
     f->stored_min = f->dmin;
     if (!longer) return s.ee;
-    vf along = (COHERENCE - 1) * vf_inverse(s.xx), xv = s.xx - s.ex, vv = s.xx - 2.0f * s.ex + s.ee;
-    vf loss = s.ee + along * s.ex * s.ex, curvature = vv + along * xv * xv, best = COHERENCE * xv * vf_inverse(curvature);
-    vf ratio = vf_half(f->d * best) * vf_inverse(vf_half(f->d));
-    vf saved = curvature * ((best - 1) * (best - 1) - (ratio - best) * (ratio - best));
+    moments m = moments_of(s);
+    vf loss = loss_of(s), best = best_scale(m), ratio = vf_half(f->d * best) * vf_inverse(vf_half(f->d));
+    vf saved = curvature(m) * ((best - 1) * (best - 1) - (ratio - best) * (ratio - best));
     vi better = (ratio > 1) & (saved > 0);
     vf_keep(better, &f->stored, f->d * best);
     vf_keep(better, &f->stored_min, f->dmin * best);
@@ -99,9 +98,9 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
     }
     int64_t blocks = rows * (n / e->block);
     row_square last = {-1, 0};
+    fitted f = {0}, other = {0};
     for (int64_t k = 0; k < blocks; k += VL, dst += VL * e->bytes) {
         slab t;
-        fitted f = {0}, other = {0};
         int count = load_blocks(&t, e->block, k, blocks, n, x, importance, search ? e->searched : e->plain, e->given, &last);
         e->fit(&t, search, weighted, &f);
         if (!search || !(fits || longer)) stretch(no_errors, 0, &f);

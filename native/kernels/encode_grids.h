@@ -121,29 +121,41 @@ static void nearest_magnitudes(const grid_type *type, const grid *g, const float
         }
     }
 }
+// No entry is nearer than the levels nearest to each weight: what those leave tells which shift to try first, and often that the other cannot win.
 static void nearest_ternary(const grid_type *type, const grid *g, const float *x, const float *w, float factor, grid_group *c) {
-    float t[2][32], least[4];
+    float t[2][32], bound[2][4];
     uint8_t level[2][32];
     memset(c->minus, 0, sizeof c->minus);
     for (int down = 0; down < 2; down++) {
-        for (int i = 0; i < type->group; i += VL) vf_store(t[down] + i, vf_load(x + i) * factor - (down ? -EIGHTH : EIGHTH));
+        float left[32];
+        for (int i = 0; i < type->group; i += VL) {
+            vf shifted = vf_load(x + i) * factor - (down ? -EIGHTH : EIGHTH), off = shifted - vf_clamp(vf_round(shifted), -1, 1);
+            vf_store(t[down] + i, shifted);
+            vf_store(left + i, vf_load(w + i) * off * off);
+        }
         levels_near(g, type->group, t[down], level[down]);
+        for (int i = 0; i < type->group; i += 8) bound[down][i / 8] = f32x8_sum(f32x8_load(left + i));
     }
     for (int i = 0; i < type->group; i += type->span) {
-        for (int down = 0; down < 2; down++) {
-            float distance = 0, v[32];
+        float least = INFINITY, total[2] = {0};
+        for (int j = i; j < i + type->span; j += 8) total[0] += bound[0][j / 8], total[1] += bound[1][j / 8];
+        const int first = total[1] < total[0];
+        for (int turn = 0; turn < 2; turn++) {
+            int down = first ^ turn;
+            float distance = total[down], v[32];
             uint16_t entry[4];
-            for (int j = 0; j < type->span; j += 8) {
+            for (int j = 0; j < type->span && distance < least; j += 8) {
                 const float *tj = t[down] + i + j;
                 int e = entry[j / 8] = nearest_entry(g, tj, level[down] + i + j, w + i + j, &g->own, 0);
+                distance -= bound[down][(i + j) / 8];
                 for (int k = 0; k < 8; k++) {
                     float off = tj[k] - g->value[8 * e + k];
                     distance += w[i + j + k] * off * off;
                     v[j + k] = g->value[8 * e + k] + (down ? -EIGHTH : EIGHTH);
                 }
             }
-            if (down && distance >= least[i / type->span]) continue;
-            least[i / type->span] = distance;
+            if (!(distance < least)) continue;
+            least = distance;
             memcpy(c->value + i, v, type->span * sizeof *v);
             memcpy(c->entry + i / 8, entry, type->span / 8 * sizeof *entry);
             memset(c->down + i / 8, down, type->span / 8);
@@ -154,14 +166,26 @@ INLINE void nearest_values(const grid_type *type, const grid *g, const float *x,
     (is_ternary(type) ? nearest_ternary : nearest_magnitudes)(type, g, x, w, factor, c);
 }
 
+// The moments of a group, in every lane.
+INLINE moments group_moments(int n, const float *x, const float *w, const float *v) {
+    vf xx = {0}, xv = {0}, vv = {0};
+    for (int i = 0; i < n; i += VL) {
+        vf wx = vf_load(w + i) * vf_load(x + i), wv = vf_load(w + i) * vf_load(v + i);
+        xx = vf_fma(wx, vf_load(x + i), xx);
+        xv = vf_fma(wx, vf_load(v + i), xv);
+        vv = vf_fma(wv, vf_load(v + i), vv);
+    }
+    return (moments){vf_set(vf_sum(xx)), vf_set(vf_sum(xv)), vf_set(vf_sum(vv))};
+}
+
 // ---- the search ----------------------------------------------------------------------------------------------------------------------------
-// The scale of least squares for a group without the codebook: the best of 25. Of equally good ones the smallest leaves other groups the
+// The scale of least squares for a group without the codebook: the best of 13. Of equally good ones the smallest leaves other groups the
 // finest steps.
 static float rough_scale(const grid_type *type, const grid *g, const float *x, const float *w) {
     float max = abs_max(type->group, x), best = 0, best_gain = 0;
     if (max < 1e-15f) return 0;
-    for (int i = 0; i <= 24; i++) {
-        float factor = type->top * (1.3f - 0.7f * i / 24) / max;
+    for (int i = 0; i <= 12; i++) {
+        float factor = type->top * (1.3f - 0.7f * i / 12) / max;
         for (int down = 0; down <= is_ternary(type); down++) {
             float shift = !is_ternary(type) ? 0 : down ? -EIGHTH : EIGHTH;
             vf xv = {0}, vv = {0};
@@ -191,11 +215,12 @@ static void search_grid(const grid_type *type, const grid *grid, const float *x,
         for (int polish = 0; polish < 2 && now != 0; polish++) {
             grid_group c;
             nearest_values(type, grid, xg, wg, 1 / now, &c);
-            moments m = moments_of(type->group, xg, wg, c.value);
-            if (!(m.xv * m.xv > gain * m.vv)) break;
-            now = m.xv / m.vv;
-            gain = m.xv * now;
-            scale[g] = best_scale(m), swell[g] = scale[g] / now;
+            moments m = group_moments(type->group, xg, wg, c.value);
+            float xv = m.xv[0], vv = m.vv[0];
+            if (!(xv * xv > gain * vv)) break;
+            now = xv / vv;
+            gain = xv * now;
+            scale[g] = best_scale(m)[0], swell[g] = scale[g] / now;
         }
         if (scale[g] > top) top = scale[g];
     }
@@ -209,22 +234,23 @@ static void search_grid(const grid_type *type, const grid *grid, const float *x,
             float ratio = (scale[g] * inverse(d) - type->offset) / type->step, least = INFINITY;
             int middle = !(ratio > 0) ? 0 : ratio > type->most ? type->most : (int)nearbyintf(ratio);      // of a NaN, too, 0
             moments of_best = {0};
-            for (int s = middle - 1; s <= middle + 1; s++) {
+            int reach = round && is_ternary(type) ? 0 : 1;       // few multipliers: the first round finds them
+            for (int s = middle - reach; s <= middle + reach; s++) {
                 if (s < 0 || s > type->most) continue;
                 grid_group c;
                 float factor = type->step * s + type->offset;
                 nearest_values(type, grid, xg, wg, swell[g] * inverse(d * factor), &c);
-                moments m = moments_of(type->group, xg, wg, c.value);
-                float loss = loss_at(m, d * factor);
+                moments m = group_moments(type->group, xg, wg, c.value);
+                float loss = loss_of(errors_at(m, vf_set(d * factor)))[0];
                 if (!(loss < least) && s > 0 && least < INFINITY) continue;
                 least = loss, of_best = m;
                 keep_group(type, g, &c, s, &now);
             }
             float factor = type->step * now.s[g] + type->offset;
-            num += COHERENCE * factor * of_best.xv;
-            den += factor * factor * curvature(of_best);
+            num += COHERENCE * factor * of_best.xv[0];
+            den += factor * factor * curvature(of_best)[0];
             total += least;
-            scale[g] = best_scale(of_best);
+            scale[g] = best_scale(of_best)[0];
         }
         if (total < best) best = total, *out = now, out->d = d;
         if (!(total < last) || !(den > 0)) break;

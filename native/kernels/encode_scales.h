@@ -10,23 +10,23 @@ static candidates from_ends(const levels *p, float above, float step, int n) {
     add_candidates(&c, p->high + above, -step, n);
     return c;
 }
-#define FIT_INTEGERS(name, QK, first, last, above, step, n)                                              \
+#define FIT_INTEGERS(name, QK, first, last, above, step, n, polish)                                     \
     static const levels levels_##name = INTEGERS(first, last);                                          \
     static void fit_##name(const slab *t, int search, int weighted, fitted *f) {                        \
         candidates c = search ? from_ends(&levels_##name, above, step, n) : tenths_around(-(first));    \
         vf products[QK];                                                                                \
         scale_fit s = !search ? fit_scale(&levels_##name, &c, 0, QK, as_ggml(t->x, t->w))               \
-                    : weighted ? fit_direct(&levels_##name, &c, QK, weights_of(QK, t->x, t->w, products)) \
-                    : fit_direct(&levels_##name, &c, QK, weights_of(QK, t->x, NULL, products));         \
+                    : weighted ? fit_direct(&levels_##name, &c, polish, QK, weights_of(QK, t->x, t->w, products)) \
+                    : fit_direct(&levels_##name, &c, polish, QK, weights_of(QK, t->x, NULL, products)); \
         f->d = s.scale;                                                                                 \
         f->factor = s.factor;                                                                           \
     }
-FIT_INTEGERS(q4_0, 32, -8, 7, 0.8f, 0.32f, 6)
-FIT_INTEGERS(q5_0, 32, -16, 15, 0.8f, 0.32f, 6)
-FIT_INTEGERS(q8_0, 32, -127, 127, 0.4f, 0.75f, 12)
-FIT_INTEGERS(q2_0, 64, -1, 2, 1, 0.1f, 21)
-FIT_INTEGERS(tq1_0, 256, -1, 1, 0.95f, 0.1f, 20)
-FIT_INTEGERS(tq2_0, 256, -1, 1, 0.95f, 0.1f, 20)
+FIT_INTEGERS(q4_0, 32, -8, 7, 0.65f, 0.32f, 6, 0)
+FIT_INTEGERS(q5_0, 32, -16, 15, 0.8f, 0.32f, 6, 0)
+FIT_INTEGERS(q8_0, 32, -127, 127, 0.4f, 0.75f, 12, 0)
+FIT_INTEGERS(q2_0, 64, -1, 2, 1, 0.1f, 21, 2)
+FIT_INTEGERS(tq1_0, 256, -1, 1, 0.95f, 0.1f, 20, 2)
+FIT_INTEGERS(tq2_0, 256, -1, 1, 0.95f, 0.1f, 20, 2)
 
 #define PACK_INTEGERS(name, QK, ZERO, PUT)                                                              \
     static void pack_##name(const float *x, const fitted *f, int l, void *block) {                      \
@@ -54,11 +54,12 @@ ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVE
 
 // ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
 #define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
-#define SEARCHED_RANGES(top) {(top) - 3, 0.3f, 14, 1}
+#define SEARCHED_RANGES(top) {(top) - 3, 0.3f, 16, 1}
 #define AFFINE(name, TOP, FIFTH)                                                                        \
     static void fit_##name(const slab *t, int search, int weighted, fitted *f) {                        \
         vf products[32];                                                                                \
         affine_candidates c = SEARCHED_RANGES(TOP);                                                     \
+        c.polish = 0;                          /* that is done in half floats */                        \
         affine_fit a = !search ? compat_affine(TOP, BY_SQUARES, (affine_candidates)WEIGHTED_RANGES(TOP), 32, t->x, t->w) \
                      : weighted ? fit_affine_direct(TOP, c, 32, weights_of(32, t->x, t->w, products))   \
                      : fit_affine_direct(TOP, c, 32, weights_of(32, t->x, NULL, products));             \
@@ -110,7 +111,7 @@ static void fit_iq4_nl(const slab *t, int search, int weighted, fitted *f) {
     const levels p = levels_of(iq4_values);
     candidates c = iq4_candidates(&p, search);
     vf products[32];
-    f->d = search ? fit_direct(&p, &c, 32, weights_of(32, t->x, t->w, products)).scale : fit_scale(&p, &c, 0, 32, as_ggml(t->x, t->w)).scale;
+    f->d = search ? fit_direct(&p, &c, 2, 32, weights_of(32, t->x, t->w, products)).scale : fit_scale(&p, &c, 0, 32, as_ggml(t->x, t->w)).scale;
     f->factor = vf_inverse(f->d);
 }
 static void pack_iq4_nl(const float *x, const fitted *f, int l, void *block) {
@@ -130,6 +131,7 @@ static void fit_mxfp4(const slab *t, int search, int weighted, fitted *f) {
     const levels p = levels_of(fp4_values);
     vf top = vf_abs(signed_top(32, t->x)), best = vf_set(-INFINITY);
     vi middle = ((vi)top >> 23) - 2;
+    f->s[0] = vf_set(0);
     for (int i = -2; i <= 1; i++) {
         vi e = middle + i;
         e = e & (e > 0);
@@ -157,6 +159,7 @@ static void fit_nvfp4(const slab *t, int search, int weighted, fitted *f) {
         vf top = vf_abs(signed_top(16, t->x + 16 * g)), best = vf_set(-INFINITY);
         vi middle;
         for (int l = 0; l < VL; l++) middle[l] = f32_to_ue4m3(top[l] / 6).bits;
+        f->s[g] = vf_set(0);
         for (int i = -7; i <= 4; i++) {                       // eight steps are an octave
             vi e = middle + i, over = e > 0x7e;
             e = e & (e > 0);

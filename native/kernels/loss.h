@@ -7,25 +7,23 @@ typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_
 typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK } importance_weights;
 INLINE vf vf_weight(vf importance, vf square, vf x) { return importance * vf_sqrt(square + x * x); }
 
-// t->x is filled, t->w holds the importance if there is one. row: the mean square of each block's row.
+INLINE vf squares_of(int n, const vf *x) {             // lane by lane, in ggml's order
+    vf sum = {0};
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum;
+}
+// w: holds the importance if there is one. row: the mean square of each block's row.
 INLINE void weigh(plain_weights plain, importance_weights given, int weighted, vf row, int n, const vf *x, vf *w) {
-    if (weighted && given == AS_GIVEN) return;
-    vf square = {0};
-    for (int i = 0; i < n; i++) square += x[i] * x[i];
-    square = given == WITH_ROW ? row : square * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
-    for (int i = 0; i < n; i++) {
-        if (weighted) w[i] = vf_weight(w[i], square, x[i]);
-        else if (plain == EQUAL) w[i] = vf_set(1);
-        else if (plain == SQUARE) w[i] = x[i] * x[i];
-        else if (plain == MAGNITUDE) w[i] = vf_abs(x[i]);
-        else {
-            if (i % 32 == 0) {
-                square = vf_set(0);
-                for (int j = i; j < i + 32; j++) square += x[j] * x[j];
-                square = vf_sqrt(square / 32.0f);
-            }
-            w[i] = square + vf_abs(x[i]);
-        }
+    if (weighted) {
+        if (given == AS_GIVEN) return;
+        vf square = given == WITH_ROW ? row : squares_of(n, x) * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
+        for (int i = 0; i < n; i++) w[i] = vf_weight(w[i], square, x[i]);
+    } else if (plain == EQUAL) for (int i = 0; i < n; i++) w[i] = vf_set(1);
+    else if (plain == SQUARE) for (int i = 0; i < n; i++) w[i] = x[i] * x[i];
+    else if (plain == MAGNITUDE) for (int i = 0; i < n; i++) w[i] = vf_abs(x[i]);
+    else for (int i = 0; i < n; i += 32) {
+        vf rms = vf_sqrt(squares_of(32, x + i) / 32.0f);
+        for (int j = i; j < i + 32; j++) w[j] = rms + vf_abs(x[j]);
     }
 }
 
@@ -33,22 +31,13 @@ INLINE void weigh(plain_weights plain, importance_weights given, int weighted, v
 // (by 6 % in two bits); the inputs of a layer go together, so such errors add up from column to column and from layer to layer, where
 // others cancel: divergence is least when the shrinking is taken back almost whole.
 #define COHERENCE 4.0f
-// Of errors e of weights x, each product weighted: sums of e e, e x, x x.
-INLINE float loss_of(float ee, float ex, float xx) { return ee + (xx > 0 ? (COHERENCE - 1) * ex * ex / xx : 0); }
-
-typedef struct { float xx, xv, vv; } moments;              // sums over weights x and values v of w x x, w x v, w v v
-INLINE moments moments_of(int n, const float *x, const float *w, const float *v) {
-    vf xx = {0}, xv = {0}, vv = {0};
-    for (int i = 0; i < n; i += VL) {
-        vf wx = vf_load(w + i) * vf_load(x + i), wv = vf_load(w + i) * vf_load(v + i);
-        xx = vf_fma(wx, vf_load(x + i), xx);
-        xv = vf_fma(wx, vf_load(v + i), xv);
-        vv = vf_fma(wv, vf_load(v + i), vv);
-    }
-    return (moments){vf_sum(xx), vf_sum(xv), vf_sum(vv)};
-}
-// The loss of scale * v.
-INLINE float loss_at(moments m, float scale) { return loss_of(m.xx - 2 * scale * m.xv + scale * scale * m.vv, m.xx - scale * m.xv, m.xx); }
-// The scale of least loss is COHERENCE * xv / this.
-INLINE float curvature(moments m) { return m.xx > 0 ? m.vv + (COHERENCE - 1) * m.xv * m.xv / m.xx : 0; }
-INLINE float best_scale(moments m) { float c = curvature(m); return c > 0 ? COHERENCE * m.xv / c : 0; }
+// Sums over weights x, their errors e and the values v that stand for them, each product weighted; in each lane those of a block or group.
+typedef struct { vf xx, ex, ee; } errors;
+typedef struct { vf xx, xv, vv; } moments;
+INLINE vf loss_of(errors s) { return s.ee + (COHERENCE - 1) * vf_inverse(s.xx) * s.ex * s.ex; }
+INLINE moments moments_of(errors s) { return (moments){s.xx, s.xx - s.ex, s.xx - 2.0f * s.ex + s.ee}; }
+// The errors of scale * v.
+INLINE errors errors_at(moments m, vf scale) { return (errors){m.xx, m.xx - scale * m.xv, m.xx - 2.0f * scale * m.xv + scale * scale * m.vv}; }
+// The loss of scale * v is curvature * (scale - best_scale)^2 above the least. Weights that are all zero have no say in a scale.
+INLINE vf curvature(moments m) { return vf_select(m.xx > 0, m.vv + (COHERENCE - 1) * vf_inverse(m.xx) * m.xv * m.xv, vf_set(0)); }
+INLINE vf best_scale(moments m) { return COHERENCE * m.xv * vf_inverse(curvature(m)); }

@@ -61,9 +61,9 @@ INLINE weights weights_of(int n, const vf *x, const vf *w, vf *products) {
 INLINE weights part(weights t, int at) { return (weights){t.x + at, t.w ? t.w + at : NULL, t.wx + at}; }
 INLINE vf weighted(weights t, int i, vf v) { return t.w ? t.w[i] * v : v; }
 INLINE vf energy_of(int n, weights t) {
-    vf sum = {0};
-    for (int i = 0; i < n; i++) sum = vf_fma(t.wx[i], t.x[i], sum);
-    return sum;
+    vf sum[2] = {{0}, {0}};                      // of every other weight, so that no sum waits for itself
+    for (int i = 0; i < n; i += 2) UNROLL(2) for (int k = 0; k < 2; k++) sum[k] = vf_fma(t.wx[i + k], t.x[i + k], sum[k]);
+    return sum[0] + sum[1];
 }
 
 // ---- one scale -------------------------------------------------------------------------------------------------------------------------------
@@ -91,9 +91,21 @@ INLINE sums sums_at(const levels *p, int n, weights t, vf factor) {
     return s;
 }
 INLINE vf gain_of(sums s, vf d) { return d * (2.0f * s.xv - d * s.vv); }
+INLINE void range_of(int n, const vf *x, vf *low, vf *high) {
+    vf down[2] = {x[0], x[1]}, up[2] = {x[0], x[1]};
+    for (int i = 2; i < n; i += 2) UNROLL(2) for (int k = 0; k < 2; k++) {
+        down[k] = vf_min(down[k], x[i + k]);
+        up[k] = vf_max(up[k], x[i + k]);
+    }
+    *low = vf_min(down[0], down[1]);
+    *high = vf_max(up[0], up[1]);
+}
 INLINE vf signed_top(int n, const vf *x) {       // the value of largest magnitude, of two the first
-    vf top = x[0];
-    for (int i = 1; i < n; i++) top = vf_select(vf_abs(x[i]) > vf_abs(top), x[i], top);
+    vf low, high;
+    range_of(n, x, &low, &high);
+    vf top = vf_select(high > -low, high, low);
+    vi twice = (high == -low) & (high != 0);
+    if (vi_any(twice)) for (int i = n - 1; i >= 0; i--) vf_keep(twice & (vf_abs(x[i]) == high), &top, x[i]);
     return vf_select(vf_abs(top) < 1e-15f, vf_set(0), top);
 }
 
@@ -102,16 +114,18 @@ typedef struct { int n; float anchor[MAX_CANDIDATES]; } candidates;        // wh
 static void add_candidates(candidates *c, float from, float step, int n) { for (int i = 0; i < n; i++) c->anchor[c->n++] = from + step * i; }
 
 typedef struct { vf scale, factor, gain; } scale_fit;      // factor: what made the codes, the inverse of the scale before its quotient
+enum { TOGETHER = 4 };                           // candidates whose sums are made in one pass over the weights
 // half: the scale is stored as a half float, so it is judged after that rounding.
 INLINE scale_fit fit_scale(const levels *p, const candidates *c, int half, int n, weights t) {
     scale_fit best = {{0}, {0}, {0}};
     vf inverse_top = vf_inverse(signed_top(n, t.x));
-    for (int i = 0; i < c->n; i += 2) {
-        vf factor[2] = {c->anchor[i] * inverse_top, c->anchor[i + 1 < c->n ? i + 1 : i] * inverse_top};
-        sums both[2];
-        sums_of(p, n, t, 2, factor, both);
-        UNROLL(2) for (int k = 0; k < 2; k++) {
-            sums s = both[k];
+    for (int i = 0; i < c->n; i += TOGETHER) {
+        vf factor[TOGETHER];
+        sums all[TOGETHER];
+        for (int k = 0; k < TOGETHER; k++) factor[k] = c->anchor[i + k < c->n ? i + k : i] * inverse_top;
+        sums_of(p, n, t, TOGETHER, factor, all);
+        UNROLL(4) for (int k = 0; k < TOGETHER; k++) {
+            sums s = all[k];
             vf d = s.xv / s.vv, gain = d * s.xv;
             vi better = (s.xv * s.xv > best.gain * s.vv) & (s.vv > 0);
             if (half) {
@@ -139,17 +153,18 @@ INLINE vf error_at(const levels *p, int n, weights t, vf d) {
     }
     return sum;
 }
-// A half-float scale that is stored as it is, polished; its codes are the nearest. Its neighbours matter where it is nearly exact.
-INLINE scale_fit fit_direct(const levels *p, const candidates *c, int n, weights t) {
+// A half-float scale that is stored as it is; its codes are the nearest. It is polished `polish` times, and where it is nearly exact once
+// more, with its neighbours.
+INLINE scale_fit fit_direct(const levels *p, const candidates *c, int polish, int n, weights t) {
     scale_fit best = fit_scale(p, c, 1, n, t);
     vf start = best.scale, enough = (1 - EXACT) * energy_of(n, t), polished = start;
-    best.gain = vf_set(0);
-    for (int step = 0; step < 5; step++) {
-        if (step == 2 && !vi_any(best.gain > enough)) break;
-        vf d = step == 2 || step == 3 ? vf_half_step(start, 2 * step - 5) : polished;
+    vi wanted = vi_set(-1);
+    for (int step = -polish; step < 4; step++) {
+        if (step == 0 && !vi_any(wanted = best.gain > enough)) break;
+        vf d = step == 1 || step == 2 ? vf_half_step(start, 2 * step - 3) : polished;
         sums s = sums_at(p, n, t, vf_inverse(d));
         vf gain = gain_of(s, d);
-        vi better = gain > best.gain;
+        vi better = (gain > best.gain) & wanted;
         vf_keep(better, &best.gain, gain);
         vf_keep(better, &best.scale, d);
         polished = vf_half(s.xv * vf_inverse(s.vv));
@@ -165,6 +180,7 @@ typedef struct { vf d, dmin, stored, stored_min, factor, s[MAX_GROUPS], m[MAX_GR
 typedef struct { float low, high; int reach, anchors, rounds; } multipliers;       // s from low to high; how far and how often to look
 INLINE void fit_scaled(const levels *p, const candidates *c, multipliers f, int groups, int n, const vf *x, const vf *w, fitted *out) {
     vf start[MAX_GROUPS], top = {0}, best = vf_set(-1), products[MAX_BLOCK];
+    *out = (fitted){0};                          // what remains of a block that no candidate fits, as its sums overflow
     weights t = weights_of(groups * n, x, w, products);
     for (int g = 0; g < groups; g++) {
         start[g] = fit_scale(p, c, 0, n, part(t, g * n)).scale;
@@ -215,54 +231,68 @@ INLINE void fit_scaled(const levels *p, const candidates *c, multipliers f, int 
 // ---- scale and minimum ---------------------------------------------------------------------------------------------------------------------
 typedef struct { vf q, qq, xq; } affine_sums;    // of w q, w q q, w x q
 INLINE vf affine_code(vf x, vf minimum, vf factor, float top) { return vf_clamp(vf_round((x - minimum) * factor), 0, top); }
-INLINE affine_sums affine_sums_at(int n, weights t, vf minimum, vf factor, float top) {
-    affine_sums s[2] = {{{0}, {0}, {0}}, {{0}, {0}, {0}}};       // of every other weight, so that no sum waits for itself
-    for (int i = 0; i < n; i += 2) {
-        UNROLL(2) for (int k = 0; k < 2; k++) {
-            vf q = whole_at(t.x[i + k] - minimum, factor, 0, top), wq = weighted(t, i + k, q);
+// For `count` factors at once, so that no sum waits for itself.
+INLINE void affine_sums_of(int n, weights t, vf minimum, int count, const vf *factor, float top, affine_sums *s) {
+    for (int k = 0; k < count; k++) s[k] = (affine_sums){{0}, {0}, {0}};
+    for (int i = 0; i < n; i++) {
+        vf x = t.x[i] - minimum;
+        UNROLL(4) for (int k = 0; k < count; k++) {
+            vf q = whole_at(x, factor[k], 0, top), wq = weighted(t, i, q);
             s[k].q += wq;
             s[k].qq = vf_fma(wq, q, s[k].qq);
-            s[k].xq = vf_fma(t.wx[i + k], q, s[k].xq);
+            s[k].xq = vf_fma(t.wx[i], q, s[k].xq);
         }
     }
-    return (affine_sums){s[0].q + s[1].q, s[0].qq + s[1].qq, s[0].xq + s[1].xq};
+}
+INLINE affine_sums affine_sums_at(int n, weights t, vf minimum, vf factor, float top) {
+    affine_sums s;
+    affine_sums_of(n, t, minimum, 1, &factor, top, &s);
+    return s;
 }
 // What scale a and minimum m take off the error of all zeros; w, x: sums of w, w x.
 INLINE vf affine_gain(affine_sums s, vf w, vf x, vf a, vf m) {
     return a * (2.0f * s.xq - a * s.qq - 2.0f * m * s.q) + m * (2.0f * x - m * w);
 }
 INLINE void totals(int n, weights t, vf *w, vf *x) {
-    *w = *x = vf_set(0);
-    for (int i = 0; i < n; i++) *w += weighted(t, i, vf_set(1)), *x += t.wx[i];
+    vf sum[2] = {{0}, {0}};
+    for (int i = 0; i < n; i += 2) UNROLL(2) for (int k = 0; k < 2; k++) sum[k] += t.wx[i + k];
+    *x = sum[0] + sum[1];
+    *w = vf_set(t.w ? 0 : n);
+    for (int i = 0; t.w && i < n; i++) *w += t.w[i];
 }
 typedef struct { vf scale, minimum, factor, base, gain; } affine_fit;      // codes are those of (x - base) * factor
 typedef struct { float from, step; int n, polish; } affine_candidates;     // steps that the range of the weights may have
-// Scale and minimum for codes 0..top; `negative`: the minimum is at most 0. Ranges reach from the
-// best minimum so far to the largest weight; the best one is polished.
-INLINE affine_fit fit_affine(float top, int negative, affine_candidates c, int n, weights t, vf sw, vf sx) {
-    vf low = t.x[0], high = low;
-    for (int i = 1; i < n; i++) {
-        low = vf_min(low, t.x[i]);
-        high = vf_max(high, t.x[i]);
+// The scale and minimum of least error for the codes of these sums.
+INLINE void solve_affine(affine_sums s, int negative, vf sw, vf sx, affine_fit *best) {
+    vf det = sw * s.qq - s.q * s.q, inverse_det = 1.0f / det;
+    vf a = (sw * s.xq - sx * s.q) * inverse_det, m = (s.qq * sx - s.q * s.xq) * inverse_det;
+    if (negative) {
+        vi over = m > 0;
+        vf_keep(over, &m, vf_set(0));
+        vf_keep(over, &a, s.xq * vf_inverse(s.qq));
     }
+    vf gain = affine_gain(s, sw, sx, a, m);
+    vi better = (gain > best->gain) & (det > 0);
+    vf_keep(better, &best->gain, gain);
+    vf_keep(better, &best->scale, a);
+    vf_keep(better, &best->minimum, m);
+}
+// Scale and minimum for codes 0..top; `negative`: the minimum is at most 0. The range itself comes first; then ranges reach from the best
+// minimum so far to the largest weight, TOGETHER at a time; the best one is polished.
+INLINE affine_fit fit_affine(float top, int negative, affine_candidates c, int n, weights t, vf sw, vf sx) {
+    vf low, high;
+    range_of(n, t.x, &low, &high);
     if (negative) low = vf_min(low, vf_set(0));
     affine_fit best = {.scale = (high - low) * (1 / top), .minimum = low, .gain = vf_set(-INFINITY)};
-    for (int i = -1; i < c.n + c.polish; i++) {  // first the range itself
-        vf factor = i < c.n ? (i < 0 ? top : c.from + c.step * i) * vf_inverse(high - best.minimum) : vf_inverse(best.scale);
-        affine_sums s = affine_sums_at(n, t, best.minimum, factor, top);
-        vf det = sw * s.qq - s.q * s.q, inverse_det = 1.0f / det;
-        vf a = (sw * s.xq - sx * s.q) * inverse_det, m = (s.qq * sx - s.q * s.xq) * inverse_det;
-        if (negative) {
-            vi over = m > 0;
-            vf_keep(over, &m, vf_set(0));
-            vf_keep(over, &a, s.xq * vf_inverse(s.qq));
-        }
-        vf gain = affine_gain(s, sw, sx, a, m);
-        vi better = (gain > best.gain) & (det > 0);
-        vf_keep(better, &best.gain, gain);
-        vf_keep(better, &best.scale, a);
-        vf_keep(better, &best.minimum, m);
+    solve_affine(affine_sums_at(n, t, low, top * vf_inverse(high - low), top), negative, sw, sx, &best);
+    for (int i = 0; i < c.n; i += TOGETHER) {
+        vf inverse_range = vf_inverse(high - best.minimum), factor[TOGETHER];
+        affine_sums s[TOGETHER];
+        for (int k = 0; k < TOGETHER; k++) factor[k] = (c.from + c.step * (i + k)) * inverse_range;
+        affine_sums_of(n, t, best.minimum, TOGETHER, factor, top, s);
+        UNROLL(4) for (int k = 0; k < TOGETHER; k++) solve_affine(s[k], negative, sw, sx, &best);
     }
+    for (int i = 0; i < c.polish; i++) solve_affine(affine_sums_at(n, t, best.minimum, vf_inverse(best.scale), top), negative, sw, sx, &best);
     return best;
 }
 // Half-float scale and minimum stored as they are; their codes are the nearest.
@@ -271,17 +301,20 @@ INLINE affine_fit fit_affine_direct(float top, affine_candidates c, int n, weigh
     totals(n, t, &sw, &sx);
     affine_fit start = fit_affine(top, 0, c, n, t, sw, sx), best = {.gain = vf_set(-INFINITY)};
     vf enough = (1 - EXACT) * energy_of(n, t);
+    vi wanted = vi_set(-1);
     for (int step = 0; step < 3; step++) {
-        if (step == 1 && !vi_any(best.gain > enough)) break;
+        if (step == 1 && !vi_any(wanted = best.gain > enough)) break;
         vf m = step ? vf_half_step(start.minimum, 2 * step - 3) : vf_half(start.minimum), a = vf_half(start.scale);
         a = vf_select(start.scale != 0, a, vf_half(t.x[0] - m));    // a constant block: the scale takes what the minimum leaves
         for (int round = 0; round < 2; round++) {
             affine_sums s = affine_sums_at(n, t, m, vf_inverse(a), top);
             vf gain = affine_gain(s, sw, sx, a, m);
-            vi better = gain > best.gain;
+            vi better = (gain > best.gain) & wanted;
             vf_keep(better, &best.gain, gain);
             vf_keep(better, &best.scale, a);
             vf_keep(better, &best.minimum, m);
+            vf det = sw * s.qq - s.q * s.q;
+            if (!step) vf_keep(det > 0, &m, vf_half((s.qq * sx - s.q * s.xq) / det));
             a = vf_half((s.xq - m * s.q) * vf_inverse(s.qq));       // the best scale for the rounded minimum
         }
     }
@@ -302,6 +335,7 @@ INLINE void fit_scaled_affine(float top, float most, affine_candidates c, int an
                               fitted *out) {
     vf scale0[MAX_GROUPS], min0[MAX_GROUPS], sw[MAX_GROUPS], sx[MAX_GROUPS], top_s = {0}, top_m = {0}, best = vf_set(-INFINITY),
        products[MAX_BLOCK];
+    *out = (fitted){0};
     weights t = weights_of(groups * n, x, w, products);
     for (int g = 0; g < groups; g++) {
         totals(n, part(t, g * n), &sw[g], &sx[g]);

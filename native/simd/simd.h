@@ -80,11 +80,7 @@ INLINE f32x8 f32x8_from_i(i32x8 a) { return __builtin_convertvector(a, f32x8); }
 
 // Scalars of the formats. The compiler turns these into single instructions where the ISA has them (f16_to_f32 is per ISA).
 INLINE float bf16_to_f32(bf16 h) { uint32_t u = (uint32_t)h.bits << 16; float f; memcpy(&f, &u, 4); return f; }
-INLINE float e8m0_to_f32(e8m0 e) {     // 2^(e - 127); e = 0 is the denormal 2^-127
-    uint32_t u = e.bits ? (uint32_t)e.bits << 23 : 0x00400000u;
-    float f; memcpy(&f, &u, 4); return f;
-}
-INLINE float e8m0_to_f32_half(e8m0 e) {   // half of that: goes with the doubled fp4_values
+INLINE float e8m0_to_f32_half(e8m0 e) {   // half of 2^(e - 127), whatever e: goes with the doubled fp4_values
     uint32_t u = e.bits < 2 ? 0x00200000u << e.bits : (uint32_t)(e.bits - 1) << 23;
     float f; memcpy(&f, &u, 4); return f;
 }

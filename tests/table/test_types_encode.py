@@ -269,3 +269,15 @@ def test_round_trip_keeps_shape_and_nearness(x, row):
 def test_plain_numbers_round_trip(row, values):
     x = np.array([values], np.float32)
     assert (quants.dequantize(quants.quantize(x, row), row) == x).all()
+
+
+@every_isa
+@pytest.mark.parametrize("row", [tensor_type(name) for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K")], ids=str)
+def test_a_block_does_not_depend_on_the_blocks_beside_it(row, isa):  # noqa: F811
+    """Blocks that hold nearly exact values, whose neighbouring scales are tried too, among blocks that do not."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((37, row.block)).astype(np.float32)
+    x[::5] = np.rint(4 * x[::5]).clip(-7, 7)
+    together = quants.quantize(x.reshape(1, -1), row, search=True).reshape(len(x), -1)
+    alone = [quants.quantize(block, row, search=True) for block in x]
+    assert (together == alone).all()

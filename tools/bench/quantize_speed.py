@@ -1,7 +1,9 @@
 """Speed and memory of quantizing a whole file: `pyggml quantize` with its search, and llama-quantize, in alternating pairs.
 
-    python tools/bench/quantize_speed.py MODEL.gguf --llama-quantize PATH [--types Q4_0 ...] [--pairs 6] [-t 2] [--prefix "chrt -f 50"]
+    python tools/bench/quantize_speed.py MODEL.gguf --llama-quantize PATH [--types Q4_0 ...] [--layers N] [--pairs 6] [-t 2] [--prefix "chrt -f 50"]
 
+With --layers both work on a copy of MODEL that has its first N layers alone: layers are alike, and types that llama-quantize searches
+long (IQ4_XS: minutes for a model of 1.1 billion weights) come to their pairs.
 One discarded run of each first brings the model into the page cache. Prints a Markdown table: medians of seconds, the ratio of speeds with
 its 95% interval and verdict, and the peak resident memory of each, less the pages of the mapped model file.
 """
@@ -18,6 +20,9 @@ import time
 from pathlib import Path
 
 from pairing import compare, running_order
+
+from pyggml import formats
+from pyggml.quantize import quantize_file
 
 TYPES = ("Q4_0", "Q8_0", "Q4_K_M", "IQ4_XS")
 
@@ -48,11 +53,19 @@ def timed(command: list[str]) -> tuple[float, int]:
     return seconds, peak
 
 
+def first_layers(model: str, n: int, target: str) -> str:
+    """Path of a copy of the model with its first n layers, tensors as they are."""
+    kv = formats.open(model).kv
+    quantize_file(model, target, "COPY", prune_layers=[*range(n, kv[f"{kv['general.architecture']}.block_count"])])
+    return target
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--llama-quantize", required=True)
     parser.add_argument("--types", nargs="+", default=TYPES)
+    parser.add_argument("--layers", type=int, help="of the model, its first ones (default: all)")
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("-t", "--threads", type=int, default=2)
     parser.add_argument("--prefix", default="", help="goes before both commands")
@@ -61,10 +74,11 @@ def main() -> None:
     print("| type | llama-quantize s | pyggml s | speed ratio (95%) | pairs | verdict | llama-quantize MB | pyggml MB |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        model = first_layers(args.model, args.layers, os.path.join(folder, "model.gguf")) if args.layers else args.model
         for kind in args.types:
             target = os.path.join(folder, "out.gguf")
-            commands = {"theirs": [args.llama_quantize, args.model, target, kind, str(args.threads)],
-                        "ours": [sys.executable, "-m", "pyggml", "quantize", args.model, target, kind, str(args.threads)]}
+            commands = {"theirs": [args.llama_quantize, model, target, kind, str(args.threads)],
+                        "ours": [sys.executable, "-m", "pyggml", "quantize", model, target, kind, str(args.threads)]}
             seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
             memory = dict.fromkeys(commands, 0)
             for turn in range(-1, args.pairs):
