@@ -13,6 +13,10 @@ class ModelError(PyggmlError):
     """A sound file that cannot be run: unknown architecture, a key or tensor missing, or a tensor of the wrong shape."""
 
 
+class UnsupportedStep(ModelError):
+    """A backend has no kernel for something that a model computes; another backend may."""
+
+
 class ContextOverflow(PyggmlError, ValueError):
     """More tokens than the context holds; the message names both sizes."""
 

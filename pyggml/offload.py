@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pyggml.backends.base import Weights
-from pyggml.errors import ParameterError, PyggmlError
+from pyggml.errors import ParameterError, PyggmlError, UnsupportedStep
 from pyggml.graph import Tensor, replace, walk
 from pyggml.lower import SMALL
 from pyggml.plan import Plan
@@ -227,7 +227,8 @@ def choose(n_gpu_layers: int | str, device: str | None, main_gpu: int, build: Ca
            weights_of: Callable[[int], DeviceWeights]) -> Share | None:
     """The share of a GPU that these options ask for; None where the CPU computes everything.
 
-    PyggmlError says why layers cannot go where they were sent; "auto" takes as many as fit, and the CPU where there is no GPU to use.
+    PyggmlError says why layers cannot go where they were sent; "auto" takes as many as fit, and the CPU where there is no GPU to use, or
+    none of the model's steps for it.
     """
     wanted = count(n_gpu_layers)
     if wanted == 0:
@@ -254,7 +255,11 @@ def choose(n_gpu_layers: int | str, device: str | None, main_gpu: int, build: Ca
             raise PyggmlError(f"{found.layers} layers need {found} on cuda{index}, where {devices.gib(free)} are free; "
                               f"use -ngl {fits}, which fit, or a smaller context (-c)")
     else:
-        layers = most_that_fits(graph, weights, free - MARGIN)
+        try:
+            layers = most_that_fits(graph, weights, free - MARGIN)
+        except UnsupportedStep as error:
+            log.info("everything on the CPU: %s", error)
+            return None
         if not layers:
             log.info("everything on the CPU: cuda%d has %s free, too little for a layer", index, devices.gib(free))
             return None

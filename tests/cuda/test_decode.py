@@ -1,6 +1,7 @@
 """Whole models on a simulated GPU: the tokens of the CPU backend, shares of layers, memory as forecast, nothing left behind."""
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pyggml.errors import PyggmlError
 from pyggml.model import Model
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
+GOLDEN = Path(__file__).parents[1] / "golden" / "models"
 PROMPT = [1, 5, 9]
 CELLS = 24
 
@@ -155,6 +157,13 @@ def test_too_little_memory_names_both_figures_and_what_fits(tmp_path, monkeypatc
     assert Context(model, n_ctx=64, n_gpu_layers="auto", device="cuda0").gpu_layers == 2
     monkeypatch.setattr(device.Device, "free", property(lambda self: 1000))
     assert Context(model, n_ctx=64, n_gpu_layers="auto", device="cuda0").gpu_layers == 0
+
+
+def test_auto_leaves_a_model_to_the_cpu_that_has_steps_without_kernels():
+    model = Model.load(GOLDEN / "gpt-oss.mxfp4.gguf")
+    assert Context(model, n_ctx=64, n_gpu_layers="auto", device="cuda0").gpu_layers == 0
+    with pytest.raises(PyggmlError, match="no CUDA kernel for sinks.*-ngl 0"):
+        Context(model, n_ctx=64, n_gpu_layers="all")
 
 
 def test_a_simulator_is_used_only_when_it_is_asked_for(tmp_path):

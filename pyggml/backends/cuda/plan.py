@@ -26,7 +26,7 @@ from pyggml.backends.cuda.device import Arena, Device, round_up, simulated
 from pyggml.backends.cuda.graphs import Recorder
 from pyggml.backends.cuda.merge import merged
 from pyggml.backends.cuda.store import DTYPES, typed
-from pyggml.errors import PyggmlError
+from pyggml.errors import UnsupportedStep
 from pyggml.types import tensor_type
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class DeviceProgram:
 
     def step(self, op: str, dst: int, src: Sequence[int], i: Sequence[int], f: Sequence[float], sync: bool) -> int:
         if op in UNREAD and any(s >= 0 for s in src[UNREAD[op]:]):
-            raise PyggmlError(f"the step {op} has no CUDA kernel for sinks or for biases of experts; use -ngl 0")
+            raise UnsupportedStep(f"the step {op} has no CUDA kernel for sinks or for biases of experts; use -ngl 0")
         self.steps.append(DeviceStep(op, self.views[dst], tuple(None if s < 0 else self.views[s] for s in src), tuple(i), tuple(f),
                                      number=len(self.steps)))
         return len(self.steps) - 1
@@ -219,7 +219,7 @@ class DeviceProgram:
         self.step_ns = np.zeros(len(self.steps), np.int64) if timing else None
         for step in self.steps:
             if step.op not in launches:
-                raise PyggmlError(f"the step {step.op} has no CUDA kernel; use -ngl 0")
+                raise UnsupportedStep(f"the step {step.op} has no CUDA kernel; use -ngl 0")
         self.n_cells = max((s.src[1].shape[1] for s in self.steps if s.op.startswith("attention") and s.src[1] is not None), default=1)
         self.steps = merged(self.steps, [r.place for r in self.results])
         if Ahead.fits(self):
