@@ -7,7 +7,7 @@ import pytest
 from device_case import run, same_bits, view
 
 from pyggml import quants
-from pyggml.backends.cuda import layout
+from pyggml.backends.cuda import layout, upload
 from pyggml.backends.cuda.base import DeviceView
 from pyggml.types import TYPES, tensor_type
 
@@ -51,7 +51,7 @@ def test_the_kernel_that_relays_moves_the_same_bits_as_numpy(name):
     for start, stop in ((0, 2), (2, 3)):                # in two pieces, through one staging area
         part = blocks[start:stop].reshape(-1)
         staging[:part.size] = part
-        made = layout.relay(name, (rows, k), staging, out, 0, rows=(start, stop))
+        made = upload.relay(name, (rows, k), staging, out, 0, rows=(start, stop))
     assert (out == layout.relay_numpy(name, (rows, k), blocks)).all()
     assert made.shape == (rows, k) and made.type == name
 
@@ -62,7 +62,7 @@ def test_rows_of_floats_are_padded(name, k):
     x = np.random.default_rng(2).standard_normal((3, k)).astype(np.float32)
     raw = quants.quantize(x, name)
     out = np.full(layout.relaid_bytes(name, x.shape), 99, np.uint8)
-    layout.relay(name, x.shape, raw.reshape(-1), out, 0)
+    upload.relay(name, x.shape, raw.reshape(-1), out, 0)
     assert (out == layout.relay_numpy(name, x.shape, raw)).all()
     table = DeviceView(out, name, x.shape, weight=layout.RelaidWeight(name, x.shape, out.view(layout.FLOATS[name])))
     got = np.zeros((2, k), np.float32)

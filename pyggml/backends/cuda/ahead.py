@@ -15,7 +15,7 @@ import numpy as np
 
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch
 from pyggml.backends.cuda.device import round_up
-from pyggml.backends.cuda.graphs import Recorder
+from pyggml.backends.cuda.graphs import Recorder, bucket
 
 if TYPE_CHECKING:
     from pyggml.backends.cuda.plan import DeviceProgram
@@ -97,8 +97,6 @@ class Ahead:
 
     def _go_on(self, position: int, token: int) -> None:
         """Enqueue the stretch that begins with this token, which the GPU has at hand."""
-        from pyggml.backends.cuda.plan import bucket
-
         if position + STRETCH > self.program.n_cells:
             return
         if not self._free:

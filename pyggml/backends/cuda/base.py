@@ -118,7 +118,7 @@ class Scratch:
             self.handed, self.handing, self.handed_form = self.handing, self.handed, (how.act_id, how.kind)
 
 
-# enqueues the step's kernels on a stream; reads run-time sizes from `slots` (device int32, SYMBOLS of graph.py) only on the device
+# enqueues the step's kernels on a stream; reads run-time sizes from `slots` (device int32, SYMBOLS of shapes.py) only on the device
 Launch = Callable[[Any, Any, DeviceStep, Scratch], None]
 # bytes of (act, temp) that a step wants, for views of the largest sizes and this number of cells
 Needs = Callable[[DeviceStep, int], tuple[int, int]]

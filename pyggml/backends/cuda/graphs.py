@@ -18,6 +18,13 @@ from pyggml.errors import PyggmlError
 if TYPE_CHECKING:
     from pyggml.backends.cuda.device import Device
 
+BUCKET = 512            # the smallest bucket of cells; each is twice the one before
+
+
+def bucket(cells: int, n_cells: int) -> int:
+    """The bucket of a run that sees so many of the cache's cells."""
+    return min(n_cells, max(BUCKET, 1 << (cells - 1).bit_length()))
+
 
 class Recording:
     """What `enqueue` puts on the device's stream, to be replayed. Everything in it must have been launched once before: loading a kernel

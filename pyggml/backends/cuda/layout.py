@@ -268,23 +268,6 @@ def bit_sources(type_name: str) -> np.ndarray:
     return np.where(seen.any(axis=0), seen.argmax(axis=0), -1).astype(np.int16)
 
 
-def relay(type_name: str, shape: Sequence[int], raw_blocks: Any, out: Any, stream: Any, rows: tuple[int, int] | None = None) -> RelaidWeight:
-    """Re-lay rows [start, stop) (all of them by default) of a weight on the GPU.
-
-    raw_blocks: device uint8 array whose first bytes are those rows of ggml's blocks; out: device uint8 array of relaid_bytes.
-    Work is enqueued on `stream`; raw_blocks may be used again once that is done.
-    """
-    from pyggml.backends.cuda import upload
-
-    total = math.prod(shape[:-1])
-    start, stop = rows or (0, total)
-    if type_name in FLOATS:
-        upload.pad_rows(type_name, shape[-1], raw_blocks, out, start, stop, stream)
-        return RelaidWeight(type_name, tuple(shape), out.view(FLOATS[type_name]))
-    upload.relay_blocks(type_name, shape[-1], total, raw_blocks, out, start, stop, stream)
-    return RelaidWeight(type_name, tuple(shape), out)
-
-
 # ---- caches of quantized types: a plane of codes, then a plane of scales, over the whole tensor (Hk, C, D) --------------------------------
 
 def _cache_planes(type_name: str, shape: Sequence[int], memory: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from pyggml.backends.cuda.ahead import Ahead
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, Launch, Needs, Scratch
 from pyggml.backends.cuda.cachestore import roped_bytes
 from pyggml.backends.cuda.device import Arena, Device, round_up, simulated
-from pyggml.backends.cuda.graphs import Recorder
+from pyggml.backends.cuda.graphs import Recorder, bucket
 from pyggml.backends.cuda.merge import merged
 from pyggml.backends.cuda.store import DTYPES, typed
 from pyggml.errors import UnsupportedStep
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 FAMILIES = ("basic", "norm", "rope", "matmul", "cachestore", "attention", "moe", "sample")
 UNREAD = {"attention": 5, "attention_step": 8, "mul_mat_id": 4, "glu_mat_id": 5}         # from here on no kernel reads sources of a step
-BUCKET = 512            # the smallest bucket of cells; each is twice the one before
 RECORDED = 64           # batches of up to so many tokens are recorded: larger ones compute longer than they launch
 
 
@@ -49,11 +48,6 @@ def kernels() -> tuple[dict[str, Launch], dict[str, Needs]]:
         launches |= module.LAUNCHES
         needs |= module.NEEDS
     return launches, needs
-
-
-def bucket(cells: int, n_cells: int) -> int:
-    """The bucket of a run that sees so many of the cache's cells."""
-    return min(n_cells, max(BUCKET, 1 << (cells - 1).bit_length()))
 
 
 class Uncounted:

@@ -15,7 +15,8 @@ import numpy as np
 
 from pyggml.backends.cuda.base import DeviceView
 from pyggml.backends.cuda.device import Arena, Device, round_up, simulated
-from pyggml.backends.cuda.layout import RelaidWeight, cache_rows, put_cache_rows, relaid_bytes, relay, relay_numpy
+from pyggml.backends.cuda.layout import RelaidWeight, cache_rows, put_cache_rows, relaid_bytes, relay_numpy
+from pyggml.backends.cuda.upload import relay
 from pyggml.graph import walk
 from pyggml.ops import OPS
 from pyggml.types import TensorType, tensor_type

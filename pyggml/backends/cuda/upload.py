@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from pyggml.backends.cuda.intrinsics import SIMULATED, kernel
-from pyggml.backends.cuda.layout import FLOATS, GROUP, LAYOUTS, bit_sources, float_row
+from pyggml.backends.cuda.layout import FLOATS, GROUP, LAYOUTS, RelaidWeight, bit_sources, float_row
 from pyggml.types import tensor_type
 
 THREADS = 128
@@ -108,3 +110,18 @@ def pad_rows(type_name: str, k: int, raw: Any, out: Any, start: int, stop: int, 
     per_row, padded = k * size, float_row(k) * size
     if stop > start:
         _pad_rows[-(-(stop - start) * padded // THREADS), THREADS, stream](raw, out, per_row, padded, start, stop - start)
+
+
+def relay(type_name: str, shape: Sequence[int], raw_blocks: Any, out: Any, stream: Any, rows: tuple[int, int] | None = None) -> RelaidWeight:
+    """Re-lay rows [start, stop) (all of them by default) of a weight on the GPU.
+
+    raw_blocks: device uint8 array whose first bytes are those rows of ggml's blocks; out: device uint8 array of relaid_bytes.
+    Work is enqueued on `stream`; raw_blocks may be used again once that is done.
+    """
+    total = math.prod(shape[:-1])
+    start, stop = rows or (0, total)
+    if type_name in FLOATS:
+        pad_rows(type_name, shape[-1], raw_blocks, out, start, stop, stream)
+        return RelaidWeight(type_name, tuple(shape), out.view(FLOATS[type_name]))
+    relay_blocks(type_name, shape[-1], total, raw_blocks, out, start, stop, stream)
+    return RelaidWeight(type_name, tuple(shape), out)
