@@ -62,10 +62,11 @@ class HttpFile:
         self._url, self._secret = url_of(address)
         self._opener, self._tag = _opener(), ""
         self.size = -1
+        self._first = first
         self._head = self._fetch(0, first)
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return HttpFile, (self.name,)           # by its address, without what was fetched and without the token
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return HttpFile, (self.name, self._first)           # by its address, without what was fetched and without the token
 
     def head(self, n: int) -> Any:
         have = len(self._head)

@@ -257,7 +257,7 @@ def test_what_is_no_file(tmp_path, capsys, text):
     for name, says in (("", "is a directory"), ("loop", "cannot open"), ("fifo", "not a regular file"), ("missing", "No such file")):
         for command in ("run", "info", "tokenize", "bench", "perplexity"):
             refused(capsys, arguments(command, str(tmp_path / name), text), says)
-    refused(capsys, ["run", "", "-p", "a"], "is a directory")
+    refused(capsys, ["run", "", "-p", "a"], "is not the path of a file")
 
 
 # ---- impossible requests ----

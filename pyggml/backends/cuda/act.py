@@ -183,10 +183,18 @@ def capped(x, cap):
 
 
 @device
-def activation(x, kind):
-    """GLU_* of native/engine.h: silu, gelu (tanh form), relu."""
+def _sigmoid(x):
+    return f32(1) / (f32(1) + exp2(-x * f32(LOG2_E)))
+
+
+@device
+def gated_unit(gate, up, kind):
+    """GLU_* of native/engine.h: act(gate) * up of silu, gelu (tanh form) and relu, and gpt-oss's clamped form."""
     if kind == 0:
-        return x / (f32(1) + exp2(-x * f32(LOG2_E)))
+        return gate * _sigmoid(gate) * up
     if kind == 1:
-        return f32(0.5) * x * (f32(1) + _tanh(f32(0.7978845608028654) * (x + f32(0.044715) * x * x * x)))
-    return max(x, f32(0))
+        return f32(0.5) * gate * (f32(1) + _tanh(f32(0.7978845608028654) * (gate + f32(0.044715) * gate * gate * gate))) * up
+    if kind == 2:
+        return max(gate, f32(0)) * up
+    gate, up = min(gate, f32(7)), max(min(up, f32(7)), f32(-7))
+    return gate * _sigmoid(f32(1.702) * gate) * (up + f32(1))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import activation, capped, count_of
+from pyggml.backends.cuda.act import capped, count_of, gated_unit
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
 from pyggml.backends.cuda.decode import decoder
 from pyggml.backends.cuda.factors import EIGHT
@@ -114,7 +114,7 @@ def _elementwise(op: str, kind: int) -> Any:
             return a * factor
         if op == "softcap":
             return capped(a, factor)
-        return activation(a, kind) * b
+        return gated_unit(a, b, kind)
 
     @kernel
     def each(a, b, dst, factor, per, repeat, slots, slot, rows):

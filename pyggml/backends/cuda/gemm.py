@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import HALF, activation, array_of, capped, count_of, none_of, prepare
+from pyggml.backends.cuda.act import HALF, array_of, capped, count_of, gated_unit, none_of, prepare
 from pyggml.backends.cuda.base import DeviceView, Scratch
 from pyggml.backends.cuda.decode import decoder
 from pyggml.backends.cuda.factors import HIGH
@@ -192,7 +192,7 @@ def gemm_kernel(form: Form) -> Any:
                             if with_cap:
                                 y = capped(y, cap)
                             if glu >= 0:
-                                y *= activation(dst[base + column], glu)
+                                y = gated_unit(dst[base + column], y, glu)
                             dst[base + column] = y
 
     @kernel
@@ -275,7 +275,7 @@ def tile_of(m: int, columns: int) -> tuple[int, int]:
 def gemm(weight: RelaidWeight, x: DeviceView, norm: DeviceView | None, dst: DeviceView, slots: Any, stream: Any, scratch: Scratch, *,
          act_id: int = -1, eps: float = 0, scale: float = 1, softcap: float = 0, bias: DeviceView | None = None, residual: DeviceView | None = None,
          gate: DeviceView | None = None, glu: int = 0, lists: Lists | None = None) -> None:
-    """dst (T, M) = x Wᵀ with its epilogue; with `gate` (dst itself) dst = activation(gate) x Wᵀ; with `lists` one expert for each pair."""
+    """dst (T, M) = x Wᵀ with its epilogue; with `gate` (dst itself) dst = activation(gate) * x Wᵀ; with `lists` one expert for each pair."""
     act = prepare(HALF, act_id, x, norm, eps, slots, stream, scratch)
     limit, per_token = math.prod(dst.shape[:-1]), math.prod(dst.shape[1:-1])
     m, groups = weight.rows, -(-x.shape[-1] // 32)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import INT8, activation, array_of, capped, count_of, none_of, prepare, row_length
+from pyggml.backends.cuda.act import INT8, array_of, capped, count_of, gated_unit, none_of, prepare, row_length
 from pyggml.backends.cuda.base import DeviceView, HandOn, Scratch
 from pyggml.backends.cuda.decode import grid_bytes
 from pyggml.backends.cuda.factors import factor
@@ -103,7 +103,7 @@ def product(form: Form) -> Any:
         if gated:
             if with_bias:
                 y, z = y + bias[row], z + bias_b[row]
-            dst[at] = activation(y, glu) * z
+            dst[at] = gated_unit(y, z, glu)
         else:
             y *= scale
             if with_bias:
@@ -113,7 +113,7 @@ def product(form: Form) -> Any:
             if with_cap:
                 y = capped(y, cap)
             if onto:
-                y *= activation(dst[at], glu)
+                y = gated_unit(dst[at], y, glu)
             dst[at] = y
 
     @device
