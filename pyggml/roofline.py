@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -87,17 +88,22 @@ class Peaks(NamedTuple):
         return max((w.bytes / self.read, "memory"), (compute, "compute"))
 
 
-READ_BYTES, CHUNK = 256 << 20, 1 << 20          # beyond any cache; a chunk that a worker reads at once
+LEAST_READ, CHUNKS = 256 << 20, 256             # bytes beyond most caches; pieces of which a worker reads one at once
+
+
+def beyond_caches() -> int:
+    """Bytes that no cache holds: half as many again as the largest of which Linux tells (that of a server may have half a gigabyte)."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max([LEAST_READ, *(3 * int(size[:-1]) << 9 for size in sizes if size.endswith("K"))])
 
 
 def measure_peaks(n_threads: int | None = None, runs: int = 5) -> Peaks:
-    """The fastest of some runs of loops that do nothing else (native/kernels/peak.h); about a third of a second."""
+    """The fastest of some runs of loops that do nothing else (native/kernels/peak.h); a second or two."""
     from pyggml.backends.cpu import Pool, Program
 
     pool = Pool(n_threads)
-    memory = huge_zeros(READ_BYTES)
-    memory[:] = 3
-    chunks = memory.reshape(-1, CHUNK)
+    chunks = huge_zeros(beyond_caches() >> 20 << 20).reshape(CHUNKS, -1)         # whole pages each
+    chunks[:] = 3
     done = np.zeros(len(chunks), np.float32)
 
     def best(kind: int) -> float:
