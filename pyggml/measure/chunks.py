@@ -62,7 +62,7 @@ class Evaluator:
         options |= {"n_ctx": self.at_once * n_ctx, "n_ubatch": n_ubatch, "n_batch": max(n_ubatch, n_ctx), "n_threads": n_threads, "watch": watch}
         self.context = Context(model, **options)
         if native.lib is not None and not self.context.gpu_layers and not options.get("exact"):
-            self.context = Context(model, **options, deterministic=True)
+            self.context = Context(model, **options | {"deterministic": True})
 
     def groups(self, chunks: np.ndarray) -> Iterator[np.ndarray]:
         """The chunks in the groups that are evaluated together."""
