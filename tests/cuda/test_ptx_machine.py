@@ -157,3 +157,22 @@ def test_barriers_and_copies_in_order_pass():
 def test_an_unknown_instruction_is_named(body):
     with pytest.raises(PtxError, match=body.split()[0].rstrip(";").replace(".", r"\.")):
         run(body, np.zeros(4, np.uint32))
+
+
+def test_what_a_warp_does_together_is_not_moved_into_branches():
+    """Instructions of a whole warp are `convergent` to the compiler, which else may compute them where only some lanes need the result."""
+    import numba.cuda.compiler as compiler
+    from numba import cuda, types
+
+    from pyggml.backends.cuda.prims import ldmatrix, mma
+
+    def some_lanes_want_it(out):
+        tile = cuda.shared.array(256, np.float16, 16)
+        a = ldmatrix(tile, 16 * cuda.threadIdx.x)
+        c = mma(np.float32(0), np.float32(0), np.float32(0), np.float32(0), a[0], a[1], a[2], a[3], a[0], a[1])
+        if cuda.threadIdx.x < 7:
+            out[cuda.threadIdx.x] = c[0]
+
+    library, _ = compiler._compile_pyfunc_with_fixup(some_lanes_want_it, (types.float32[::1],), device=False, abi="numba", cc=(8, 0))
+    calls = [line for line in library.get_llvm_str().splitlines() if "call" in line and ("mma.sync" in line or "ldmatrix.sync" in line)]
+    assert len(calls) == 2 and all("convergent" in line for line in calls)

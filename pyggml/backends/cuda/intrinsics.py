@@ -47,7 +47,7 @@ def exact_kernel(function: Callable, fastmath: bool = False) -> Any:
 
 
 def instruction(ptx: str | Callable[[tuple[int, int]], str], result: Any, args: tuple, meaning: Callable, *,
-                pure: bool = True, memory: bool = False) -> Any:
+                pure: bool = True, memory: bool = False, warp: bool = False) -> Any:
     """A device function that emits `ptx`: operands $0.. are the results, then the arguments.
 
     ptx      the text, or a function from the compute capability to the text
@@ -55,8 +55,9 @@ def instruction(ptx: str | Callable[[tuple[int, int]], str], result: Any, args: 
     args     Numba types; "global" and "shared" take an array, and the next argument is a byte offset into it
     pure     the same operands give the same result at any time, so that the compiler may move or merge it
     memory   it reads or writes memory that this kernel changes
+    warp     all lanes execute it together: the compiler must not move it into a branch that only some of them take
     """
-    return _simulated(meaning, result) if SIMULATED else _intrinsic(ptx, result, args, pure, memory)
+    return _simulated(meaning, result) if SIMULATED else _intrinsic(ptx, result, args, pure, memory, warp)
 
 
 def _simulated(meaning: Callable, result: Any) -> Callable:
@@ -73,7 +74,7 @@ def _simulated(meaning: Callable, result: Any) -> Callable:
     return call
 
 
-def _intrinsic(ptx, result, args, pure, memory):
+def _intrinsic(ptx, result, args, pure, memory, warp):
     from llvmlite import ir
     from numba.core import targetconfig
     from numba.cuda.extending import intrinsic
@@ -82,6 +83,7 @@ def _intrinsic(ptx, result, args, pure, memory):
     returned = types.none if result is None else types.UniTuple(result[0], len(result)) if isinstance(result, tuple) else result
     llvm = {i32: ir.IntType(32), u32: ir.IntType(32), i64: ir.IntType(64), f32: ir.FloatType()}
     letter = {i32: "r", u32: "r", i64: "l", f32: "f"}
+    attributes = (*(["convergent"] if warp else []), *([] if memory or not pure else ["readnone", "nounwind"]))
 
     def codegen(context, builder, signature, values):
         operands, letters, address = [], [], None
@@ -101,8 +103,7 @@ def _intrinsic(ptx, result, args, pure, memory):
         out = ir.VoidType() if not results else llvm[results[0]] if len(results) == 1 else ir.LiteralStructType([llvm[r] for r in results])
         constraint = ",".join([*("=" + letter[r] for r in results), *letters, *(["~{memory}"] if memory else [])])
         function = ir.FunctionType(out, [value.type for value in operands])
-        made = builder.call(ir.InlineAsm(function, text, constraint, side_effect=memory or not pure), operands,
-                            attrs=() if memory or not pure else ("readnone", "nounwind"))
+        made = builder.call(ir.InlineAsm(function, text, constraint, side_effect=memory or not pure), operands, attrs=attributes)
         if not results:
             return context.get_dummy_value()
         if not isinstance(result, tuple):
@@ -119,5 +120,5 @@ def _intrinsic(ptx, result, args, pure, memory):
     names = "".join(f"a{n}, " for n in range(len(args)))
     scope: dict[str, Any] = {"typed": typed}
     exec(f"def op(typingctx, {names}): return typed(({names}))", scope)
-    scope["op"].instruction = ptx, result, args, pure, memory           # what kernelcache.py knows it by
+    scope["op"].instruction = ptx, result, args, pure, memory, warp     # what kernelcache.py knows it by
     return intrinsic(scope["op"])

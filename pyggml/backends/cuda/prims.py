@@ -281,7 +281,7 @@ def _mma_ptx(cc: tuple[int, int]) -> str:
             f"{half_} {{$0, $1, $2, $3}}, {{$10, $11}}, {{$13}}, {{w, x, y, z}}; }}")
 
 
-mma = instruction(_mma_ptx, (f32, f32, f32, f32), (f32, f32, f32, f32, u32, u32, u32, u32, u32, u32), _mma)
+mma = instruction(_mma_ptx, (f32, f32, f32, f32), (f32, f32, f32, f32, u32, u32, u32, u32, u32, u32), _mma, warp=True)
 
 
 def _ldmatrix(shared, at):
@@ -293,4 +293,4 @@ def _ldmatrix(shared, at):
 
 # four 8 x 8 matrices of half floats from shared memory: lane l points at row l % 8 of matrix l / 8, and gets a word of each
 ldmatrix = instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", (u32, u32, u32, u32), ("shared", i64), _ldmatrix,
-                       memory=True)
+                       memory=True, warp=True)
