@@ -17,7 +17,7 @@ from conftest import DRIVER
 from pyggml import native
 from pyggml.backends.cuda import device, graphs, kernelcache, matvec
 from pyggml.context import Context
-from pyggml.errors import PyggmlError
+from pyggml.errors import Cancelled, PyggmlError
 from pyggml.model import Model
 
 pytestmark = pytest.mark.skipif(native.lib is None, reason="the CPU backend needs the native kernels")
@@ -42,6 +42,23 @@ def test_a_model_launched_recorded_and_replayed(toy):
     gc.collect()
     gpu_device.free                             # noqa: B018  which gives back what waits for it
     assert gpu_device.allocated == 0 and DRIVER.used < 1 << 16 and not any(isinstance(x, list) and len(x) > 1 for x in DRIVER.objects.values())
+
+
+def test_a_run_that_is_stopped_while_it_is_recorded(toy):
+    """The recording is whole, or later runs would leave out the rest of the steps."""
+    model = Model.load(toy)
+    cpu, gpu = Context(model, n_ctx=32), Context(model, n_ctx=32, n_gpu_layers="all")
+    gpu.eval([1])                               # launched
+    program = gpu.plan(1, 1).program
+    whole = list(program._launches)
+    program._launches[1] = (lambda *arguments: (gpu.cancel(), whole[1][0](*arguments)), whole[1][1])
+    with pytest.raises(Cancelled):
+        gpu.eval([5])                           # recorded, and stopped after its second step
+    program._launches = whole
+    for token in (5, 9):                        # replayed
+        gpu.eval([token])
+    expected = cpu.eval([1, 5, 9])[-1]
+    assert np.linalg.norm(gpu._logits[-1] - expected) < 0.05 * np.linalg.norm(expected) and not DRIVER.problems
 
 
 def test_another_thread_computes_the_same(toy):

@@ -273,11 +273,9 @@ class DeviceProgram:
         return all(len(host) <= RECORDED for host, _ in self.places.values())
 
     def launch(self) -> None:
-        """Enqueue every step on its own."""
+        """Enqueue every step on its own: all of them, as this may be recorded, and takes milliseconds."""
         self.scratch.begin()
         for launch, step in self._launches:
-            if self.aborted[0]:
-                return
             launch(self.device.stream, self.device_slots, step, self.scratch)
 
     def _timed(self) -> None:
