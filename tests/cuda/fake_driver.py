@@ -2,7 +2,8 @@
 
 Everything above the driver is real: numba-cuda, cuda.core, cuda.bindings, and pyggml's device, graphs and stores. Work that is enqueued
 waits until the host waits for it, so that whoever reads too early, or changes a buffer too early, gets it wrong here too; memory that nobody
-wrote holds garbage; freed memory is gone. Asked for what a capture forbids, the driver says so as a real one does.
+wrote holds garbage; freed memory is gone. Asked for what a capture forbids, or without a context in the thread that asks, the driver says so as
+a real one does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_float, c_int, c_size_t, c_uint, c_void_p
@@ -36,12 +38,15 @@ int cuDeviceGetName(char *s, int n, int d) { return ((int (*)(char *, int, int))
 int cuDeviceTotalMem_v2(size_t *n, int d) { return ((int (*)(size_t *, int))named("cuDeviceTotalMem"))(n, d); }
 int cuDeviceGetAttribute(int *v, int a, int d) { return ((int (*)(int *, int, int))named("cuDeviceGetAttribute"))(v, a, d); }
 """
-INVALID_VALUE, OUT_OF_MEMORY, NOT_SUPPORTED, NOT_FOUND, LAUNCH_FAILED, CAPTURE_UNSUPPORTED, NOT_CAPTURING = 1, 2, 801, 500, 719, 900, 901
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, NOT_FOUND, LAUNCH_FAILED = 1, 2, 201, 400, 500, 719
+NOT_SUPPORTED, CAPTURE_UNSUPPORTED, NOT_CAPTURING = 801, 900, 901
 ERRORS = {INVALID_VALUE: "CUDA_ERROR_INVALID_VALUE", OUT_OF_MEMORY: "CUDA_ERROR_OUT_OF_MEMORY", NOT_FOUND: "CUDA_ERROR_NOT_FOUND",
-          LAUNCH_FAILED: "CUDA_ERROR_LAUNCH_FAILED", CAPTURE_UNSUPPORTED: "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
-          NOT_SUPPORTED: "CUDA_ERROR_NOT_SUPPORTED"}
+          INVALID_CONTEXT: "CUDA_ERROR_INVALID_CONTEXT", INVALID_HANDLE: "CUDA_ERROR_INVALID_HANDLE", LAUNCH_FAILED: "CUDA_ERROR_LAUNCH_FAILED",
+          CAPTURE_UNSUPPORTED: "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", NOT_SUPPORTED: "CUDA_ERROR_NOT_SUPPORTED"}
 ATTRIBUTES = {75: 9, 76: 0, 16: 132, 1: 1024, 8: 49152, 97: 232448, 10: 32, 41: 1, 2: 1024, 3: 1024, 4: 64, 5: 2**31 - 1, 6: 65535, 7: 65535}
 FUNCTION = {0: 1024, 1: 0, 2: 0, 3: 0, 4: 32, 5: 90, 6: 90, 8: 49152}
+CONTEXT = 0xC0              # of the first GPU; the next one's is the next number
+IN_A_CONTEXT = ("cuMem", "cuStream", "cuEvent", "cuGraph", "cuLaunch", "cuCtxSynchronize", "cuCtxGetDevice", "cuCtxPop")     # names begin so
 APIS: dict[str, tuple[Any, Callable]] = {}
 
 
@@ -71,7 +76,9 @@ class Driver:
         self.captured: list[tuple[str, Callable]] | None = None
         self.legacy: list[tuple[str, Callable]] = []        # of the default stream, which other streams do not wait for
         self.objects: dict[int, Any] = {}
-        self.context: list[int] = []
+        self.origins: dict[int, list[int]] = {}             # the context that an object was made in
+        self._contexts = threading.local()
+        self.used_contexts: set[int] = set()
         self.programs: dict[str, Program] = {}          # by the name of the entry
         self.calls: dict[str, int] = {}
         self.problems: list[str] = []
@@ -94,6 +101,9 @@ class Driver:
             if method is None:
                 self.problems.append(f"{name} is not there")
                 return NOT_SUPPORTED
+            if name.startswith(IN_A_CONTEXT) and not self.context:
+                self.problems.append(f"{name}: the thread has no context")
+                return INVALID_CONTEXT
             try:
                 return method(self, *args) or 0
             except Exception as error:      # noqa: BLE001  an exception cannot pass through C
@@ -101,9 +111,16 @@ class Driver:
                 return LAUNCH_FAILED
         return call
 
+    @property
+    def context(self) -> list[int]:
+        """The contexts of the calling thread, the current one last."""
+        if not hasattr(self._contexts, "stack"):
+            self._contexts.stack = []
+        return self._contexts.stack
+
     def new(self, thing: Any) -> int:
         self._next += 16
-        self.objects[self._next] = thing
+        self.objects[self._next], self.origins[self._next] = thing, self.context[-1:]
         return self._next
 
     def enqueue(self, what: str, work: Callable) -> None:
@@ -146,7 +163,7 @@ class Driver:
     def cuDriverGetVersion(self, out): out[0] = 12090
 
     @api(POINTER(c_int))
-    def cuDeviceGetCount(self, out): out[0] = 1
+    def cuDeviceGetCount(self, out): out[0] = 2
 
     @api(POINTER(c_int), c_int)
     def cuDeviceGet(self, out, index): out[0] = index
@@ -155,7 +172,7 @@ class Driver:
     def cuDeviceGetName(self, out, n, device): ctypes.memmove(out, b"Fake\0", 5)
 
     @api(c_void_p, c_int)
-    def cuDeviceGetUuid(self, out, device): ctypes.memset(out, 7, 16)
+    def cuDeviceGetUuid(self, out, device): ctypes.memset(out, 7 + device, 16)
 
     @api(POINTER(c_size_t), c_int)
     def cuDeviceTotalMem(self, out, device): out[0] = self.total
@@ -164,7 +181,7 @@ class Driver:
     def cuDeviceGetAttribute(self, out, attribute, device): out[0] = ATTRIBUTES.get(attribute, 0)
 
     @api(POINTER(c_void_p), c_int)
-    def cuDevicePrimaryCtxRetain(self, out, device): out[0] = 0xC0
+    def cuDevicePrimaryCtxRetain(self, out, device): out[0] = CONTEXT + device
 
     @api(c_int)
     def cuDevicePrimaryCtxRelease(self, device): pass
@@ -176,13 +193,15 @@ class Driver:
     def cuCtxSetCurrent(self, context): self.context[-1:] = [context] if context else []
 
     @api(c_void_p)
-    def cuCtxPushCurrent(self, context): self.context.append(context)
+    def cuCtxPushCurrent(self, context):
+        self.context.append(context)
+        self.used_contexts.add(context)
 
     @api(POINTER(c_void_p))
     def cuCtxPopCurrent(self, out): out[0] = self.context.pop()
 
     @api(POINTER(c_int))
-    def cuCtxGetDevice(self, out): out[0] = 0
+    def cuCtxGetDevice(self, out): out[0] = self.context[-1] - CONTEXT
 
     @api()
     def cuCtxSynchronize(self): return self.finish(everything=True)
@@ -304,7 +323,9 @@ class Driver:
 
     @api(c_void_p, c_void_p)
     def cuEventRecord(self, event, stream):
-        self.enqueue("event", lambda: self.objects[event].__setitem__(0, time.perf_counter()))
+        if stream and self.origins[event] != self.origins[stream]:
+            return INVALID_HANDLE
+        return self.enqueue("event", lambda: self.objects[event].__setitem__(0, time.perf_counter()))
 
     @api(c_void_p)
     def cuEventSynchronize(self, event): return self.finish()

@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import fake_driver
 import numpy as np
 import pytest
 from conftest import DRIVER
@@ -70,6 +71,24 @@ def test_another_thread_computes_the_same(toy):
     context.reset()
     rows.append(context.eval([1])[-1].copy())
     assert len(rows) == 3 and (rows[0] == rows[1]).all() and (rows[0] == rows[2]).all() and not DRIVER.problems
+
+
+def test_the_second_gpu_is_the_only_one_that_is_used(toy):
+    """Whoever asks Numba for something without naming a GPU gets a context of the first one, half a gigabyte of its memory, and events there."""
+    answers = []
+
+    def answer():
+        context = Context(Model.load(toy), n_ctx=32, n_gpu_layers="all", main_gpu=1)
+        context.greedy = True
+        answers.append([context.eval([t])[-1].copy() for t in (1, 5)])
+
+    thread = threading.Thread(target=answer)
+    DRIVER.used_contexts.clear()
+    thread.start()
+    thread.join()
+    expected = Context(Model.load(toy), n_ctx=32).eval([1, 5])[-1]
+    assert np.linalg.norm(answers[0][-1] - expected) < 0.05 * np.linalg.norm(expected)
+    assert DRIVER.used_contexts == {fake_driver.CONTEXT + 1} and not DRIVER.problems
 
 
 def test_what_another_thread_enqueues_is_not_recorded():

@@ -151,7 +151,7 @@ class Device:
 
         self.gpu, self.cuda = gpu, cuda
         self.allocated = self.peak = 0
-        self._turn = threading.RLock()
+        self._turn, self._thread = threading.RLock(), threading.local()
         with self.active():
             self.stream = cuda.stream() if simulated() else self._own_stream()
 
@@ -168,8 +168,15 @@ class Device:
     def active(self) -> Iterator[None]:
         """A `with` in which this GPU is the current one of the calling thread, and no other thread's: what another one enqueued during a recording
         would become a part of it."""
-        with self._turn, self.cuda.gpus[self.gpu.index]:
-            yield
+        gpu = self.cuda.gpus[self.gpu.index]
+        with self._turn:
+            if not hasattr(self._thread, "seen"):
+                self._thread.seen = True
+                # for what Numba does in between, such as slicing arrays and freeing them: it would make a context of the first GPU
+                if not simulated() and self.cuda.gpus.current is None:
+                    gpu.__enter__()
+            with gpu:
+                yield
 
     @property
     def free(self) -> float:
@@ -189,7 +196,8 @@ class Device:
 
     def event(self, timing: bool = False) -> Any:
         """An event that can be recorded on the stream and waited for."""
-        return self.cuda.event() if simulated() else self.cuda.event(timing=timing)
+        with self.active():
+            return self.cuda.event() if simulated() else self.cuda.event(timing=timing)
 
     def upload(self, target: Any, source: np.ndarray) -> None:
         """Enqueue a copy to the GPU; both are arrays of one dtype and shape."""
