@@ -133,6 +133,15 @@ def test_a_second_process_compiles_nothing(toy):
     assert all(zipfile.ZipFile(path).testzip() is None for path in files)
 
 
+def test_a_kernel_that_cannot_be_kept_computes_all_the_same(caplog):
+    """Another release of numba-cuda may name its parts differently."""
+    cache = kernelcache.KernelCache(matvec.matvec_kernel(matvec.Form("Q4_0")).py_func)
+    with caplog.at_level("DEBUG", "pyggml"):
+        cache.save_overload((), object())
+        assert cache.load_overload((), object()) is None
+    assert "the compiled matvec cannot be kept" in caplog.text and "the cache of kernels cannot be used" in caplog.text
+
+
 def test_kernels_that_nobody_uses_are_deleted(tmp_path):
     old, new, other = (tmp_path / name for name in ("old-1.zip", "new-1.zip", "notes.txt"))
     for path, days in ((old, 100), (new, 80), (other, 100)):

@@ -95,32 +95,33 @@ class KernelCache:
 
     def load_overload(self, argument_types: Any, target_context: Any) -> Any:
         """The kernel for these types, or None."""
-        from numba.cuda.codegen import CUDACodeLibrary
-
-        library = CUDACodeLibrary(target_context.codegen(), self._function.__name__)
-        capability = library._ensure_cc(None)
-        path = self._path(argument_types, capability)
-        if path is None or not path.exists():
-            return None
+        path = None
         try:
+            from numba.cuda.codegen import CUDACodeLibrary
+
+            library = CUDACodeLibrary(target_context.codegen(), self._function.__name__)
+            capability = library._ensure_cc(None)
+            path = self._path(argument_types, capability)
+            if path is None or not path.exists():
+                return None
             with zipfile.ZipFile(path) as file:
                 entry, ptx, cubin = (file.read(member) for member in MEMBERS)
             with contextlib.suppress(OSError):  # a folder of somebody else's
                 os.utime(path)
             return _kernel(library, capability, argument_types, entry.decode(), ptx.decode(), cubin)
-        except Exception as error:      # noqa: BLE001  whatever is wrong with a file, the kernel can be compiled
-            log.debug("%s cannot be used: %s", path, error)
+        except Exception as error:      # noqa: BLE001  whatever is wrong with a file, or with this numba-cuda, the kernel can be compiled
+            log.debug("%s cannot be used: %s", path or "the cache of kernels", error)
             return None
 
     def save_overload(self, argument_types: Any, kernel: Any) -> None:
-        """Keep a kernel that was compiled; a folder that cannot be written is left alone."""
-        library = kernel._codelibrary
-        capability = library._ensure_cc(None)
-        path = self._path(argument_types, capability)
-        if path is None:
-            return
-        content = dict(zip(MEMBERS, (kernel.entry_name, library.get_asm_str(cc=capability), library.get_cubin(cc=capability).code), strict=True))
+        """Keep a kernel that was compiled, if that can be: a folder may not be written, and another numba-cuda may hold its code elsewhere."""
         try:
+            library = kernel._codelibrary
+            capability = library._ensure_cc(None)
+            path = self._path(argument_types, capability)
+            if path is None:
+                return
+            content = dict(zip(MEMBERS, (kernel.entry_name, library.get_asm_str(cc=capability), library.get_cubin(cc=capability).code), strict=True))
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as beside:
                 aside = Path(beside) / path.name
@@ -129,8 +130,8 @@ class KernelCache:
                         archive.writestr(member, data)
                 os.replace(aside, path)
             delete_unused(path.parent)
-        except OSError as error:
-            log.debug("compiled kernels cannot be kept in %s: %s", path.parent, error)
+        except Exception as error:      # noqa: BLE001  the kernel is there all the same
+            log.debug("the compiled %s cannot be kept: %s", self._function.__name__, error)
 
     def flush(self) -> None:
         """Nothing is deleted."""
