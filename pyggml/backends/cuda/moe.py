@@ -55,6 +55,7 @@ def _route(logits, ids, weights, experts, used, sigmoid, normalize, scale, slots
             other, other_at = shfl_xor(x, m), shfl_xor(at, m)
             if other_at != NEVER and (at == NEVER or other > x or (other == x and other_at < at)):
                 x, at = other, other_at
+        at = at if at != NEVER else i32(0)                  # only NaN logits leave nothing to choose
         last, last_id = x, at
         p = f32(1) / (f32(1) + exp2(-x * f32(LOG2_E))) if sigmoid else exp2((x - top) * f32(LOG2_E)) / total
         chosen += p
