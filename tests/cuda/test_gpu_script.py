@@ -2,9 +2,12 @@
 
 import json
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
 import gpu_measures
+import gpu_run
 import numpy as np
 import pytest
 
@@ -38,7 +41,8 @@ def oracle(toy, tmp_path, monkeypatch):
 
 def test_every_step(oracle, capsys):
     model, kept = oracle / "llama_quant.q8_0.gguf", oracle / "results.json"
-    command = ["--oracle", str(oracle), "--models", str(model), "--llama-bench", str(oracle / "llama-bench"), "--results", str(kept), *SMALL]
+    command = ["--in-process", "--oracle", str(oracle), "--models", str(model), "--llama-bench", str(oracle / "llama-bench"), "--results", str(kept),
+               *SMALL]
     gpu.main(command)
     found = json.loads(kept.read_text())
     rows, name = found["rows"], model.stem
@@ -57,18 +61,39 @@ def test_what_fails_is_told_and_the_rest_runs(oracle, capsys, monkeypatch):
 
     monkeypatch.setattr(gpu_measures, "leak", too_long)
     monkeypatch.setitem(gpu.BUDGETS, "leak", 0.1)
-    assert gpu.main(["--sections", "goldens,rival,leak,machine"]) == 1
+    assert gpu.main(["--in-process", "--sections", "goldens,rival,leak,machine"]) == 1
     out = capsys.readouterr().out
     assert "| failed | goldens | name the folder with --oracle |" in out and "| machine | gpu | cuda0 Fake" in out
-    assert "name a llama-bench" in out and "| failed | leak | not done after 0.1 s |" in out
+    assert "name a llama-bench" in out and "| failed | leak | not done after 1 s |" in out
 
 
-def test_a_step_that_ended_the_process_is_not_tried_again_unasked(oracle, capsys):
+def test_each_step_has_a_process_of_its_own(oracle, capsys, monkeypatch):
+    """Here of programs that stand for this one: the process of one step is killed, that of another one gives a figure."""
+    commands = []
+
+    def process(command, *, check, timeout):
+        commands.append(command)
+        args = dict(zip(command, command[1:], strict=False))
+        if args["--step"] != "machine":
+            return SimpleNamespace(returncode=-11)
+        results = gpu_run.Results(Path(args["--results"]))
+        results.add("machine", "gpu", "one")
+        results.mark(gpu_run.Step("machine", "", 1, print), "")
+        return SimpleNamespace(returncode=0)
+
     kept = oracle / "results.json"
-    kept.write_text(json.dumps({"rows": {}, "steps": {"machine": {"state": "never ended", "date": ""}}}))
-    command = ["--sections", "machine", "--results", str(kept)]
-    assert gpu.main(command) == 1 and "an earlier call ended in it" in capsys.readouterr().out
-    assert gpu.main([*command, "--again"]) == 0
+    kept.write_text(json.dumps({"rows": {"failed|machine": {"figure": "bad", "goal": "", "met": "NO"}}, "steps": {"machine": {"state": "failed"}}}))
+    monkeypatch.setattr(gpu_run.subprocess, "run", process)
+    options = ["--sections", "goldens,machine", "--oracle", str(oracle), "--results", str(kept), "--limit", "30"]
+    assert gpu.main(options) == 1
+    out = capsys.readouterr().out
+    assert "| machine | gpu | one |" in out and "failed | machine" not in out
+    assert "| failed | goldens llama_quant.q8_0 | its process ended with -11 |" in out
+    found = json.loads(kept.read_text())
+    assert {key: step["state"] for key, step in found["steps"].items()} == {"machine": "done", "goldens llama_quant.q8_0": "failed"}
+    assert gpu.main(options) == 1                       # what failed is tried again
+    assert [c[c.index("--step") + 1] for c in commands] == ["machine", *["goldens llama_quant.q8_0"] * 2]
+    assert all(1 <= float(c[-1]) <= 30 for c in commands)
 
 
 def test_a_dry_run_measures_nothing(oracle, capsys):

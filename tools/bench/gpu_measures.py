@@ -7,11 +7,13 @@ import ctypes.util
 import gc
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +29,12 @@ from pyggml.errors import PyggmlError  # noqa: E402
 from pyggml.model import Model  # noqa: E402
 
 if TYPE_CHECKING:
-    from gpu import Run, Source
+    from gpu_run import Run, Source
 
 BUNDLED = Path(__file__).parents[2] / "models" / "books6m-q8_0.gguf"
 DECODE_SHARE = {"tinyllama-1.1b": 0.45, "llama3-8b": 0.75}      # of the copy bandwidth: the goals
 PREFILL_SHARE = {"llama3-8b": 0.5}                              # of the FP16 rate
+SOFTWARE = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core", "llvmlite")
 REPEATS = 3
 
 
@@ -53,6 +56,7 @@ def machine(run: Run) -> None:
     """The GPU, what it copies a second, and what cuBLAS multiplies a second."""
     add = run.results.add
     add("machine", "gpu", str(gpus()[run.args.main_gpu]))
+    add("machine", "software", f"Python {platform.python_version()}, " + ", ".join(f"{name} {metadata.version(name)}" for name in SOFTWARE))
     add("machine", "copy bandwidth", f"{run.device.copy_bandwidth() / 1e9:.0f} GB/s")
     rate = matmul_rate(run.device)
     add("machine", "FP16 matmul", f"{rate / 1e12:.0f} TFLOP/s" if rate else "0 (no cuBLAS here)")
@@ -67,8 +71,9 @@ def matmul_rate(device: Any, n: int = 8192) -> float:
     half, compute_32f = 2, 68                                       # CUDA_R_16F, CUBLAS_COMPUTE_32F
     with device.active():
         arrays = [device.cuda.device_array(n * n, np.float16) for _ in range(3)]
-        for array in arrays:
-            device.clear(array)
+        numbers = np.random.default_rng(1).standard_normal(n * n, np.float32).astype(np.float16)        # zeros are faster: they take less power
+        for array in arrays[:2]:
+            device.upload(array, numbers)
         if library.cublasCreate_v2(ctypes.byref(handle)) or library.cublasSetStream_v2(handle, ctypes.c_void_p(int(device.stream))):
             return 0.0
         a, b, c = (ctypes.c_void_p(x.device_ctypes_pointer.value) for x in arrays)
@@ -290,8 +295,8 @@ def sanitizer(run: Run) -> None:
         raise PyggmlError("compute-sanitizer is not installed here")
     if run.args.oracle is None:
         raise PyggmlError("name the folder with --oracle")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(Path(__file__).with_name("gpu.py")), "--sections", "goldens",
-               "--oracle", str(run.args.oracle), "--only", run.args.only or "llama_quant.q4_k", "--patience", "20"]
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(Path(__file__).with_name("gpu.py")), "--in-process",
+               "--sections", "goldens", "--oracle", str(run.args.oracle), "--only", run.args.only or "llama_quant.q4_k", "--patience", "20"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYGGML_CUDA_GRAPHS": "0"}, check=False)
     summary = [line for line in (done.stdout + done.stderr).splitlines() if "ERROR SUMMARY" in line]
     run.results.add("sanitizer", "memcheck", summary[-1].strip("= ") if summary else f"exit status {done.returncode}", "0 errors",
