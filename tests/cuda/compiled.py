@@ -21,7 +21,6 @@ from types import SimpleNamespace
 
 import numba.cuda.compiler as compiler
 import numba.cuda.dispatcher as dispatcher
-import typed_once  # noqa: F401
 from numba import types
 
 from pyggml.backends.cuda import act, attention, factors, gemm, matvec, qkv, sample

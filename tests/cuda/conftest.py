@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 
-if "PYGGML_PTX" in os.environ:
-    import typed_once  # noqa: F401
 os.environ.setdefault("PYGGML_KERNEL_CACHE", "0")               # kernels are compiled here, whatever the user's cache holds
 
 if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
