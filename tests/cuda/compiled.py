@@ -48,7 +48,7 @@ def _gemm(form: gemm.Form) -> tuple:
 
 def _attention(form: attention.Form) -> tuple:
     k = "F16" if form.type_k == "F16" else "U8"
-    return attention.attention_kernel(form), f"F32 {k} i {k} i I32 I32 F32 U8 F32 F32 I32 i i i i f f I32 i i"
+    return attention.attention_kernel(form), f"F32 {k} i {k} i I32 I32 F32 F32 U8 F32 F32 I32 i i i i f f I32 i i"
 
 
 def _decoding(name: str, up: str = "", columns: int = 1, m: int = 1 << 17, **options: bool) -> tuple:

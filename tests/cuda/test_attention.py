@@ -21,8 +21,8 @@ def numbers(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
-def want(q, k, v, cell, first, scale, softcap=0.0, window=0):
-    return OPS["attention"].reference(q, Numbers(k), Numbers(v), cell, first, scale=scale, softcap=softcap, window=window)
+def want(q, k, v, cell, first, scale, softcap=0.0, window=0, sinks=None):
+    return OPS["attention"].reference(q, Numbers(k), Numbers(v), cell, first, sinks, scale=scale, softcap=softcap, window=window)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
@@ -87,6 +87,17 @@ def test_many_tokens_have_warps_of_their_own(monkeypatch):
     run("attention", view(out, 0), [view(q, 0), k, v, view(cell, 0), view(first, 0)], i=[0, 0], f=[0.25, 0], tokens=tokens - 1)
     assert nmse(out[:-1], want(q, k, v, cell, first, 0.25)[:-1]) < HALF
     assert (out[-1] == 7).all()
+
+
+@pytest.mark.parametrize("cells, blocks", [(20, 264), (70, 264), (20, 0)], ids=["a block", "two blocks", "a warp"])
+def test_heads_with_sinks(monkeypatch, cells, blocks):
+    monkeypatch.setattr(kernels, "SPLIT_CELLS", 32)
+    monkeypatch.setattr(kernels, "MOST_BLOCKS", blocks)
+    k, v = cache_view("F16", numbers(2, cells, 16)), cache_view("F16", numbers(2, cells, 16))
+    q, sinks = numbers(2, 6, 16), np.float32([-1, 0, 2, 90, 1, -90])
+    cell, first, out = np.array([cells - 1, 7], np.int32), np.array([0, 0], np.int32), np.full((2, 6 * 16), 7, np.float32)
+    run("attention", view(out, 0), [view(q, 0), k, v, view(cell, 0), view(first, 0), view(sinks)], i=[0, 0], f=[0.3, 0], tokens=2, cells=cells)
+    assert nmse(out, want(q, k, v, cell, first, 0.3, sinks=sinks)) < HALF
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,7 +8,7 @@ import pytest
 import toys
 
 from pyggml import native, offload
-from pyggml.backends.cuda import ahead, device
+from pyggml.backends.cuda import ahead, device, plan
 from pyggml.context import Context
 from pyggml.errors import PyggmlError
 from pyggml.model import Model
@@ -159,11 +159,20 @@ def test_too_little_memory_names_both_figures_and_what_fits(tmp_path, monkeypatc
     assert Context(model, n_ctx=64, n_gpu_layers="auto", device="cuda0").gpu_layers == 0
 
 
-def test_auto_leaves_a_model_to_the_cpu_that_has_steps_without_kernels():
-    model = Model.load(GOLDEN / "gpt-oss.mxfp4.gguf")
+def test_auto_leaves_a_model_to_the_cpu_that_has_steps_without_kernels(tmp_path, monkeypatch):
+    launches, needs = plan.kernels()
+    monkeypatch.setattr(plan, "kernels", lambda: ({op: launch for op, launch in launches.items() if op != "moe_sum"}, needs))
+    model = open_model(tmp_path, experts=True)
     assert Context(model, n_ctx=64, n_gpu_layers="auto", device="cuda0").gpu_layers == 0
-    with pytest.raises(PyggmlError, match="no CUDA kernel for sinks.*-ngl 0"):
+    with pytest.raises(PyggmlError, match="the step moe_sum has no CUDA kernel; use -ngl 0"):
         Context(model, n_ctx=64, n_gpu_layers="all")
+
+
+def test_gpt_oss_with_its_sinks_and_biases_of_experts():
+    model = Model.load(GOLDEN / "gpt-oss.mxfp4.gguf")
+    expected, rows = continue_greedily(Context(model, n_ctx=CELLS), 1)
+    found, mine = continue_greedily(Context(model, n_ctx=CELLS, n_gpu_layers="all"), 1)
+    assert found == expected and close(mine, rows)
 
 
 def test_a_simulator_is_used_only_when_it_is_asked_for(tmp_path):

@@ -106,3 +106,16 @@ def test_gated_experts(monkeypatch, pairs_at_most):
     y, product = OPS["rms_norm"].reference(x, norm, 1e-5), OPS["matmul_id"].reference
     y = eight_bits(y) if pairs_at_most else y
     assert nmse(out, OPS["glu"].reference(product(g, y, ids), product(u, y, ids), "gelu")) < 1e-5
+
+
+@pytest.mark.parametrize("pairs_at_most", [32, 0], ids=["matvec", "tensor cores"])
+def test_experts_with_biases(monkeypatch, pairs_at_most):
+    monkeypatch.setattr(moe, "PAIRS", pairs_at_most)
+    (wg, g), (wu, u) = (weight(numbers(3, 5, 64), "Q8_0") for _ in range(2))
+    x, ids, bias, bias_up = numbers(2, 64), np.array([[2, 0], [0, 1]], np.int32), 3 * numbers(3, 5), 3 * numbers(3, 5)
+    one, two = np.zeros((2, 2, 5), np.float32), np.zeros((2, 2, 5), np.float32)
+    run("mul_mat_id", view(one, 0), [wg, view(x, 0), None, view(ids, 0), view(bias)], i=[0, 0], f=[0], tokens=2)
+    run("glu_mat_id", view(two, 0), [wg, view(x, 0), None, view(ids, 0), wu, view(bias), view(bias_up)], i=[0, 0, 0, 3], f=[0], tokens=2)
+    y = eight_bits(x) if pairs_at_most else x
+    gate, up = (OPS["matmul_id"].reference(w, y, ids) + b[ids] for w, b in ((g, bias), (u, bias_up)))
+    assert nmse(one, gate) < HALF and nmse(two, OPS["glu"].reference(gate, up, "clamped")) < HALF

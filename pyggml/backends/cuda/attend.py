@@ -34,6 +34,7 @@ class Form:
     dv: int
     split: bool             # the warps of a block, and several blocks, share out the cells of one tile
     softcap: bool = False
+    sinks: bool = False     # each head has a score without a value
     hands_on: bool = False  # dst is also left quantized; only where cells are shared out
 
     @property

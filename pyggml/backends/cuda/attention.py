@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import count_of
+from pyggml.backends.cuda.act import array_of, count_of
 from pyggml.backends.cuda.attend import ROWS, STEP, WARPS, Form, cells_of, queries, walker
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
 from pyggml.backends.cuda.cachestore import rope_store
 from pyggml.backends.cuda.cachetypes import plane_offset
 from pyggml.backends.cuda.intrinsics import device, kernel
-from pyggml.backends.cuda.joined import OUT_ROW, handing, of_blocks, of_warps
+from pyggml.backends.cuda.joined import OUT_ROW, handing, of_blocks, of_warps, sink_share
 from pyggml.backends.cuda.prims import LOG2_E, shfl_xor
 from pyggml.backends.cuda.tails import arrive, counters
 from pyggml.errors import PyggmlError
@@ -41,6 +41,7 @@ f32, i32, i64 = np.float32, np.int32, np.int64
 @cache
 def attention_kernel(form: Form) -> Any:
     load_queries, walk, join_warps, join_blocks, hand = queries(form), walker(form), of_warps(form), of_blocks(form), handing(form)
+    sink = sink_share(form)
     dv, split, wide, hands_on = form.dv, form.split, form.wide, form.hands_on
     q_words, k_words, v_words, n_acc, blocks = 8 * form.chunks, 8 * form.chunks, 16 * form.blocks, 32 * form.blocks, form.blocks
     q_shared, q_local = (q_words * 32 * (1 if split else WARPS), 1) if wide else (1, q_words)
@@ -58,8 +59,8 @@ def attention_kernel(form: Form) -> Any:
                     dst[row * dv + d + 8] = acc[32 * h + 4 * j + at + 1] / total
 
     @kernel
-    def attention(q, keys, plane_k, values, plane_v, cell, first, dst, made, parts, sums, arrived, heads, kv_heads, cells, window, scale, softcap,
-                  slots, slot, limit):
+    def attention(q, keys, plane_k, values, plane_v, cell, first, sinks, dst, made, parts, sums, arrived, heads, kv_heads, cells, window, scale,
+                  softcap, slots, slot, limit):
         tid = cuda.threadIdx.x
         lane, warp = tid & 31, tid >> 5
         g, t = lane >> 2, lane & 3
@@ -102,18 +103,18 @@ def attention_kernel(form: Form) -> Any:
             tops = cuda.shared.array(shared_max, np.float32)
             turn = cuda.shared.array(1, np.int32)
             sharing, z = i32(cuda.gridDim.z), i32(cuda.blockIdx.z)
-            join_warps(acc, max_a, max_b, sum_a, sum_b, out, tops, dst, parts, sums, tile, rows, group, heads, kv_heads, head0, limit, z, sharing,
-                       g, t, tid, warp)
+            join_warps(acc, max_a, max_b, sum_a, sum_b, out, tops, dst, parts, sums, sinks, tile, rows, group, heads, kv_heads, head0, limit, z,
+                       sharing, g, t, tid, warp)
             done = True
             if sharing > 1:
                 done = arrive(arrived, tile * kv_heads + head0, sharing, turn, tid)
                 if done:
-                    join_blocks(dst, parts, sums, tile, rows, group, heads, kv_heads, head0, limit, sharing, tid)
+                    join_blocks(dst, parts, sums, sinks, tile, rows, group, heads, kv_heads, head0, limit, sharing, tid)
             if hands_on and done:
                 hand(dst, tile, rows, group, heads, head0, limit, made, tid)
         else:
-            put(acc, dst, base_a, row_a < rows, 0, sum_a, t)
-            put(acc, dst, base_b, row_b < rows, 2, sum_b, t)
+            put(acc, dst, base_a, row_a < rows, 0, sum_a + sink(sinks, head0 * group + row_a % group, max_a), t)
+            put(acc, dst, base_b, row_b < rows, 2, sum_b + sink(sinks, head0 * group + row_b % group, max_b), t)
     return attention
 
 
@@ -174,16 +175,18 @@ def attention(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> No
     start, end = shape.places
     sums, parts = scratch.temp[:start].view(np.float32), scratch.temp[start:end].view(np.float32)
     roping = step.op == "attention_step"
+    sinks = next(iter(step.src[8 if roping else 5:]), None)
     if roping and not step.settled:
         rope_store(stream, slots, step, scratch.roped)
     scale, softcap = step.f[0], step.f[1]
     if max(shape.dk, shape.dv) > WIDEST or shape.dk % 8 or shape.dv % 8:
         raise PyggmlError(f"heads of {shape.dk} and {shape.dv} numbers cannot be computed on the GPU (multiples of 8 up to {WIDEST} can); use -ngl 0")
-    form = Form(keys.type, values.type, shape.dk, shape.dv, shape.split, softcap != 0, step.hands_on is not None)
+    form = Form(keys.type, values.type, shape.dk, shape.dv, shape.split, softcap != 0, sinks is not None, step.hands_on is not None)
     grid = (shape.tiles, shape.kv_heads, shape.blocks) if shape.split else (-(-shape.tiles // WARPS), shape.kv_heads)
     attention_kernel(form)[grid, 32 * WARPS, stream](
         scratch.roped if roping else q.array, keys.array, plane_offset(keys.type, keys.shape), values.array,
-        plane_offset(values.type, values.shape), cell.array, first.array, step.dst.array, scratch.handing, parts, sums, counters(),
+        plane_offset(values.type, values.shape), cell.array, first.array, array_of(sinks, np.float32), step.dst.array,
+        scratch.handing, parts, sums, counters(),
         shape.heads, shape.kv_heads, keys.shape[1], step.i[0], f32(scale if softcap else scale * LOG2_E), f32(softcap), slots, step.dst.slot,
         shape.limit)
     scratch.hand_on(step.hands_on)

@@ -113,7 +113,7 @@ def head_arguments(settle: Settle | None, roped: Any) -> tuple[Any, ...]:
     floats, ints = none_of(np.float32), none_of(np.int32)
     if settle is None:
         return floats, floats, f32(0), f32(0), floats, ints, floats, 0, floats, 0, floats, 1, 1, 1, 1, 1, 1, 0
-    q, keys, values, cell, _, _, _, table = settle.step.src
+    q, keys, values, cell, _, _, _, table = settle.step.src[:8]
     assert q is not None and keys is not None and values is not None and cell is not None and table is not None
     (norm_q, eps_q), (norm_k, eps_k) = ((s.src[1].array, s.f[0]) for s in settle.norms) if settle.norms else ((floats, 0),) * 2    # type: ignore[union-attr]
     (heads, dk), (kv_heads, cells, dv) = q.shape[1:], values.shape
@@ -137,7 +137,7 @@ def _heads_kernel(form: Heads) -> Any:
 
 def rope_store(stream: Any, slots: Any, step: DeviceStep, roped: Any) -> None:
     """What an attention_step does before it attends, where the launch of its queries, keys and values has not."""
-    q, _, values, _, _, k, v, _ = step.src
+    q, _, values, _, _, k, v = step.src[:7]
     assert q is not None and values is not None and k is not None and v is not None
     settle, warps = Settle(step), q.shape[0] * (q.shape[1] + 2 * values.shape[0])
     _heads_kernel(heads_of(settle))[-(-warps // WARPS), 32 * WARPS, stream](

@@ -174,7 +174,7 @@ def gemm_kernel(form: Form) -> Any:
                                                                          b[2 * j], b[2 * j + 1])
 
     @device
-    def finish(acc, i, row0, column0, count, begin, list_, dst, bias, residual, scale, cap, m):
+    def finish(acc, i, row0, column0, count, begin, list_, first_row, dst, bias, residual, scale, cap, m):
         """The epilogue of 16 tokens; called with numbers for i, so that sums stay in registers (an index known late puts them into memory)."""
         for half_ in range(2):
             row = row0 + 8 * half_
@@ -186,7 +186,7 @@ def gemm_kernel(form: Form) -> Any:
                         if column < m:
                             y = acc[4 * (i * tiles_n + j) + 2 * half_ + c] * scale
                             if with_bias:
-                                y += bias[column]
+                                y += bias[first_row + column]
                             if with_residual:
                                 y += residual[base + column]
                             if with_cap:
@@ -243,12 +243,12 @@ def gemm_kernel(form: Form) -> Any:
             multiply(shared, buffer, acc, b, lane, warp)
         g, t = lane >> 2, lane & 3
         row, column = m0 + (warp >> 1) * wm + g, n0 + (warp & 1) * wn + 2 * t
-        finish(acc, 0, row, column, count, begin, list_, dst, bias, residual, scale, cap, m)
+        finish(acc, 0, row, column, count, begin, list_, first_row, dst, bias, residual, scale, cap, m)
         if tiles_m > 1:
-            finish(acc, 1, row + 16, column, count, begin, list_, dst, bias, residual, scale, cap, m)
+            finish(acc, 1, row + 16, column, count, begin, list_, first_row, dst, bias, residual, scale, cap, m)
         if tiles_m > 2:
-            finish(acc, 2, row + 32, column, count, begin, list_, dst, bias, residual, scale, cap, m)
-            finish(acc, 3, row + 48, column, count, begin, list_, dst, bias, residual, scale, cap, m)
+            finish(acc, 2, row + 32, column, count, begin, list_, first_row, dst, bias, residual, scale, cap, m)
+            finish(acc, 3, row + 48, column, count, begin, list_, first_row, dst, bias, residual, scale, cap, m)
     return gemm
 
 

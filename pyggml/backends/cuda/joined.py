@@ -12,7 +12,7 @@ import numpy as np
 
 from pyggml.backends.cuda.attend import LOWEST, ROWS, WARPS, Form
 from pyggml.backends.cuda.intrinsics import device
-from pyggml.backends.cuda.prims import block_barrier, exp2
+from pyggml.backends.cuda.prims import LOG2_E, block_barrier, exp2
 from pyggml.backends.cuda.tails import hand_on
 
 OUT_ROW = 65                    # floats between rows of 64 in shared memory: rows start at different banks
@@ -30,9 +30,21 @@ def block_sums(tops, row):
     return top, total
 
 
+@cache
+def sink_share(form: Form) -> Any:
+    """A device function: the weight that a head's sink has beside cells whose largest score is `top`."""
+    there = form.sinks
+
+    @device
+    def share(sinks, head, top):
+        return exp2(sinks[head] * f32(LOG2_E) - top) if there else f32(0)
+    return share
+
+
 @device
 def of_all_blocks(parts, sums, part, stride, blocks, d, dv):
-    """Number d of a row whose cells several blocks shared out: block z's part of it is number part + z stride."""
+    """Number d of a row whose cells several blocks shared out, not yet divided, the sum of its weights, and the largest score that these are
+    relative to: block z's part of it is number part + z stride."""
     top, weights, total = LOWEST, f32(0), f32(0)
     for z in range(blocks):
         top = max(top, sums[2 * (part + z * stride)])
@@ -40,14 +52,14 @@ def of_all_blocks(parts, sums, part, stride, blocks, d, dv):
         keep = exp2(sums[2 * (part + z * stride)] - top)
         weights += sums[2 * (part + z * stride) + 1] * keep
         total += parts[(part + z * stride) * dv + d] * keep
-    return total / weights
+    return total, weights, top
 
 
 @cache
 def of_warps(form: Form) -> Any:
     """A device function by which the warps of a block put their parts together, 64 numbers of every row at a time: into dst, or, where several
     blocks share the cells, as the part of block z."""
-    dv, blocks = form.dv, form.blocks
+    dv, blocks, sink = form.dv, form.blocks, sink_share(form)
 
     @device
     def lay_out(acc, h, out, place, keep_a, keep_b):
@@ -57,8 +69,8 @@ def of_warps(form: Form) -> Any:
             out[place + j + 8 * OUT_ROW], out[place + j + 8 * OUT_ROW + 8] = acc[at + 2] * keep_b, acc[at + 3] * keep_b
 
     @device
-    def join(acc, max_a, max_b, sum_a, sum_b, out, tops, dst, parts, sums, tile, rows, group, heads, kv_heads, head0, limit, z, sharing, g, t, tid,
-             warp):
+    def join(acc, max_a, max_b, sum_a, sum_b, out, tops, dst, parts, sums, sinks, tile, rows, group, heads, kv_heads, head0, limit, z, sharing, g, t,
+             tid, warp):
         if t == 0:
             tops[2 * (warp * ROWS + g)], tops[2 * (warp * ROWS + g) + 1] = max_a, sum_a
             tops[2 * (warp * ROWS + g + 8)], tops[2 * (warp * ROWS + g + 8) + 1] = max_b, sum_b
@@ -86,7 +98,8 @@ def of_warps(form: Form) -> Any:
                         total += out[(w * ROWS + (i >> 6)) * OUT_ROW + (i & 63)]
                     top, weights = block_sums(tops, i >> 6)
                     if sharing == 1:
-                        dst[(i64(row // group) * heads + head0 * group + row % group) * dv + d] = total / weights
+                        head = head0 * group + row % group
+                        dst[(i64(row // group) * heads + head) * dv + d] = total / (weights + sink(sinks, head, top))
                     else:
                         part = (i64(z) * kv_heads + head0) * limit * group + row
                         parts[part * dv + d] = total
@@ -99,16 +112,17 @@ def of_warps(form: Form) -> Any:
 @cache
 def of_blocks(form: Form) -> Any:
     """A device function by which the last block to come puts the parts of all blocks together."""
-    dv = form.dv
+    dv, sink = form.dv, sink_share(form)
 
     @device
-    def join(dst, parts, sums, tile, rows, group, heads, kv_heads, head0, limit, sharing, tid):
+    def join(dst, parts, sums, sinks, tile, rows, group, heads, kv_heads, head0, limit, sharing, tid):
         for i in range(tid, ROWS * dv, 32 * WARPS):
             row, d = tile * ROWS + i // dv, i % dv
             if row < rows:
-                to = (i64(row // group) * heads + head0 * group + row % group) * dv + d
+                head = head0 * group + row % group
                 part, stride = i64(head0) * limit * group + row, i64(kv_heads) * limit * group
-                dst[to] = of_all_blocks(parts, sums, part, stride, sharing, d, dv)
+                total, weights, top = of_all_blocks(parts, sums, part, stride, sharing, d, dv)
+                dst[(i64(row // group) * heads + head) * dv + d] = total / (weights + sink(sinks, head, top))
     return join
 
 

@@ -98,16 +98,16 @@ def product(form: Form) -> Any:
                     acc[cells + r * columns + n] += times_b(q_b, act, min(column + n, total - 1), total, units, here, keep)
 
     @device
-    def finish(y, z, row, at, dst, bias, bias_b, residual, scale, cap):
+    def finish(y, z, bias_at, at, dst, bias, bias_b, residual, scale, cap):
         """The epilogue of one number."""
         if gated:
             if with_bias:
-                y, z = y + bias[row], z + bias_b[row]
+                y, z = y + bias[bias_at], z + bias_b[bias_at]
             dst[at] = gated_unit(y, z, glu)
         else:
             y *= scale
             if with_bias:
-                y += bias[row]
+                y += bias[bias_at]
             if with_residual:
                 y += residual[at]
             if with_cap:
@@ -160,7 +160,7 @@ def product(form: Form) -> Any:
                 z = one if lane == i else z
         row, n = row0 + lane // columns, t0 + lane % columns
         if lane < cells and row < m and n < count:
-            finish(y, z, row, i64(n) * m + row, dst, bias, bias_b, residual, scale, cap)
+            finish(y, z, first + row, i64(n) * m + row, dst, bias, bias_b, residual, scale, cap)
     return block_of
 
 

@@ -142,18 +142,20 @@ def _lists(ids: Any, experts: int, slots: Any, slot: int, stream: Any, scratch: 
 
 def mul_mat_id(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
     w, x, norm, ids = step.src[:4]
-    assert w is not None and w.weight is not None and x is not None and ids is not None
     gated = step.op == "glu_mat_id"
+    bias, bias_up = (*step.src[5 if gated else 4:], None, None)[:2]
+    assert w is not None and w.weight is not None and x is not None and ids is not None
     up = step.src[4].weight if gated and step.src[4] is not None else None
     pairs, glu = math.prod(ids.shape), step.i[3] if gated else 0
     if _by_pairs(w.type, pairs):
-        matvec(w.weight, up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], ids=ids, glu=glu)
+        matvec(w.weight, up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], ids=ids, glu=glu,
+               bias=bias, bias_up=bias_up)
         return
     share = ids.shape[1] if len(x.shape) == 2 else 1
     lists = _lists(ids, w.weight.shape[0], slots, step.dst.slot, stream, scratch, share)
-    gemm(w.weight, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], lists=lists)
+    gemm(w.weight, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias, lists=lists)
     if up is not None:
-        gemm(up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], gate=step.dst, glu=glu, lists=lists)
+        gemm(up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], bias=bias_up, gate=step.dst, glu=glu, lists=lists)
 
 
 def _by_pairs(type_name: str, pairs: int) -> bool:

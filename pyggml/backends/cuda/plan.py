@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pyggml.graph import Tensor
 
 FAMILIES = ("basic", "norm", "rope", "matmul", "cachestore", "attention", "moe", "sample")
-UNREAD = {"attention": 5, "attention_step": 8, "mul_mat_id": 4, "glu_mat_id": 5}         # from here on no kernel reads sources of a step
 RECORDED = 64           # batches of up to so many tokens are recorded: larger ones compute longer than they launch
 
 
@@ -197,8 +196,6 @@ class DeviceProgram:
         return self.add(DeviceView(self._array(array, type, count), type, shape, slot))
 
     def step(self, op: str, dst: int, src: Sequence[int], i: Sequence[int], f: Sequence[float], sync: bool) -> int:
-        if op in UNREAD and any(s >= 0 for s in src[UNREAD[op]:]):
-            raise UnsupportedStep(f"the step {op} has no CUDA kernel for sinks or for biases of experts; use -ngl 0")
         self.steps.append(DeviceStep(op, self.views[dst], tuple(None if s < 0 else self.views[s] for s in src), tuple(i), tuple(f),
                                      number=len(self.steps)))
         return len(self.steps) - 1
