@@ -98,6 +98,11 @@ def test_one_launch_does_what_several_steps_say(tmp_path, monkeypatch):
     assert len(plan.op_times()) == len(plan.steps) and all(row.ns > 0 for row in plan.op_times())
 
 
+def test_experts_need_no_launches_for_what_they_hand_on(tmp_path):
+    plan = Context(open_model(tmp_path, layers=2, experts=True), n_ctx=CELLS, n_gpu_layers="all").plan(1, 1)
+    assert [s.op for s in plan.program.steps if s.op.endswith(("mat_id", "moe_sum")) and s.hands_on is None] == ["mul_mat_id"] * 2
+
+
 def fresh_row(model, tokens):
     return Context(model, n_ctx=CELLS, n_gpu_layers="all").eval(tokens)[-1].copy()
 

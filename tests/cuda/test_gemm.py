@@ -4,10 +4,12 @@ import os
 
 import numpy as np
 import pytest
-from device_case import eight_bits, nmse, run, view, weight
+from device_case import eight_bits, hands_on_what_it_makes, nmse, run, view, weight
 
 from pyggml.backends.cuda import gemm as kernels
 from pyggml.backends.cuda import moe
+from pyggml.backends.cuda.act import INT8
+from pyggml.backends.cuda.base import HandOn
 from pyggml.ops import OPS
 
 HALF = 1e-6                                     # activations and weights are half floats: NMSE
@@ -119,3 +121,23 @@ def test_experts_with_biases(monkeypatch, pairs_at_most):
     y = eight_bits(x) if pairs_at_most else x
     gate, up = (OPS["matmul_id"].reference(w, y, ids) + b[ids] for w, b in ((g, bias), (u, bias_up)))
     assert nmse(one, gate) < HALF and nmse(two, OPS["glu"].reference(gate, up, "clamped")) < HALF
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_gated_experts_hand_on_what_they_make(tokens):
+    """More rows than are quantized together, for the product that reads each of a token's experts apart."""
+    (wg, _), (wu, _), (wd, _) = (weight(numbers(3, *shape), "Q8_0") for shape in ((160, 32), (160, 32), (4, 160)))
+    ids = np.array([[2, 0], [0, 1], [1, 2]], np.int32)
+    x, ids, made = numbers(3, 32), view(ids, 0), view(np.zeros((3, 2, 160), np.float32), 0)
+    left = run("glu_mat_id", made, [wg, view(x, 0), None, ids, wu], i=[0, 0, 0, 0], f=[0], tokens=tokens, hands_on=HandOn(7, INT8))
+    outs = [np.zeros((3, 2, 4), np.float32) for _ in range(2)]
+    for out, memory in zip(outs, (left, None), strict=True):
+        run("mul_mat_id", view(out, 0), [wd, made, None, ids], i=[7, 0], f=[0], tokens=tokens, shared=memory)
+    assert left.prepared != (7, INT8) and outs[0][:tokens].all() and (outs[0] == outs[1]).all()
+
+
+@pytest.mark.parametrize("reader", ["Q8_0", "F16"])
+def test_a_sum_of_experts_hands_on_what_it_makes(reader):
+    y, w, r = numbers(3, 2, 160), numbers(3, 2), numbers(3, 160)
+    hands_on_what_it_makes("moe_sum", view(np.zeros((3, 160), np.float32), 0), [view(y, 0), view(w, 0), view(r, 0)], (), (), norm=view(numbers(160)),
+                           reader=reader, tokens=2)

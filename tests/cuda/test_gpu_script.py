@@ -99,5 +99,5 @@ def test_each_step_has_a_process_of_its_own(oracle, capsys, monkeypatch):
 def test_a_dry_run_measures_nothing(oracle, capsys):
     assert gpu.main(["--dry-run", "--shapes", "tinyllama-1.1b", "--types", "Q4_0,F16", "--oracle", str(oracle)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 2 * (1 + 5 + 1) + 2 + 1 and lines[1].split() == ["goldens", "llama_quant.q8_0", "90", "s", "to", "do"]
+    assert len(lines) == 1 + 1 + 2 * (1 + 5 + 1) + 2 + 1 and lines[1].split() == ["goldens", "llama_quant.q8_0", "180", "s", "to", "do"]
     assert lines[-1].startswith("18 steps, ")

@@ -38,7 +38,7 @@ from pyggml import native  # noqa: E402
 from pyggml.backends.cuda.device import why_not  # noqa: E402
 
 # seconds that a step of a section, or of a part of one, may take
-BUDGETS = {"machine": 120, "goldens": 90, "greedy": 300, "loading": 180, "decoding": 180, "prefilling": 240, "depths": 240, "batches": 240,
+BUDGETS = {"machine": 120, "goldens": 180, "greedy": 300, "loading": 180, "decoding": 180, "prefilling": 240, "depths": 240, "batches": 240,
            "rival": 300, "leak": 600, "sanitizer": 900}
 SPEED = ("loading", "decoding", "prefilling", "depths", "batches")
 SECTIONS = ("machine", "goldens", "greedy", "speed", "rival", "leak", "sanitizer")

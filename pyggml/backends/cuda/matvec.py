@@ -178,7 +178,7 @@ def matvec_kernel(form: Form) -> Any:
         block_of(acc, shared, tid, block, t0, w, o1, o2, o3, grid, w_b, p1, p2, p3, grid_b, act, i32(total), ids, per_token, share, dst, bias,
                  bias_b, residual, scale, cap, rows, i32(units), slots, slot, limit)
         if hands_on >= 0:
-            count = count_of(slots, slot, 1, limit)
+            count = count_of(slots, slot, per_token, limit)
             turn = cuda.shared.array(1, np.int32)
             if normed:
                 squares = cuda.shared.array(WARPS, np.float32)
@@ -187,8 +187,9 @@ def matvec_kernel(form: Form) -> Any:
                         hand_on_normed(dst, n, rows, norm, eps, hands_on, limit, made, squares, tid, 32 * WARPS)
             else:
                 part = block * per_block // HANDED
-                if arrive(arrived, part, (min(HANDED, rows - HANDED * part) + per_block - 1) // per_block, turn, tid) and tid < 32:
-                    for n in range(columns):
+                blocks = (min(HANDED, rows - HANDED * part) + per_block - 1) // per_block
+                if arrive(arrived, i32(cuda.blockIdx.y) * ((rows + HANDED - 1) // HANDED) + part, blocks, turn, tid) and tid < 32:
+                    for n in range(t0, t0 + columns):
                         hand_on(dst, n, HANDED * part + 4 * tid if n < count else rows, rows, limit, made)
     return matvec
 

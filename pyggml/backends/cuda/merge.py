@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pyggml.backends.cuda import attention, matmul, norm
+from pyggml.backends.cuda import attention, matmul, moe, norm
 from pyggml.backends.cuda.act import FLOAT, HALF
 from pyggml.backends.cuda.base import DeviceStep, DeviceView, HandOn, Settle
 from pyggml.backends.cuda.matmul import form_of
@@ -20,7 +20,11 @@ BETWEEN = 4         # steps behind q/k/v among which their attention is: norms o
 # whether a step can leave its result prepared, and normed
 CAN_HAND_ON: dict[str, Callable[[DeviceStep, bool], bool]] = {
     "mul_mat": matmul.can_hand_on, "glu_mat": matmul.can_hand_on, "attention": attention.can_hand_on, "attention_step": attention.can_hand_on,
-    "rms_norm": norm.can_hand_on,
+    "rms_norm": norm.can_hand_on, "glu_mat_id": moe.can_hand_on, "moe_sum": moe.can_hand_on,
+}
+# how a product reads its activations
+FORMS: dict[str, Callable[[DeviceStep], int]] = {
+    "mul_mat": matmul.form_of, "glu_mat": matmul.form_of, "mul_mat_id": moe.form_of, "glu_mat_id": moe.form_of,
 }
 
 
@@ -86,9 +90,9 @@ def _address(array: Any) -> int:
 
 def _handing(step: DeviceStep, reader: DeviceStep | None) -> DeviceStep:
     """The step as it is, or handing on what it makes to the product that reads it next."""
-    if reader is None or reader.op not in ("mul_mat", "glu_mat") or reader.src[1] is not step.dst or step.op not in CAN_HAND_ON:
+    if reader is None or reader.op not in FORMS or reader.src[1] is not step.dst or step.op not in CAN_HAND_ON:
         return step
-    form, after = form_of(reader), reader.src[2]
+    form, after = FORMS[reader.op](reader), reader.src[2]
     if form == HALF or (form == FLOAT and after is None) or not CAN_HAND_ON[step.op](step, after is not None):
         return step
     return replace(step, hands_on=HandOn(reader.i[0], form, after, reader.f[0]))

@@ -7,20 +7,24 @@ and each expert's pairs go through the tensor cores together.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from pyggml.backends.cuda.act import FLOAT, HALF, INT8, act_bytes, count_of, none_of
+from pyggml.backends.cuda.act import HALF, act_bytes, array_of, count_of
 from pyggml.backends.cuda.base import DeviceStep, Launch, Needs, Scratch
+from pyggml.backends.cuda.factors import factor
 from pyggml.backends.cuda.gemm import Lists, gemm
 from pyggml.backends.cuda.intrinsics import SIMULATED, kernel
-from pyggml.backends.cuda.layout import FLOATS
 from pyggml.backends.cuda.matvec import matvec
 from pyggml.backends.cuda.prims import LOG2_E, exp2, shfl_xor, warp_max, warp_sum
+from pyggml.backends.cuda.tails import COUNTERS, HANDED, NORMED, arrive, counters, hand_on_normed
 
 THREADS = 32 if SIMULATED else 128
+SUMMED = 128                            # numbers of a block
+WARPS = SUMMED // 32
 PAIRS = 32                              # up to so many pairs, one matvec each
 LOWEST = np.float32(-3.4e38)
 NEVER = np.int32(0x7FFFFFFF)
@@ -76,24 +80,36 @@ def moe_route(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> No
                               f32(step.f[0]), slots, step.dst.slot, limit)
 
 
-@kernel
-def _sum(y, weights, residual, dst, used, m, with_residual, slots, slot, limit):
-    i = i64(cuda.blockIdx.x) * 128 + cuda.threadIdx.x
-    if i >= i64(count_of(slots, slot, 1, limit)) * m:
-        return
-    t, c = i // m, i % m
-    total = residual[i] if with_residual else f32(0)
-    for u in range(used):
-        total += y[(t * used + u) * m + c] * weights[t * used + u]
-    dst[i] = total
+@cache
+def _sum_kernel(with_residual: bool, hands_on: int) -> Any:
+    @kernel
+    def moe_sum(y, weights, residual, dst, used, m, norm, eps, made, arrived, slots, slot, limit):
+        """A thread a number; the last block may leave all rows normed and prepared for the next product."""
+        tid, count = cuda.threadIdx.x, count_of(slots, slot, 1, limit)
+        i = i64(cuda.blockIdx.x) * SUMMED + tid
+        if i < i64(count) * m:
+            t, c = i // m, i % m
+            total = residual[i] if with_residual else f32(0)
+            for u in range(used):
+                total += y[(t * used + u) * m + c] * weights[t * used + u]
+            dst[i] = total
+        if hands_on >= 0:
+            turn = cuda.shared.array(1, np.int32)
+            squares = cuda.shared.array(WARPS, np.float32)
+            if arrive(arrived, 0, cuda.gridDim.x, turn, tid):
+                for n in range(count):
+                    hand_on_normed(dst, n, i32(m), norm, eps, hands_on, limit, made, squares, tid, SUMMED)
+    return moe_sum
 
 
 def moe_sum(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> None:
     y, weights, residual = step.src
     assert y is not None and weights is not None
-    limit, used, m = y.shape
-    _sum[-(-limit * m // 128), 128, stream](y.array, weights.array, residual.array if residual is not None else none_of(np.float32),
-                                            step.dst.array, used, m, residual is not None, slots, step.dst.slot, limit)
+    (limit, used, m), on = y.shape, step.hands_on
+    _sum_kernel(residual is not None, on.kind if on is not None else -1)[-(-limit * m // SUMMED), SUMMED, stream](
+        y.array, weights.array, array_of(residual, np.float32), step.dst.array, used, m, array_of(on.norm if on is not None else None, np.float32),
+        f32(on.eps if on is not None else 0), scratch.handing, counters(), slots, step.dst.slot, limit)
+    scratch.hand_on(on)
 
 
 # ---- pairs by expert -------------------------------------------------------------------------------------------------------------------------
@@ -149,7 +165,7 @@ def mul_mat_id(stream: Any, slots: Any, step: DeviceStep, scratch: Scratch) -> N
     pairs, glu = math.prod(ids.shape), step.i[3] if gated else 0
     if _by_pairs(w.type, pairs):
         matvec(w.weight, up, x, norm, step.dst, slots, stream, scratch, act_id=step.i[0], eps=step.f[0], ids=ids, glu=glu,
-               bias=bias, bias_up=bias_up)
+               bias=bias, bias_up=bias_up, hands_on=step.hands_on)
         return
     share = ids.shape[1] if len(x.shape) == 2 else 1
     lists = _lists(ids, w.weight.shape[0], slots, step.dst.slot, stream, scratch, share)
@@ -162,12 +178,25 @@ def _by_pairs(type_name: str, pairs: int) -> bool:
     return pairs <= PAIRS or type_name == "F32"
 
 
+def form_of(step: DeviceStep) -> int:
+    """How a product of experts reads its activations: HALF, INT8 or FLOAT."""
+    w, ids = step.src[0], step.src[3]
+    assert w is not None and ids is not None
+    return factor(w.type).act if _by_pairs(w.type, math.prod(ids.shape)) else HALF
+
+
+def can_hand_on(step: DeviceStep, normed: bool) -> bool:
+    """Can this step leave what it makes prepared for the next? Gated units do group by group, as matmul's; a sum as a whole, with the norm."""
+    m, columns = step.dst.shape[-1], math.prod(step.dst.shape[:-1])
+    if step.op == "glu_mat_id":
+        return not normed and form_of(step) != HALF and m % 32 == 0 and columns * -(-m // HANDED) <= COUNTERS
+    return normed and columns * m <= NORMED and m % 8 == 0
+
+
 def _needs(step: DeviceStep, cells: int) -> tuple[int, int]:
     w, x, ids = step.src[0], step.src[1], step.src[3]
     assert w is not None and x is not None and ids is not None
-    pairs = math.prod(ids.shape)
-    kind = HALF if not _by_pairs(w.type, pairs) else FLOAT if w.type in FLOATS else INT8
-    return act_bytes(kind, x.shape[-1], math.prod(x.shape[:-1])), 4 * (pairs + w.shape[0] + 1)
+    return act_bytes(form_of(step), x.shape[-1], math.prod(x.shape[:-1])), 4 * (math.prod(ids.shape) + w.shape[0] + 1)
 
 
 LAUNCHES: dict[str, Launch] = {"moe_route": moe_route, "moe_sum": moe_sum, "mul_mat_id": mul_mat_id, "glu_mat_id": mul_mat_id}
