@@ -1,5 +1,6 @@
 """A whole model over the fake driver: uploaded, launched, recorded and replayed by the real numba-cuda, computed as the PTX it compiled."""
 
+import functools
 import gc
 import json
 import os
@@ -71,6 +72,23 @@ def test_another_thread_computes_the_same(toy):
     context.reset()
     rows.append(context.eval([1])[-1].copy())
     assert len(rows) == 3 and (rows[0] == rows[1]).all() and (rows[0] == rows[2]).all() and not DRIVER.problems
+
+
+def test_threads_that_open_a_gpu_at_once_share_it(monkeypatch):
+    class Slow(device.Device):
+        def __init__(self, gpu):
+            time.sleep(0.1)
+            super().__init__(gpu)
+
+    monkeypatch.setattr(device, "Device", Slow)
+    monkeypatch.setattr(device, "_opened", functools.cache(device._opened.__wrapped__))
+    found: list = []
+    threads = [threading.Thread(target=lambda: found.append(device.open_device(0))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] is found[1]
 
 
 def test_the_second_gpu_is_the_only_one_that_is_used(toy):

@@ -132,12 +132,16 @@ def named(device: str | None, main_gpu: int = 0) -> int | None:
     return int(found[1])
 
 
-@cache
+_opened = cache(lambda index: Device(gpus()[index]))
+_opening = threading.Lock()
+
+
 def open_device(index: int) -> Device:
     """The GPU, ready to compute; PyggmlError says what is missing."""
     if reason := why_not(index):
         raise PyggmlError(f"layers cannot go to a GPU: {reason}; leave -ngl out to compute on the CPU")
-    return Device(gpus()[index])
+    with _opening:                      # two streams of one GPU would count their blocks in the same counters (tails.py)
+        return _opened(index)
 
 
 class Device:
