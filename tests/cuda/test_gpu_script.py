@@ -61,9 +61,9 @@ def test_what_fails_is_told_and_the_rest_runs(oracle, capsys, monkeypatch):
 
     monkeypatch.setattr(gpu_measures, "leak", too_long)
     monkeypatch.setitem(gpu.BUDGETS, "leak", 0.1)
-    assert gpu.main(["--in-process", "--sections", "goldens,rival,leak,machine"]) == 1
+    assert gpu.main(["--in-process", "--sections", "goldens,rival,leak,machine", "--oracle", str(oracle / "none")]) == 1
     out = capsys.readouterr().out
-    assert "| failed | goldens | name the folder with --oracle |" in out and "| machine | gpu | cuda0 Fake" in out
+    assert "| failed | goldens | there are no golden logits in " in out and "| machine | gpu | cuda0 Fake" in out
     assert "name a llama-bench" in out and "| failed | leak | not done after 1 s |" in out
 
 

@@ -1,9 +1,9 @@
 """Everything that pyggml claims about a GPU, measured on one: a short table comes last.
 
-    python tools/bench/gpu.py --oracle FOLDER --shapes tinyllama-1.1b,llama3-8b --types Q4_0,Q4_K_M,Q8_0,F16 --results gpu.json
+    python tools/bench/gpu.py --shapes tinyllama-1.1b,llama3-8b --types Q4_0,Q4_K_M,Q8_0,F16 --results gpu.json
 
     machine     the GPU, the bytes it copies a second, the FP16 products it makes a second (cuBLAS, where there is one)
-    goldens     logits of llama.cpp (FOLDER/models, FOLDER/golden): every model within the bounds of tools/golden.py
+    goldens     logits of llama.cpp (--oracle): every model within the bounds of tools/golden.py
     greedy      512 tokens of each model, equal to the CPU backend's up to the first near-tie
     speed       per shape and type: upload, memory against the forecast, decode, prefill, depths, batches
     rival       llama-bench (--llama-bench PATH) on the same models
@@ -85,7 +85,8 @@ def numbers(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="default: %(default)s")
-    parser.add_argument("--oracle", type=Path, metavar="FOLDER")
+    parser.add_argument("--oracle", type=Path, default=measures.GOLDENS, metavar="FOLDER",
+                        help="golden models with their logits, beside each other or in models and golden (default: %(default)s)")
     parser.add_argument("--only", help="golden files whose name contains this")
     parser.add_argument("--shapes", default="", help=f"of random models: {', '.join(SHAPES)}")
     parser.add_argument("--types", default="Q4_0,Q4_K_M,Q8_0,F16", help=f"of them: {', '.join(MIXES)} (default: %(default)s)")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpu_run import Run, Source
 
 BUNDLED = Path(__file__).parents[2] / "models" / "books6m-q8_0.gguf"
+GOLDENS = Path(__file__).parents[2] / "tests" / "golden" / "models"
 DECODE_SHARE = {"tinyllama-1.1b": 0.45, "llama3-8b": 0.75}      # of the copy bandwidth: the goals
 PREFILL_SHARE = {"llama3-8b": 0.5}                              # of the FP16 rate
 SOFTWARE = ("numpy", "numba", "numba-cuda", "cuda-bindings", "cuda-core", "llvmlite")
@@ -108,10 +109,8 @@ def _load(name: str) -> Any:
 
 # ---- goldens and greedy -----------------------------------------------------------------------------------------------------
 
-def golden_files(oracle: Path | None, only: str | None) -> list[Path]:
+def golden_files(oracle: Path, only: str | None) -> list[Path]:
     """The golden logits in a folder whose names contain `only`."""
-    if oracle is None:
-        return []
     paths = sorted((oracle / "golden").glob("*.npz")) or sorted(oracle.glob("*.npz"))
     return [path for path in paths if not only or only in path.stem]
 
@@ -119,7 +118,7 @@ def golden_files(oracle: Path | None, only: str | None) -> list[Path]:
 def golden(run: Run, path: Path | None) -> None:
     """The logits of one golden file."""
     if path is None:
-        raise PyggmlError("name the folder with --oracle")
+        raise PyggmlError(f"there are no golden logits in {run.args.oracle}; name their folder with --oracle")
     models = run.args.oracle / "models" if (run.args.oracle / "models").exists() else run.args.oracle
     found, wrong = hold_against(path, models, n_gpu_layers="all", main_gpu=run.args.main_gpu)
     run.results.add("goldens", path.stem, "  ".join(f"{k} {v:.2g}" for k, v in found.items() if k in ("rel_l2", "kl_mean", "top1")),
@@ -293,8 +292,6 @@ def sanitizer(run: Run) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise PyggmlError("compute-sanitizer is not installed here")
-    if run.args.oracle is None:
-        raise PyggmlError("name the folder with --oracle")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(Path(__file__).with_name("gpu.py")), "--in-process",
                "--sections", "goldens", "--oracle", str(run.args.oracle), "--only", run.args.only or "llama_quant.q4_k", "--patience", "20"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYGGML_CUDA_GRAPHS": "0"}, check=False)
