@@ -50,6 +50,14 @@ def test_gated_units():
     assert nmse(out, OPS["glu"].reference(x @ g.T, x @ u.T, "silu")) < HALF
 
 
+def test_numbers_that_half_floats_have_no_room_for_stay_finite():
+    w, numeric = weight(numbers(8, 32), "F16")
+    x, out = numbers(9, 32), np.zeros((9, 8), np.float32)
+    x[0, :3] = 1e6, -1e6, 65504
+    run("mul_mat", view(out, 0), [w, view(x, 0), None, None, None], i=[0, 0, 0], f=[0, 1], tokens=9)
+    assert nmse(out, np.clip(x, -65504, 65504) @ numeric.T) < HALF
+
+
 def test_large_tiles_where_they_fill_the_gpu():
     assert kernels.tile_of(4096, 512) == (128, 128) and kernels.tile_of(4096, 9) == (64, 32) and kernels.tile_of(14336, 64) == (64, 64)
 

@@ -80,6 +80,12 @@ def act_bytes(kind: int, k: int, columns: int) -> int:
     return int(columns * row_length(kind, k) * size)
 
 
+@device
+def bounded(x):
+    """The nearest number that a half float has room for: infinity times 0 would be NaN, and a few numbers of some models are that large."""
+    return max(f32(-65504), min(x, f32(65504)))
+
+
 @cache
 def _prepare_kernel(kind: int, normed: bool) -> Any:
     @kernel
@@ -123,7 +129,7 @@ def _prepare_kernel(kind: int, normed: bool) -> Any:
             quantize(a, b, d, e, act, i64(c) * padded, i64(columns) * padded + 8 * (i64(c) * (padded >> 5)), at, padded)
         elif at < padded:
             if kind == HALF:
-                store64(act, 2 * (i64(c) * padded + at), half2(a, b), half2(d, e))
+                store64(act, 2 * (i64(c) * padded + at), half2(bounded(a), bounded(b)), half2(bounded(d), bounded(e)))
             else:
                 store128(act, 4 * (i64(c) * padded + at), bits_of(a), bits_of(b), bits_of(d), bits_of(e))
     return prepare
