@@ -67,6 +67,12 @@ def test_what_fails_is_told_and_the_rest_runs(oracle, capsys, monkeypatch):
     assert "name a llama-bench" in out and "| failed | leak | not done after 1 s |" in out
 
 
+def test_a_model_that_cannot_be_made(oracle, capsys):
+    assert gpu.main(["--in-process", "--sections", "machine,greedy", "--shapes", "tiny", "--types", "Q8_0", "--folder", str(oracle / "none")]) == 1
+    out = capsys.readouterr().out
+    assert "| failed | greedy tiny Q8_0 | tiny Q8_0 cannot be made: " in out and "| machine | gpu |" in out
+
+
 def test_each_step_has_a_process_of_its_own(oracle, capsys, monkeypatch):
     """Here of programs that stand for this one: the process of one step is killed, that of another one gives a figure."""
     commands = []

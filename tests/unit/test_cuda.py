@@ -55,6 +55,12 @@ def test_the_ptx_of_every_kernel():
         assert process.returncode == 0, out[-6000:]
 
 
+def test_what_the_gpus_script_needs_is_named():
+    done = subprocess.run([sys.executable, "-I", "-S", str(TESTS.parent / "tools" / "bench" / "gpu.py"), "--dry-run"], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 1 and done.stderr.startswith("gpu.py: there is no numpy, cffi") and "pip install -e '.[cuda]'" in done.stderr
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Set what the driver finds: machine(gpus, why there is none, whether numba-cuda is installed)."""

@@ -158,14 +158,22 @@ class Run:
         else:
             print(f"---- {step.key}", flush=True)
             self.results.begin(step)
-            if step.source is not None and step.source.shape and not step.source.path.exists():
-                self._made.add(step.source.path)
-                write_random_model(step.source.path, step.source.shape, step.source.kind)
-            (self.here if self.args.in_process else self.apart)(step)
+            try:
+                self.make(step.source)
+            except (OSError, PyggmlError) as error:
+                self.results.mark(step, f"{step.source.name if step.source else ''} cannot be made: {error}")
+            else:
+                (self.here if self.args.in_process else self.apart)(step)
         if step.source is not None:
             self._needed[path := step.source.path] -= 1
             if path in self._made and not self._needed[path] and not self.args.keep:
                 path.unlink()
+
+    def make(self, source: Source | None) -> None:
+        """The model of a shape and type, where it is not there yet."""
+        if source is not None and source.shape and not source.path.exists():
+            write_random_model(source.path, source.shape, source.kind)
+            self._made.add(source.path)
 
     def seconds(self, step: Step) -> float:
         """What a step may take of the time that is left."""
