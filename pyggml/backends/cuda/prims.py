@@ -164,7 +164,8 @@ store64 = instruction("st.global.v2.u32 [$0], {$1, $2};", None, ("global", i64, 
 store32 = instruction("st.global.u32 [$0], $1;", None, ("global", i64, u32), _write_words, memory=True)
 store16 = instruction("st.global.u16 [$0], $1;", None, ("global", i64, u32), _write_small("<u2"), memory=True)
 store8 = instruction("st.global.u8 [$0], $1;", None, ("global", i64, u32), _write_small("u1"), memory=True)
-fence = instruction("membar.gl;", None, (), lambda: None, memory=True)      # what this thread wrote is seen by all before what it writes next
+# what this thread wrote, and other threads before a barrier, is seen by all before what it writes next
+fence = instruction("membar.gl;", None, (), lambda: None, memory=True)
 
 
 def _count_up(array, at):

@@ -30,10 +30,13 @@ def counters() -> Any:
 
 @device
 def arrive(arrived, group, blocks, turn, tid):
-    """Is this block the last of `blocks` that come here? It may then read what the others wrote. `turn` is a shared int32."""
-    fence()
+    """Is this block the last of `blocks` that come here? It may then read what the others wrote. `turn` is a shared int32.
+
+    One thread's fence behind a barrier publishes what the whole block wrote, as in the grid barrier of CUDA's cooperative groups.
+    """
     block_barrier()
     if tid == 0:
+        fence()
         turn[0] = count_up(arrived, 4 * group)
     block_barrier()
     last = turn[0] == blocks - 1
