@@ -63,6 +63,22 @@ def test_a_run_that_is_stopped_while_it_is_recorded(toy):
     assert np.linalg.norm(gpu._logits[-1] - expected) < 0.05 * np.linalg.norm(expected) and not DRIVER.problems
 
 
+def test_what_was_not_launched_to_its_end_is_not_recorded():
+    """Ctrl-C while kernels are compiled: the rest of them would be loaded in the middle of a recording, which a capture forbids."""
+    recorder, launched = graphs.Recorder(device.open_device(0)), []
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recorder.run(1, interrupted)
+    before = DRIVER.calls.get("cuStreamBeginCapture", 0)
+    recorder.run(1, lambda: launched.append(1))
+    assert launched == [1] and DRIVER.calls["cuStreamBeginCapture"] == before
+    recorder.run(1, lambda: launched.append(2))
+    assert launched == [1, 2] and DRIVER.calls["cuStreamBeginCapture"] == before + 1
+
+
 def test_another_thread_computes_the_same(toy):
     context, rows = Context(Model.load(toy), n_ctx=32, n_gpu_layers="all"), []
     for thread in (threading.Thread(target=lambda: rows.append(context.eval([1])[-1].copy())) for _ in range(2)):

@@ -80,8 +80,8 @@ class Recorder:
         if recording is not None:
             recording.replay()
         else:
-            self._recordings[key] = None
             enqueue()
+            self._recordings[key] = None
 
 
 def _check(answer: tuple) -> Any:
