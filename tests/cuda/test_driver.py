@@ -204,6 +204,16 @@ def test_kernels_are_named_by_what_they_are_made_of():
         kernelcache.description(lambda: things)
 
 
+def test_a_compiler_that_lacks_its_libraries_is_named(monkeypatch):
+    from numba.cuda.cudadrv import libs, nvvm
+
+    assert device._no_compiler() == ""
+    monkeypatch.setattr(libs, "get_libdevice", lambda: None)
+    assert "libdevice) are not found" in device._no_compiler.__wrapped__()
+    monkeypatch.setattr(nvvm, "_nvvm", None)
+    assert "libdevice) are not found" in device._no_compiler.__wrapped__()
+
+
 def test_memory_that_the_driver_does_not_give(monkeypatch):
     gpu_device = device.open_device(0)
     with pytest.raises(PyggmlError, match=r"the test needs 4\.00 GiB on cuda0, where 10\d\d\.\d MiB are free"):

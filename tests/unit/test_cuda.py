@@ -63,8 +63,9 @@ def test_what_the_gpus_script_needs_is_named():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Set what the driver finds: machine(gpus, why there is none, whether numba-cuda is installed)."""
-    def set(gpus=(), reason="", installed=True):
+    """Set what is found: machine(gpus, why there is none, whether numba-cuda is installed, what its compiler lacks)."""
+    def set(gpus=(), reason="", installed=True, compiler=""):
+        monkeypatch.setattr(device, "_no_compiler", lambda: compiler)
         monkeypatch.setattr(device, "_probe", lambda: (gpus, reason))
         monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object() if installed else None)
     return set
@@ -75,6 +76,7 @@ def machine(monkeypatch):
     (dict(reason="the NVIDIA driver finds no GPU"), "finds no GPU.*-ngl 0"),
     (dict(gpus=(OLD,)), r"cuda0 \(Old\) has compute capability 6.1 and 7.5 is needed"),
     (dict(gpus=(dataclasses.replace(NEW, driver=(11, 4)),)), "the NVIDIA driver speaks CUDA 11.4 and the compiler that is installed CUDA 12; update"),
+    (dict(gpus=(NEW,), compiler="the CUDA compiler's libraries are not found"), "the CUDA compiler's libraries are not found; use -ngl 0"),
     (dict(gpus=(NEW,), installed=False), r"numba-cuda is not installed \(pip install 'pyggml\[cuda\]'\)"),
 ])
 @needs_native

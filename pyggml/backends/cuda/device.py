@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ import numpy as np
 
 from pyggml.errors import ParameterError, PyggmlError
 
+log = logging.getLogger("pyggml")
 MINIMUM = (7, 5)                # compute capability: the kernels need its integer dot products and matrix instructions
 ALIGN = 256
 CPU_NAMES = ("none", "cpu")     # values of --device that ask for no GPU
@@ -108,7 +110,25 @@ def why_not(index: int = 0) -> str:
         return "numba-cuda is not installed (pip install 'pyggml[cuda]')"
     if (spoken := found[index].driver) < (needed := _compiled_for(), 0):
         return f"the NVIDIA driver speaks CUDA {spoken[0]}.{spoken[1]} and the compiler that is installed CUDA {needed}; update the driver"
-    return ""
+    return _no_compiler()
+
+
+@cache
+def _no_compiler() -> str:
+    """Why kernels cannot be compiled, if they cannot: numba-cuda comes without the compiler's own libraries."""
+    if simulated():
+        return ""
+    try:
+        from numba.cuda.cudadrv.libs import get_libdevice
+        from numba.cuda.cudadrv.nvvm import NVVM
+
+        NVVM()
+        found = get_libdevice()
+    except Exception as error:      # noqa: BLE001  of several kinds, by what is missing
+        found = None
+        log.debug("NVVM: %s", error)
+    lacks = "the CUDA compiler's libraries (NVVM and libdevice) are not found (pip install 'pyggml[cuda]', or name a toolkit with CUDA_HOME)"
+    return "" if found else lacks
 
 
 def _compiled_for() -> int:
