@@ -28,7 +28,7 @@ import numpy as np
 from numba.core.types import Type
 
 log = logging.getLogger("pyggml")
-COMPILERS = ("numba", "numba-cuda", "llvmlite")
+COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings")       # the last is as new as the CUDA that makes machine code
 MEMBERS = ("entry", "ptx", "cubin")
 UNUSED = 90 * 24 * 3600         # seconds after which a kernel that nobody loaded is deleted
 
