@@ -282,20 +282,21 @@ static void op_attention(worker *w, const pyg_step *s) {
     attention_args a = attention_shape(w->plan->views, s, s->src[5], s->i[1], s->i[2]);
     attention_memory m;
     square_memory q;
+    matrix_shape before;
     int64_t used = attention_layout(&m, &a, w->scratch, a.squares ? 0 : unit_tokens(&a) * a.share, 1, a.tokens), runs = 0;
     for (int64_t t = 0; t < a.tokens; t = run_end(&a, t, unit_tokens(&a))) m.run_start[runs++] = (int32_t)t;
     m.run_start[runs] = (int32_t)a.tokens;
     if (a.squares) {
         square_layout(&q, &a, w->scratch + used);
         memset(q.zeros, 0, q.steps * MATRIX_DEPTH * sizeof(float));
-        matrix_begin();
+        matrix_begin(&before);
     }
     for (int64_t chunk; (chunk = claim(w, a.kv_heads * runs)) < a.kv_heads * runs;) {
         int64_t kv_head = chunk / runs, run = runs - 1 - chunk % runs;      // a head's longest runs first
         if (a.squares) attend_squares(&a, &q, kv_head, m.run_start[run], m.run_start[run + 1]);
         else attend_run(&a, &m, kv_head, m.run_start[run], m.run_start[run + 1]);
     }
-    if (a.squares) matrix_end();
+    if (a.squares) matrix_end(&before);
 }
 static int64_t scratch_attention(const pyg_plan *plan, const pyg_step *s) {
     attention_args a = attention_shape(plan->views, s, s->src[5], s->i[1], s->i[2]);

@@ -286,7 +286,8 @@ static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_t
     const int in_columns = ends_in_columns(j);
     for (int i = 0; i < j->matrices; i++)
         if (j->m[i].packed) pack_tiles(&j->m[i], first_tile, last_tile);
-    matrix_begin();
+    matrix_shape others;
+    matrix_begin(&others);
     for (int64_t start = 0; start < steps; start += at_once) {
         const int64_t depth = least(at_once, steps - start), whole = start + depth == steps;
         for (int64_t p = 0; p < 2 * pairs; p++) {
@@ -320,7 +321,7 @@ static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_t
             }
         }
     }
-    matrix_end();
+    matrix_end(&others);
 }
 
 // mul_mat, or glu_mat with its second weight.

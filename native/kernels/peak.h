@@ -46,9 +46,10 @@ static void peak_pairs(const char *x) {
 static void peak_matrix(char *memory) {            // all squares in the first-level cache
     const char *a[2] = {memory, memory + 4 * MATRIX_SQUARE}, *b[2] = {memory + 8 * MATRIX_SQUARE, memory + 12 * MATRIX_SQUARE};
     const matrix_sums sums = squares_at((float *)(memory + 16 * MATRIX_SQUARE));
-    matrix_begin();
+    matrix_shape before;
+    matrix_begin(&before);
     for (int i = 0; i < PEAK_ROUNDS / 4; i++) matrix_block(1, a, b, 4, NULL, &sums);
-    matrix_end();
+    matrix_end(&before);
 }
 
 // dst: what each chunk did, multiplications or bytes. src: chunks of bytes.

@@ -182,7 +182,7 @@ INLINE vf vf_dot_bf16(vf acc, vf a, vf b) {     // acc + a.even * b.even + a.odd
 
 // ---- a matrix unit: products of bf16 in squares of 16 --------------------------------------------------------------------------------
 // A square is 1 KB: of activations 16 columns x 32 k, of weights [k / 2][16 rows][2 k], of sums float [column][row].
-//   matrix_begin(), matrix_end()      around products, in each thread
+//   matrix_begin(before), matrix_end(before)      around products, in each thread; before: how the unit was set up for others
 //   matrix_block(parts, a, b, steps, from, to)
 //       c[i][j] = from[i][j] + sum over steps of a[i] x b[j], i and j in 0 .. 1, stored to `to`; from NULL: zero.
 //       The squares of a step follow those of the one before. parts 2: a value is the sum of two bf16, the higher one in the first
@@ -197,8 +197,9 @@ INLINE matrix_sums columns_at(float *c, int64_t line) {             // 32 rows o
 }
 #ifndef MATRIX_UNIT
 enum { MATRIX_UNIT = 0 };
-INLINE void matrix_begin(void) {}
-INLINE void matrix_end(void) {}
+typedef char matrix_shape;
+INLINE void matrix_begin(matrix_shape *before) { *before = 0; }
+INLINE void matrix_end(const matrix_shape *before) { (void)before; }
 INLINE void matrix_block(const int parts, const char *const a[2], const char *const b[2], int64_t steps, const matrix_sums *from, const matrix_sums *to) {
     (void)parts, (void)a, (void)b, (void)steps, (void)from, (void)to;
 }

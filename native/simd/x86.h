@@ -243,13 +243,20 @@ static inline __attribute__((always_inline)) vf vf_swap(vf v, int n) {
 // ---- matrix products of bf16 (AMX) ----------------------------------------------------------------------------------------------
 #if defined ISA_amx
 #define MATRIX_UNIT 1
-INLINE void matrix_begin(void) {                // the tile registers of this thread: eight of 16 lines of 64 bytes
-    const struct { uint8_t palette, start, none[14]; uint16_t line[16]; uint8_t lines[16]; } __attribute__((aligned(64))) shape = {
+typedef struct { uint8_t palette, start, none[14]; uint16_t line[16]; uint8_t lines[16]; } __attribute__((aligned(64))) matrix_shape;
+// The tile registers of this thread: eight of 16 lines of 64 bytes. Other libraries in the process (llama.cpp) shape them once for each
+// thread and stop at an illegal instruction when they find them in another shape.
+INLINE void matrix_begin(matrix_shape *before) {
+    const matrix_shape shape = {
         .palette = 1, .line = {64, 64, 64, 64, 64, 64, 64, 64}, .lines = {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_storeconfig(before);
     __asm__ volatile("" : : "r"(&shape) : "memory");        // gcc 12 does not know that the next line reads it
     _tile_loadconfig(&shape);
 }
-INLINE void matrix_end(void) { _tile_release(); }           // until then a context switch saves 8 KB more
+INLINE void matrix_end(const matrix_shape *before) {        // without a shape before, a context switch need not save the 8 KB of tiles
+    __asm__ volatile("" : : "r"(before) : "memory");
+    _tile_loadconfig(before);
+}
 
 // Operands of one part come from the second-level cache about as fast as they are used: streaming loads are a tenth faster there. And a
 // tile store that follows no other for 0.6 microseconds waits for 0.2 more, so one goes out now and then (measured on Sapphire Rapids).

@@ -3,6 +3,9 @@
 The reference rounds the activations as their format says, so what is left is the order of float additions.
 """
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 from kernel_case import ISAS, THREADS, instruction_set, nmse, pool
@@ -112,6 +115,25 @@ def test_residual_of_whole_and_partial_tiles(isa, name, columns):
         weight = Weight(name, (85, 2560), "packed", rng)
         got = Matmul(x, weight, prepare=True, residual=residual)(pool(2))
         assert nmse(got, rounded(x, weight.format) @ weight.seen(columns).T + residual) < bound(weight, columns)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="needs the tile registers of AMX")
+def test_tile_registers_keep_the_shape_of_others():
+    """llama.cpp, in the same process, shapes the registers of a thread once and for all."""
+    code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(bytes.fromhex("c4e2784907c3 c4e2794907c3"))          # ldtilecfg [rdi]; ret; sttilecfg [rdi]; ret
+    start = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    load, store = (ctypes.CFUNCTYPE(None, ctypes.c_void_p)(start + at) for at in (0, 6))
+    others, found, none = np.zeros((3, 64), np.uint8)
+    others[[0, 16, 48]] = 1, 32, 8                                  # one tile of 8 rows of 32 bytes
+    rng = np.random.default_rng(0)
+    matmul = Matmul(rng.standard_normal((64, 256), np.float32), Weight("Q4_0", (33, 256), "packed", rng), prepare=True)
+    with instruction_set("amx"):
+        load(others.ctypes.data)
+        matmul(pool(1))
+        store(found.ctypes.data)
+        load(none.ctypes.data)
+    assert np.array_equal(found, others)
 
 
 @pytest.mark.parametrize("isa", ISAS)
