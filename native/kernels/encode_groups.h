@@ -17,7 +17,7 @@ static void pack_q2_K(const float *x, const fitted *f, int l, void *block) {
     scaled_affine_codes(16, 16, x, f, l, 3, codes);
     pack_plane_bits(codes, 2, 0, 64, b->qs);
 }
-ENCODER(q2_K, 256, scaled_affine_errors(3, 16, 16, t, f), NULL, ALWAYS, MAGNITUDE, EQUAL, WITH_BLOCK, ALWAYS)
+ENCODER(q2_K, 256, scaled_affine_errors(3, 16, 16, t, f), NULL, ALWAYS, MAGNITUDE, WITH_BLOCK, EQUAL, WITH_BLOCK, ALWAYS)
 
 INLINE void pack_scales_k4(const fitted *f, int l, uint8_t *packed) {
     uint8_t s[8], m[8];
@@ -44,7 +44,7 @@ INLINE void pack_scales_k4(const fitted *f, int l, uint8_t *packed) {
         pack_plane_bits(codes, 4, 0, 128, b->qs);                                                       \
         FIFTH;                                                                                          \
     }                                                                                                   \
-    ENCODER(name, 256, scaled_affine_errors(TOP, 8, 32, t, f), NULL, ALWAYS, RMS_AND_MAGNITUDE, EQUAL, WITH_TWICE_BLOCK, WITHOUT_IMPORTANCE)
+    ENCODER(name, 256, scaled_affine_errors(TOP, 8, 32, t, f), NULL, ALWAYS, RMS_AND_MAGNITUDE, WITH_TWICE_BLOCK, EQUAL, WITH_FOURFOLD_BLOCK, WITHOUT_IMPORTANCE)
 ENCODE_K4(q4_K, 15, RANGES(14, 0.1f, 21), )
 ENCODE_K4(q5_K, 31, RANGES(30.5f, 0.1f, 16), pack_plane_bits(codes, 1, 4, 32, b->qh))
 
@@ -81,7 +81,7 @@ static void pack_q3_K(const float *x, const fitted *f, int l, void *block) {
     pack_plane_bits(codes, 2, 0, 64, b->qs);
     pack_plane_bits(codes, 1, 2, 32, b->hmask);
 }
-ENCODER(q3_K, 256, scaled_errors(levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(q3_K, 256, scaled_errors(levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, WITH_TWICE_BLOCK, EQUAL, WITH_FOURFOLD_BLOCK, ALWAYS)
 
 static void fit_q6_K(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
@@ -107,7 +107,7 @@ static void pack_q6_K(const float *x, const fitted *f, int l, void *block) {
     }
     pack_plane_bits(codes, 2, 4, 64, b->qh);
 }
-ENCODER(q6_K, 256, scaled_errors(levels_q6_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(q6_K, 256, scaled_errors(levels_q6_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, AS_GIVEN, EQUAL, AS_GIVEN, ALWAYS)
 
 static void fit_iq4_xs(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;
@@ -136,4 +136,4 @@ static void pack_iq4_xs(const float *x, const fitted *f, int l, void *block) {
         pack_nibbles(codes + 32 * g, b->qs + 16 * g);
     }
 }
-ENCODER(iq4_xs, 256, scaled_errors(levels_of(iq4_values), 8, 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_xs, 256, scaled_errors(levels_of(iq4_values), 8, 32, t, f), NULL, ALWAYS, SQUARE, WITH_TWICE_BLOCK, EQUAL, WITH_FOURFOLD_BLOCK, ALWAYS)

@@ -45,12 +45,12 @@ PACK_INTEGERS(tq2_0, 256, 0, codes_to_tq2_0(codes, b))
 // Q4_0 without importance: its formula spares the largest weight of a block. A search for the least plain error clips it, which divergence
 // on text like the model's own rewards by 8 % and on other text punishes by 15 %; errors that count by the square of a weight win by 3 to 5 %
 // on both.
-ENCODER(q4_0, 32, direct_errors(levels_q4_0, 32, t, f), quantize_q4_0, WITH_IMPORTANCE, EQUAL, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q5_0, 32, direct_errors(levels_q5_0, 32, t, f), quantize_q5_0, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
-ENCODER(q8_0, 32, direct_errors(levels_q8_0, 32, t, f), quantize_q8_0, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
-ENCODER(q2_0, 64, direct_errors(levels_q2_0, 64, t, f), quantize_q2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq1_0, 256, direct_errors(levels_tq1_0, 256, t, f), quantize_tq1_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
-ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVER, EQUAL, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(q4_0, 32, direct_errors(levels_q4_0, 32, t, f), quantize_q4_0, WITH_IMPORTANCE, EQUAL, WITH_ROW, SQUARE, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q5_0, 32, direct_errors(levels_q5_0, 32, t, f), quantize_q5_0, WITH_IMPORTANCE, EQUAL, WITH_ROW, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+ENCODER(q8_0, 32, direct_errors(levels_q8_0, 32, t, f), quantize_q8_0, NEVER, EQUAL, AS_GIVEN, EQUAL, AS_GIVEN, NEVER)
+ENCODER(q2_0, 64, direct_errors(levels_q2_0, 64, t, f), quantize_q2_0, NEVER, EQUAL, AS_GIVEN, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq1_0, 256, direct_errors(levels_tq1_0, 256, t, f), quantize_tq1_0, NEVER, EQUAL, AS_GIVEN, EQUAL, AS_GIVEN, ALWAYS)
+ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVER, EQUAL, AS_GIVEN, EQUAL, AS_GIVEN, ALWAYS)
 
 // ggml's candidates when weights have an importance: the range is 0.9 steps below the codes' to 0.9 above
 #define WEIGHTED_RANGES(top) {(top) - 0.9f, 0.05f, 37, 0}
@@ -77,7 +77,7 @@ ENCODER(tq2_0, 256, direct_errors(levels_tq2_0, 256, t, f), quantize_tq2_0, NEVE
         pack_nibbles(codes, b->qs);                                                                     \
         FIFTH;                                                                                          \
     }                                                                                                   \
-    ENCODER(name, 32, direct_affine_errors(TOP, 32, t, f), quantize_##name, WITH_IMPORTANCE, EQUAL, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
+    ENCODER(name, 32, direct_affine_errors(TOP, 32, t, f), quantize_##name, WITH_IMPORTANCE, EQUAL, WITH_ROW, EQUAL, WITH_ROW, WITHOUT_IMPORTANCE)
 AFFINE(q4_1, 15, )
 AFFINE(q5_1, 31, pack_fifth_bits(codes, b->qh))
 
@@ -122,7 +122,7 @@ static void pack_iq4_nl(const float *x, const fitted *f, int l, void *block) {
     codes_of(&p, 32, x, f->factor[l], 0, codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(iq4_nl, 32, direct_errors(levels_of(iq4_values), 32, t, f), NULL, ALWAYS, SQUARE, EQUAL, WITH_TWICE_BLOCK, ALWAYS)
+ENCODER(iq4_nl, 32, direct_errors(levels_of(iq4_values), 32, t, f), NULL, ALWAYS, SQUARE, WITH_TWICE_BLOCK, EQUAL, WITH_FOURFOLD_BLOCK, ALWAYS)
 
 // ---- 4-bit floats ---------------------------------------------------------------------------------------------------------------------------
 // Few exponents can be best: all of them are tried.
@@ -150,7 +150,7 @@ static void pack_mxfp4(const float *x, const fitted *f, int l, void *block) {
     codes_nearest16(32, x, fp4_values, e8m0_to_f32_half(b->e), codes);
     pack_nibbles(codes, b->qs);
 }
-ENCODER(mxfp4, 32, no_errors, quantize_mxfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(mxfp4, 32, no_errors, quantize_mxfp4, NEVER, EQUAL, AS_GIVEN, EQUAL, AS_GIVEN, NEVER)
 
 static void fit_nvfp4(const slab *t, int search, int weighted, fitted *f) {
     (void)search; (void)weighted;
@@ -180,4 +180,4 @@ static void pack_nvfp4(const float *x, const fitted *f, int l, void *block) {
         put_nvfp4(x + 16 * g, g, b);
     }
 }
-ENCODER(nvfp4, 64, no_errors, quantize_nvfp4, NEVER, EQUAL, EQUAL, AS_GIVEN, NEVER)
+ENCODER(nvfp4, 64, no_errors, quantize_nvfp4, NEVER, EQUAL, AS_GIVEN, EQUAL, AS_GIVEN, NEVER)

@@ -4,7 +4,8 @@
 // How much an error in a weight counts. Without importance by the weight's size, with it by importance * sqrt(a mean square + x^2).
 // MEAN_AND_SQUARE and OF_ONES, as with an importance of one, are for codebooks only (pack_grids.h).
 typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_ONES } plain_weights;
-typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK } importance_weights;
+typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK, WITH_FOURFOLD_BLOCK } importance_weights;
+typedef struct { plain_weights plain; importance_weights given; } counting;
 INLINE vf vf_weight(vf importance, vf square, vf x) { return importance * vf_sqrt(square + x * x); }
 
 INLINE vf squares_of(int n, const vf *x) {             // lane by lane, in ggml's order
@@ -12,12 +13,14 @@ INLINE vf squares_of(int n, const vf *x) {             // lane by lane, in ggml'
     for (int i = 0; i < n; i++) sum += x[i] * x[i];
     return sum;
 }
-// w: holds the importance if there is one. row: the mean square of each block's row.
-INLINE void weigh(plain_weights plain, importance_weights given, int weighted, vf row, int n, const vf *x, vf *w) {
-    if (weighted) {
-        if (given == AS_GIVEN) return;
-        vf square = given == WITH_ROW ? row : squares_of(n, x) * ((given == WITH_TWICE_BLOCK ? 2.0f : 1.0f) / n);
-        for (int i = 0; i < n; i++) w[i] = vf_weight(w[i], square, x[i]);
+// importance: of each weight, or NULL. row: the mean square of each block's row.
+INLINE void weigh(counting c, const vf *importance, vf row, int n, const vf *x, vf *w) {
+    static const float times[] = {[WITH_BLOCK] = 1, [WITH_TWICE_BLOCK] = 2, [WITH_FOURFOLD_BLOCK] = 4};
+    const plain_weights plain = c.plain;
+    if (importance && c.given == AS_GIVEN) memcpy(w, importance, n * sizeof *w);
+    else if (importance) {
+        vf square = c.given == WITH_ROW ? row : squares_of(n, x) * (times[c.given] / n);
+        for (int i = 0; i < n; i++) w[i] = vf_weight(importance[i], square, x[i]);
     } else if (plain == EQUAL) for (int i = 0; i < n; i++) w[i] = vf_set(1);
     else if (plain == SQUARE) for (int i = 0; i < n; i++) w[i] = x[i] * x[i];
     else if (plain == MAGNITUDE) for (int i = 0; i < n; i++) w[i] = vf_abs(x[i]);

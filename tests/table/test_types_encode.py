@@ -116,8 +116,9 @@ def test_without_search_the_error_is_ggmls_to_four_digits(row, w, isa):  # noqa:
     assert near.all()
 
 
-# With importance ggml adds a mean square of the weights, of the row or so many times that of the block, before a root: importance * sqrt(.. + x^2).
-MEAN_SQUARE = {"Q4_0": "row", "Q4_1": "row", "Q5_0": "row", "Q5_1": "row", "Q2_K": 1, "Q3_K": 2, "Q4_K": 2, "Q5_K": 2, "IQ4_NL": 2, "IQ4_XS": 2}
+# With importance a search adds a mean square of the weights, of the row or so many times that of the block, before a root:
+# importance * sqrt(.. + x^2).
+MEAN_SQUARE = {"Q4_0": "row", "Q4_1": "row", "Q5_0": "row", "Q5_1": "row", "Q2_K": 1, "Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_NL": 4, "IQ4_XS": 4}
 
 
 def minimized(row, w: np.ndarray | None) -> np.ndarray | None:
