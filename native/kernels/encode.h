@@ -84,7 +84,7 @@ INLINE void keep_fit(vi better, fitted *best, const fitted *f) {
     for (size_t i = 0; i < sizeof *f / sizeof *from; i++) vf_keep(better, to + i, from[i]);
 }
 
-// A search minimizes the plain squared error (but see Q4_0), or one weighted as ggml's: with importance alone, divergence was higher (the
+// A search minimizes the plain squared error (but see Q4_0 and Q3_K), or one weighted as ggml's: with importance alone, divergence was higher (the
 // factor sqrt(.. + x^2) spares large weights, whose inputs are correlated with others). But where ggml has twice the mean square of a block
 // in there, with four times divergence was 1 % lower, for text like that of the importance and for other text (means of nine orders of a
 // model's channels). Where ggml fits too and its choice loses less, that is taken.

@@ -81,7 +81,9 @@ static void pack_q3_K(const float *x, const fitted *f, int l, void *block) {
     pack_plane_bits(codes, 2, 0, 64, b->qs);
     pack_plane_bits(codes, 1, 2, 32, b->hmask);
 }
-ENCODER(q3_K, 256, scaled_errors(levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, WITH_TWICE_BLOCK, EQUAL, WITH_FOURFOLD_BLOCK, ALWAYS)
+// Nearly equal weights lose no more than equal ones, and depend less on the order of a model's channels: of 24 orders 3 lost more than ggml's
+// choice on Wikipedia instead of 6.
+ENCODER(q3_K, 256, scaled_errors(levels_q3_K, 16, 16, t, f), NULL, ALWAYS, SQUARE, WITH_TWICE_BLOCK, NEARLY_EQUAL, WITH_FOURFOLD_BLOCK, ALWAYS)
 
 static void fit_q6_K(const slab *t, int search, int weighted, fitted *f) {
     (void)weighted;

@@ -2,8 +2,9 @@
 #pragma once
 
 // How much an error in a weight counts. Without importance by the weight's size, with it by importance * sqrt(a mean square + x^2).
+// NEARLY_EQUAL: sqrt(16 mean squares + x^2), so that a weight of three times the usual size counts a quarter more.
 // MEAN_AND_SQUARE and OF_ONES, as with an importance of one, are for codebooks only (pack_grids.h).
-typedef enum { EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_ONES } plain_weights;
+typedef enum { EQUAL, NEARLY_EQUAL, SQUARE, MAGNITUDE, RMS_AND_MAGNITUDE, MEAN_AND_SQUARE, OF_ONES } plain_weights;
 typedef enum { AS_GIVEN, WITH_ROW, WITH_BLOCK, WITH_TWICE_BLOCK, WITH_FOURFOLD_BLOCK } importance_weights;
 typedef struct { plain_weights plain; importance_weights given; } counting;
 INLINE vf vf_weight(vf importance, vf square, vf x) { return importance * vf_sqrt(square + x * x); }
@@ -21,6 +22,9 @@ INLINE void weigh(counting c, const vf *importance, vf row, int n, const vf *x, 
     else if (importance) {
         vf square = c.given == WITH_ROW ? row : squares_of(n, x) * (times[c.given] / n);
         for (int i = 0; i < n; i++) w[i] = vf_weight(importance[i], square, x[i]);
+    } else if (plain == NEARLY_EQUAL) {
+        vf square = squares_of(n, x) * (16.0f / n);
+        for (int i = 0; i < n; i++) w[i] = vf_weight(vf_set(1), square, x[i]);
     } else if (plain == EQUAL) for (int i = 0; i < n; i++) w[i] = vf_set(1);
     else if (plain == SQUARE) for (int i = 0; i < n; i++) w[i] = x[i] * x[i];
     else if (plain == MAGNITUDE) for (int i = 0; i < n; i++) w[i] = vf_abs(x[i]);

@@ -96,9 +96,9 @@ def quantize(array: np.ndarray, type: int | str | TensorType, imatrix: np.ndarra
 
     imatrix: how much the squared error of each column matters, (weights,), or one such row per leading index of `array`,
     (..., weights) without the row axis, as for a stack of experts. Types that a formula defines ignore it.
-    search: look for the least squared error (Q4_0: weighted by x^2); with an imatrix weighted nearly as ggml weighs it, by importance *
-    sqrt(1 to 4 mean squares + x^2) (Q6_K and the formula types: by importance). Then what least squares shrinks is taken back
-    (native/kernels/loss.h says why). Without `search` scales are ggml's choice, and so is every byte but for a rare tie.
+    search: look for the least squared error (Q4_0: weighted by x^2, Q3_K: by sqrt(16 mean squares + x^2)); with an imatrix weighted nearly
+    as ggml weighs it, by importance * sqrt(1 to 4 mean squares + x^2) (Q6_K and the formula types: by importance). Then what least squares
+    shrinks is taken back (native/kernels/loss.h says why). Without `search` scales are ggml's choice, and so is every byte but for a rare tie.
     out: an array to fill and return, as for `dequantize`.
     The bytes do not depend on `threads`.
     PyggmlError when a row is not a whole number of blocks, `out` does not fit, or a value is not finite (a blocked type cannot hold it).

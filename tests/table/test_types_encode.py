@@ -116,22 +116,24 @@ def test_without_search_the_error_is_ggmls_to_four_digits(row, w, isa):  # noqa:
     assert near.all()
 
 
-# With importance a search adds a mean square of the weights, of the row or so many times that of the block, before a root:
-# importance * sqrt(.. + x^2).
+# A search adds a mean square of the weights, of the row or so many times that of the block, before a root: importance * sqrt(.. + x^2).
 MEAN_SQUARE = {"Q4_0": "row", "Q4_1": "row", "Q5_0": "row", "Q5_1": "row", "Q2_K": 1, "Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_NL": 4, "IQ4_XS": 4}
+MEAN_SQUARE_PLAIN = {"Q3_K": 16}
 
 
 def minimized(row, w: np.ndarray | None) -> np.ndarray | None:
     """What squared errors are weighted with in a search: (rows, n)."""
-    if w is None and row.name == "Q4_0":
-        return X.astype(np.float64) ** 2
-    if w is None or row.name not in MEAN_SQUARE:
-        return w
     square = X.astype(np.float64) ** 2
-    kind = MEAN_SQUARE[row.name]
+    if w is None and row.name == "Q4_0":
+        return square
+    kind = (MEAN_SQUARE if w is not None else MEAN_SQUARE_PLAIN).get(row.name)
+    if kind is None:
+        return w
     if kind == "row":
-        return w * np.sqrt(square.mean(axis=1, keepdims=True) + square)
-    return w * np.sqrt(kind * square.reshape(len(X), -1, row.block).mean(axis=2).repeat(row.block, axis=1) + square)
+        mean = square.mean(axis=1, keepdims=True)
+    else:
+        mean = kind * square.reshape(len(X), -1, row.block).mean(axis=2).repeat(row.block, axis=1)
+    return (1 if w is None else w) * np.sqrt(mean + square)
 
 
 def loss(blocks: np.ndarray, row, weights: np.ndarray | None, group: int, coherence: float = 4) -> tuple[np.ndarray, float]:
@@ -167,7 +169,7 @@ def test_search_loses_no_more_than_ggml(row, w, isa):  # noqa: F811
 @pytest.mark.parametrize("row", [tensor_type(name) for name in ("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q2_0")], ids=str)
 def test_search_takes_back_what_least_squares_shrinks(row, w, isa):  # noqa: F811
     """No block would lose less if it were longer, but for the rounding of half floats."""
-    weights = np.ones_like(X) if w is None else np.broadcast_to(minimized(row, w), X.shape)
+    weights = np.broadcast_to(1 if (known := minimized(row, w)) is None else known, X.shape)
     x, y, weights = (v[:4].astype(np.float64) for v in (X, quants.dequantize(quants.quantize(X, row, w, search=True), row), weights))
     xx, xy, yy = ((weights * product).reshape(-1, row.block).sum(axis=1) for product in (x * x, x * y, y * y))
     longer = 4 * xy / (yy + 3 * xy ** 2 / xx)
