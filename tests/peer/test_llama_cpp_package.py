@@ -1,4 +1,6 @@
-"""pyggml and llama.cpp (through the llama_cpp package) on the same generated models: tokens and logits."""
+"""pyggml and llama.cpp (through the llama_cpp package) on the same models, generated ones and the bundled one: tokens and logits."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,10 +8,12 @@ import random_model
 from agreement import distance
 
 from pyggml import Llama
+from pyggml.quantize import quantize_file
 
 llama_cpp = pytest.importorskip("llama_cpp")
 import llama_cpp_bench  # noqa: E402  (needs llama_cpp)
 
+BUNDLED = Path(__file__).parents[2] / "models" / "books6m-q8_0.gguf"
 N_TOKENS = 64
 # (relative L2, mean KL) of logits: both programs round activations to 8 bits, each in its own order of operations.
 BOUNDS = {"F16": (6e-3, 1e-4), "BF16": (0.02, 1e-3)}
@@ -31,15 +35,24 @@ def llama_cpp_logits(path: str, tokens: np.ndarray) -> np.ndarray:
     return llama_cpp_bench.logits(llama_cpp_bench.open_model(options), options)
 
 
-def test_logits_agree(model):
-    mix, path = model
-    tokens = np.random.default_rng(0).integers(0, random_model.SHAPES["tiny"].vocab, N_TOKENS, dtype=np.int32)
+def assert_logits_agree(path: str, l2: float, kl: float) -> None:
     llama = Llama(path, n_ctx=N_TOKENS, n_threads=1, logits_all=True, verbose=False)
+    tokens = np.random.default_rng(0).integers(0, llama.n_vocab(), N_TOKENS, dtype=np.int32)
     llama.eval(tokens.tolist())
     figures = distance(llama_cpp_logits(path, tokens), llama.scores[:N_TOKENS])
-    l2, kl = BOUNDS.get(mix, QUANTIZED_BOUND)
     assert figures["relative l2"] <= l2 and figures["kl mean"] <= kl, figures
     assert figures["same greedy choice"] >= 0.9, figures
+
+
+def test_logits_agree(model):
+    mix, path = model
+    assert_logits_agree(path, *BOUNDS.get(mix, QUANTIZED_BOUND))
+
+
+@pytest.mark.parametrize("recipe", ["Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_XS", "IQ3_S", "TQ2_0"])
+def test_logits_agree_on_what_pyggml_quantizes(tmp_path, recipe):
+    quantize_file(BUNDLED, tmp_path / "m.gguf", recipe, allow_requantize=True)
+    assert_logits_agree(str(tmp_path / "m.gguf"), 0.03, 3e-3)
 
 
 @pytest.mark.parametrize("text", TEXTS)
