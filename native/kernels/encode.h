@@ -122,7 +122,7 @@ static int encode_blocks(const encoder *e, int64_t rows, int64_t n, const float 
 #define ENCODER(name, QK, ERRORS, formula, ggml_fits, plain, given, searched, sought, stretched)        \
     static errors errors_##name(const slab *t, const fitted *f) { (void)t; (void)f; return ERRORS; }    \
     static const encoder encoder_##name = {QK, sizeof(block_##name), fit_##name, errors_##name, pack_##name, formula, ggml_fits, {plain, given}, \
-                                           {searched, sought}, stretched};                                           \
+                                           {searched, sought}, stretched};                              \
     static int encode_##name(int64_t rows, int64_t n, const float *x, void *dst, const float *importance, int search) { \
         return encode_blocks(&encoder_##name, rows, n, x, dst, importance, search);                     \
     }
