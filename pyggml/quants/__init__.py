@@ -27,11 +27,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
 
 
+def _is_one_call(weights: int, threads: int | None) -> bool:
+    """Whether a C call does it all: looked at first, as after megabytes of weights every line of Python comes from memory again."""
+    return threads == 1 or weights <= _CHUNK
+
+
 def _in_chunks(rows: int, per_row: int, threads: int | None, work: Callable[[int, int], int]) -> int:
-    """The largest of what work(first, last) returns over ranges of rows, on several threads when there is enough to do (C calls release
-    the GIL)."""
-    if threads == 1 or rows * per_row <= _CHUNK:        # before the number of processors is asked for: that takes longer than a small array
-        return work(0, rows)
+    """The largest of what work(first, last) returns over ranges of rows, on several threads (C calls release the GIL)."""
     step = max(1, _CHUNK // per_row)
     starts = range(0, rows, step)
     threads = min(threads or os.cpu_count() or 1, len(starts))
@@ -80,10 +82,11 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, out: np.ndar
         return out
     if lib is not None and not row.user_defined:
         src, dst = ffi.from_buffer(raw), ffi.from_buffer(_FLOATS, out)
-
-        def work(first: int, last: int) -> int:
-            return lib.pyg_dequantize(row.id, (last - first) * per_row, src + first * row_bytes, dst + first * per_row)
-        _in_chunks(out.size // per_row, per_row, threads, work)
+        if _is_one_call(out.size, threads):
+            lib.pyg_dequantize(row.id, out.size, src, dst)
+        else:
+            _in_chunks(out.size // per_row, per_row, threads, lambda first, last: lib.pyg_dequantize(
+                row.id, (last - first) * per_row, src + first * row_bytes, dst + first * per_row))
     else:
         with np.errstate(all="ignore"):
             out[:] = codec(row).decode(raw.view(np.uint8).reshape(-1).view(row.layout)).reshape(out.shape)
@@ -150,10 +153,11 @@ def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.
     if lib is not None and not row.user_defined:
         importance = ffi.NULL if w is None else ffi.from_buffer(_FLOATS, w)
         src, dst = ffi.from_buffer(_FLOATS, x), ffi.from_buffer(out)
-
-        def work(first: int, last: int) -> int:
-            return lib.pyg_quantize(row.id, last - first, n, src + first * n, dst + first * row_bytes, importance, search, row.quantized)
-        status = _in_chunks(x.size // n, n, threads, work)
+        if _is_one_call(x.size, threads):
+            status = lib.pyg_quantize(row.id, x.size // n, n, src, dst, importance, search, row.quantized)
+        else:
+            status = _in_chunks(x.size // n, n, threads, lambda first, last: lib.pyg_quantize(
+                row.id, last - first, n, src + first * n, dst + first * row_bytes, importance, search, row.quantized))
         if status == 3:
             raise PyggmlError(f"no memory for the codebook of {row}, a few megabytes; free some, or choose another type")
         if status != 1:
