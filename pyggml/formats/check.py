@@ -149,7 +149,7 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
     embedding = file.tensors.get("token_embd.weight")
     if "tokenizer.ggml.model" not in kv and embedding is not None:
         yield Finding(NOTE, 'key "tokenizer.ggml.model" is missing: the file has no tokenizer')
-    if kv.get("tokenizer.ggml.model") != model or model in NO_TOKENIZER:
+    if not isinstance(kv.get("tokenizer.ggml.model"), str) or model in NO_TOKENIZER:
         return
     if model not in TOKENIZERS:
         yield Finding("load", f'key "tokenizer.ggml.model" is "{printable(model)}"; known are {", ".join(TOKENIZERS)} and {NO_TOKENIZER[0]}')

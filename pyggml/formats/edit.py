@@ -72,7 +72,7 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
     inplace.recover(path)
     if dry_run or output is not None:
         source = PlainFile(path)
-        file = gguf.read(source)
+        file = _read(source)
         changes = changes_of(file, edits)
         if dry_run:
             return Result(changes, _forecast(file, edits) if changes else "")
@@ -83,7 +83,7 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
     with inplace.alone(path) as fd:
         if fd is not None:
             atomic.remove_stale(*os.path.split(os.path.realpath(path)))
-            file = gguf.read(PlainFile(path, fd))
+            file = _read(PlainFile(path, fd))
             changes = changes_of(file, edits)
             if not changes:
                 return Result([], "")
@@ -92,7 +92,7 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
                 return Result(changes, method)
     with atomic.locked(path):
         source = PlainFile(path)
-        file = gguf.read(source)
+        file = _read(source)
         changes = changes_of(file, edits)
         if changes:
             _rewrite(source, file, edits, path)
@@ -100,6 +100,15 @@ def _edit(path: str | os.PathLike[str], edits: Edits, output: str | os.PathLike[
 
 
 # ---- what changes -------------------------------------------------------------------------------------------------------------
+
+def _read(source: PlainFile) -> TensorFile:
+    """The GGUF file behind `source`; an error names what it is instead."""
+    file = formats.open_source(source)
+    if not file.format.startswith("GGUF"):
+        raise PyggmlError(f"{printable(source.name)}: this is a {file.format} file, only GGUF can be edited; first run "
+                          f"`pyggml convert {printable(source.name)} NEW.gguf`")
+    return file
+
 
 def changes_of(file: TensorFile, edits: Edits) -> list[Change]:
     """The changes that `edits` make to a file, checked."""

@@ -26,7 +26,7 @@ import numpy as np
 
 from pyggml.errors import GGUFError
 from pyggml.formats.source import Source
-from pyggml.formats.tensorfile import Tensor, TensorFile, metadata
+from pyggml.formats.tensorfile import OpaqueType, Tensor, TensorFile, metadata
 from pyggml.formats.values import Typed, printable
 from pyggml.types import BY_ID, TensorType
 
@@ -278,7 +278,7 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
         raise w.fail("no llama model has such a tensor, and only llama models can be read from files older than GGUF")
     row = BY_ID.get(number)
     if row is None or not row.ctype:
-        raise w.fail(f"type is {number}, which was removed from the format; convert the model again from its source", type_at)
+        raise w.fail(OpaqueType(number).why(), type_at)
     if dims[0] % row.block:
         raise w.fail(f"rows of {dims[0]} weights do not divide into {row.name} blocks of {row.block}", type_at + 4)
     if kind == "ggjt":

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 from pyggml.errors import GGUFError
+from pyggml.formats import show
 from pyggml.formats.source import is_address
 from pyggml.formats.tensorfile import Metadata, Tensor, TensorFile
 from pyggml.formats.values import printable
@@ -47,9 +48,10 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
     tensors: dict[str, Tensor] = {}
     for i, file in enumerate(files):
         for key, expected in ((COUNT, len(paths)), (NUMBER, i)):
-            if key not in file.kv or file.kv[key] != expected:
+            value = file.kv.get(key)
+            if not isinstance(value, int) or value != expected:
                 at = file.kv.entry(key).start if key in file.kv else file.table_end
-                raise GGUFError(f'{printable(file.path)}: offset 0x{at:x}: key "{key}" is {file.kv.get(key)}, by the file name it should be '
+                raise GGUFError(f'{printable(file.path)}: offset 0x{at:x}: key "{key}" is {show.text(value)}, by the file name it should be '
                                 f'{expected}; was the file renamed?')
         for name, tensor in file.tensors.items():
             if name in tensors:
@@ -58,8 +60,8 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
             tensors[name] = tensor
     first = files[0]
     expected = first.kv.get(TENSORS, len(tensors))
-    if expected != len(tensors):
-        raise GGUFError(f'{printable(first.path)}: offset 0x{first.kv.entry(TENSORS).start:x}: key "{TENSORS}" is {expected}, '
+    if not isinstance(expected, int) or expected != len(tensors):
+        raise GGUFError(f'{printable(first.path)}: offset 0x{first.kv.entry(TENSORS).start:x}: key "{TENSORS}" is {show.text(expected)}, '
                         f'the parts hold {len(tensors)} tensors')
     entries = {key: first.kv.entry(key) for key in first.kv if key not in (COUNT, NUMBER, TENSORS)}
     return TensorFile([f.sources[0] for f in files], Metadata(entries, first.kv.decode), tensors, format=first.format,

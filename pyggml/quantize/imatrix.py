@@ -25,12 +25,13 @@ import numpy as np
 
 from pyggml import formats
 from pyggml.errors import PyggmlError
-from pyggml.formats import Typed
+from pyggml.formats import Typed, show
 from pyggml.formats.atomic import replacing
 
 SUMS, MAXIMA = ("in_sum2", "in_sum", "in_abs"), ("in_absmax",)
 STATISTICS = (*SUMS, *MAXIMA)
 DATASETS, CHUNKS, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
+INTEGERS = ("u32", "i32", "u64", "i64")
 
 
 @dataclass
@@ -148,7 +149,8 @@ def _read(path: str | os.PathLike[str]) -> bytes:
 
 def _from_gguf(path: str | os.PathLike[str]) -> Imatrix:
     file = formats.open(path, use_mmap=False)
-    if file.kv.get("general.type") != "imatrix" and not any(name.endswith(".in_sum2") for name in file.tensors):
+    kind = file.kv.get("general.type")
+    if not (isinstance(kind, str) and kind == "imatrix") and not any(name.endswith(".in_sum2") for name in file.tensors):
         raise PyggmlError(f"{os.fspath(path)}: this is a GGUF file but not an importance matrix; make one with `pyggml imatrix`")
     entries = {}
     for name, tensor in file.tensors.items():
@@ -160,7 +162,14 @@ def _from_gguf(path: str | os.PathLike[str]) -> Imatrix:
         if any(v.shape != stats["in_sum2"].shape for v in stats.values()) or len(counts) not in (1, len(stats["in_sum2"])):
             raise PyggmlError(f'{os.fspath(path)}: the statistics of "{weight}" have different shapes; the file is damaged, collect it again')
         entries[weight] = Entry(np.broadcast_to(counts, len(stats["in_sum2"])).copy(), stats)
-    return Imatrix(entries, list(file.kv.get(DATASETS, [])), int(file.kv.get(CHUNKS, 0)), int(file.kv.get(CHUNK_SIZE, 0)))
+    return Imatrix(entries, list(_value(file, DATASETS, ("str[]",), [])), _value(file, CHUNKS, INTEGERS, 0), _value(file, CHUNK_SIZE, INTEGERS, 0))
+
+
+def _value(file: formats.TensorFile, key: str, kinds: tuple[str, ...], default: Any) -> Any:
+    """The value of a key that may be missing; PyggmlError when its type is none of `kinds`."""
+    if key in file.kv and file.kv.type(key) not in kinds:
+        raise PyggmlError(f'{file.path}: the key "{key}" is {show.text(file.kv[key])} ({file.kv.type(key)}); it must be {" or ".join(kinds)}')
+    return file.kv.get(key, default)
 
 
 def _floats(file: Any, name: str) -> np.ndarray:

@@ -86,6 +86,8 @@ METADATA = [
     ("tokenizer.ggml.token_type", [1] * (TOKENS - 1) + [7], "element 39 is 7; it must be from 0 to 6"),
     ("tokenizer.ggml.bos_token_id", 40, "is 40, there are 40 tokens"),
     ("tokenizer.ggml.model", "", 'is ""; known are llama, gpt2'),
+    ("tokenizer.ggml.model", ["llama", "gpt2"], "its type is str[]; it must be str"),
+    ("tokenizer.ggml.model", [1, 2], "its type is i32[]; it must be str"),
     ("tokenizer.ggml.model", "lama", 'is "lama"; known are llama, gpt2'),
     ("llama.vocab_size", [TOKENS, TOKENS], "its type is i32[]; it must be u32"),
     ("llama.expert_used_count", 2, "is 2, there are 0 experts"),

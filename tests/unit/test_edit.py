@@ -180,6 +180,20 @@ def test_refused(model, edits, says):
         assert model.read_bytes() == before and len(list(model.parent.iterdir())) == 1
 
 
+@pytest.mark.parametrize("data, says", [
+    (b"version https://git-lfs.github.com/spec/v1\n", "this is a git-LFS pointer"),
+    (b"<!DOCTYPE html>", "this is an HTML page"),
+    (b"", "this is empty"),
+])
+def test_other_files_are_named(tmp_path, data, says):
+    path = tmp_path / "old.bin"
+    path.write_bytes(data)
+    for how in ({}, {"dry_run": True}, {"output": tmp_path / "b.gguf"}):
+        with pytest.raises(PyggmlError, match=says):
+            edit(path, Edits({"n": 1}), **how)
+        assert path.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
+
+
 def test_force(model):
     edit(model, Edits({"general.name": 5}, force=True))
     assert formats.open(model).kv["general.name"] == 5

@@ -248,6 +248,24 @@ def test_refused(data, says):
         formats.open_source(Memory(data))
 
 
+@pytest.mark.parametrize("number, says", [(4, r"type 4 \(Q4_2\) was removed from the format"), (77, "type 77 is unknown to this version"),
+                                          (2 ** 32 - 1, "type 4294967295 is unknown to this version")])
+def test_types_that_are_gone_and_types_that_never_were(number, says):
+    data = old_file("ggjt", 3, "F32")
+    at = data.index(b"tok_embeddings") - 12
+    with pytest.raises(GGUFError, match=f'offset 0x{at:x}: tensor "tok_embeddings.weight": {says}'):
+        formats.open_source(Memory(data[:at] + struct.pack("<I", number) + data[at + 4:]))
+
+
+def test_editing_asks_for_gguf(tmp_path, capsys):
+    path = tmp_path / "old.bin"
+    path.write_bytes(old_file("ggjt", 3))
+    for how in ([], ["--dry-run"], ["--output", str(tmp_path / "b.gguf")]):
+        assert cli.main(["edit", str(path), "general.name=x", *how]) == 1
+        assert "this is a ggjt v3 file, only GGUF can be edited; first run `pyggml convert" in capsys.readouterr().err
+    assert path.read_bytes() == old_file("ggjt", 3) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_other_models_are_named():
     data = old_file("ggjt", 3).replace(b"tok_embeddings", b"tok_embeddingz")
     with pytest.raises(GGUFError, match='tensor "tok_embeddingz.weight": no llama model has such a tensor, and only llama models'):

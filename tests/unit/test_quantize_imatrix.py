@@ -9,6 +9,7 @@ import models
 from pyggml import cli, formats
 from pyggml.context import Context
 from pyggml.errors import PyggmlError
+from pyggml.formats.edit import Edits, edit
 from pyggml.model import Model
 from pyggml.quantize.calibrate import REDUCTIONS, Collector, collect
 from pyggml.quantize.imatrix import STATISTICS, Entry, Imatrix, statistics
@@ -77,6 +78,21 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, value):
         bad.save(tmp_path / "i", format)
         with pytest.raises(PyggmlError, match="collect"):
             Imatrix.load(tmp_path / "i")
+
+
+@pytest.mark.parametrize("key, value", [("imatrix.datasets", 5), ("imatrix.datasets", [1, 2]), ("imatrix.chunk_count", "x"),
+                                        ("imatrix.chunk_count", [1, 2]), ("imatrix.chunk_size", float("nan")), ("imatrix.chunk_size", True)])
+def test_keys_of_the_wrong_type_are_named(tmp_path, key, value):
+    made().save(tmp_path / "i.gguf")
+    edit(tmp_path / "i.gguf", Edits({key: value}, force=True))
+    with pytest.raises(PyggmlError, match=f'i.gguf: the key "{key}" is '):
+        Imatrix.load(tmp_path / "i.gguf")
+
+
+def test_a_type_of_file_that_is_no_text_says_nothing(tmp_path):
+    made().save(tmp_path / "i.gguf")
+    edit(tmp_path / "i.gguf", Edits({"general.type": [1, 2]}, force=True))
+    assert Imatrix.load(tmp_path / "i.gguf").entries.keys() == made().entries.keys()
 
 
 def test_other_files_are_refused(source, tmp_path):

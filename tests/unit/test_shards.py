@@ -43,6 +43,25 @@ def test_swapped_parts_are_refused(parts):
         formats.open(parts[0])
 
 
+@pytest.mark.parametrize("key, value, says", [
+    ("split.no", [1, 1], r'"split.no" is \[1, 1\], by the file name it should be 1'),
+    ("split.no", "1\x1b", r'"split.no" is 1\\x1b, by the file name it should be 1'),
+    ("split.count", [3, 3], r'"split.count" is \[3, 3\], by the file name it should be 3'),
+])
+def test_keys_of_a_part_that_are_no_numbers(parts, key, value, says):
+    kv = {"split.no": Typed("u16", 1), "split.count": Typed("u16", 3)} | {key: value}
+    formats.write(parts[1], kv, {"t1": np.full(4, 1, np.float32)})
+    with pytest.raises(GGUFError, match=says):
+        formats.open(parts[0])
+
+
+def test_a_count_of_tensors_that_is_no_number(parts):
+    kv = {"split.no": Typed("u16", 0), "split.count": Typed("u16", 3), "split.tensors.count": [3, 3]}
+    formats.write(parts[0], kv, {"t0": np.zeros(4, np.float32)})
+    with pytest.raises(GGUFError, match=r'"split.tensors.count" is \[3, 3\], the parts hold 3 tensors'):
+        formats.open(parts[0])
+
+
 def test_renamed_part_says_how_to_name_it(parts):
     other = parts[0].with_name("other.gguf")
     parts[0].rename(other)
