@@ -1,6 +1,6 @@
 """Speed of the file tools and codecs, beside the gguf package, ggml's own C and coreutils.
 
-    python tools/bench/files.py [--size GB] [--folder DIR] [--ggml FOLDER] [--only SECTION]
+    python tools/bench/files.py [--size GB] [--folder DIR] [--ggml FOLDER] [--only SECTION] [--rows N] [--types NAME,...]
 
 Times are the smallest of several runs with the file in the page cache; `cp` of the same file is the yardstick for a rewrite. A hash of one
 piece of data is one thread. Codecs run on one thread into an array that is there, and as a user calls them: a new array, all threads. Beside
@@ -39,7 +39,7 @@ except ImportError:
     gguf = None
 
 TOKENS, TEMPLATE = 150_000, "tokenizer.chat_template"
-ROWS, COLUMNS = 512, 4096           # of the matrix that codecs take: 8 MB of floats
+COLUMNS = 4096                      # of the matrix that codecs take
 SLOW = 0.5                          # seconds after which something is timed once only
 TURNS = 25                          # of each codec
 
@@ -192,16 +192,16 @@ def in_turn(contestants: list[list[Work]]) -> list[float]:
     return best
 
 
-def measure_codecs(folder: Path | None) -> None:
-    """Millions of weights a second, and how many times those of ggml's C and of the gguf package."""
-    x = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)
+def measure_codecs(folder: Path | None, rows: int, names: list[str]) -> None:
+    """Millions of weights a second, and how many times those of ggml's C and of the gguf package; of the types named, or of all."""
+    x = np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32)
     ggml = Ggml(folder) if folder else None
     copied = np.zeros_like(x)
     once = smallest(TURNS, lambda i: np.copyto(copied, x))
     print(f"millions of weights a second, times ggml's C, times gguf's numpy (one thread each); copying floats: {x.size / once / 1e6:.0f}")
     print(f"{'':<8}{''.join(f'{codec + how:>24}' for codec in ('decode', 'encode') for how in (', one thread', ', default call'))}")
     for row in TYPES:
-        if not row.activation or row.name == "F32":
+        if not row.activation or row.name == "F32" or (names and row.name not in names):
             continue
         blocks, cells = quantize(x, row), []
         for codec, array, out in ((dequantize, blocks, np.zeros_like(x)), (quantize, x, np.zeros_like(blocks))):
@@ -220,6 +220,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write the model (default: the folder for temporary files)")
     parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="where ggml's shared libraries are")
     parser.add_argument("--only", choices=("files", "data", "codecs"))
+    parser.add_argument("--rows", type=int, default=512, metavar="N", help=f"rows of {COLUMNS} weights that codecs take (default: %(default)s, 8 MB)")
+    parser.add_argument("--types", type=lambda text: text.upper().split(","), default=[], metavar="NAME,...", help="codecs to measure (default: all)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
@@ -228,7 +230,7 @@ def main() -> None:
         if args.only in (None, "data"):
             measure_data(folder / "model.gguf", args.size)
         if args.only in (None, "codecs"):
-            measure_codecs(args.ggml)
+            measure_codecs(args.ggml, args.rows, args.types)
     finally:
         shutil.rmtree(folder)
 
