@@ -37,7 +37,7 @@ static float compat_magnitudes(const grid_type *type, const grid *g, const float
         uint16_t entry[8];
         uint8_t level[32];
         for (int k = 0; k < entries; k++) any_off |= off[k];
-        if (last && type->refine != ALL && !any_off) break;
+        if (last && !(scale > 0 && (type->refine == ALL || any_off))) break;
         for (int k = 0; k < entries; k++) {
             int from = k * type->width;
             for (int j = from; j < from + type->width; j++) {
@@ -46,7 +46,8 @@ static float compat_magnitudes(const grid_type *type, const grid *g, const float
                 level[j] = l < 0 ? 0 : l > g->n_levels - 1 ? g->n_levels - 1 : (int)l;
             }
             now_off[k] = g->near[pattern_of(g, level + from)].start >= 0;
-            entry[k] = last && type->refine == OFF_GRID && !off[k] ? c->entry[k] : nearest_entry(g, t + from, level + from, root + from, &g->odd, 1);
+            entry[k] = last && type->refine == OFF_GRID && !off[k] ? c->entry[k] :
+                nearest_entry(g, t + from, level + from, root + from, &g->odd, &(ggml_measure){magnitude + from, last ? scale : 1 / factor, 0});
             for (int j = 0; j < type->width; j++) {
                 float q = odd[g->level[entry[k] * type->width + j]];
                 xv += w[from + j] * magnitude[from + j] * q;
@@ -108,7 +109,7 @@ static float compat_ternary(const grid_type *type, const grid *g, const float *x
         float shift = down ? -EIGHTH : EIGHTH, t[8];
         for (int j = 0; j < 8; j++) t[j] = x[8 * k + j] / scale - shift;
         off |= g->near[pattern_of(g, level + 8 * k)].start >= 0;
-        int e = c->entry[k] = nearest_entry(g, t, level + 8 * k, w + 8 * k, &g->own, 1);
+        int e = c->entry[k] = nearest_entry(g, t, level + 8 * k, w + 8 * k, &g->own, &(ggml_measure){x + 8 * k, scale, shift});
         for (int j = 0; j < 8; j++) {
             float v = c->value[8 * k + j] = g->value[8 * e + j] + shift;
             xv += w[8 * k + j] * v * x[8 * k + j];

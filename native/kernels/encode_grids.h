@@ -70,10 +70,10 @@ INLINE void keep_group(const grid_type *type, int g, const grid_group *c, int s,
 }
 
 INLINE float half_rounded(float d) { return f16_to_f32(f32_to_f16(d)); }
-INLINE float sum_of_squares(int n, const float *x) {
-    vf sum = {0};
-    for (int i = 0; i < n; i += VL) sum = vf_fma(vf_load(x + i), vf_load(x + i), sum);
-    return vf_sum(sum);
+static float sum_of_squares(int n, const float *x) {      // in ggml's order: in another one weights differ in their last bit, and choices with them
+    float sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum;
 }
 
 // ---- nearest values ------------------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ static void nearest_magnitudes(const grid_type *type, const grid *g, const float
         c->minus[i / 8] = minus;
         c->down[i / 8] = 0;
         for (int j = i; j < i + 8; j += type->width) {
-            int e = c->entry[j / type->width] = nearest_entry(g, t + j, level + j, w + j, &g->own, 0);
+            int e = c->entry[j / type->width] = nearest_entry(g, t + j, level + j, w + j, &g->own, NULL);
             for (int k = 0; k < type->width; k++) {
                 float v = g->value[e * type->width + k];
                 c->value[j + k] = minus >> (j + k - i) & 1 ? -v : v;
@@ -146,7 +146,7 @@ static void nearest_ternary(const grid_type *type, const grid *g, const float *x
             uint16_t entry[4];
             for (int j = 0; j < type->span && distance < least; j += 8) {
                 const float *tj = t[down] + i + j;
-                int e = entry[j / 8] = nearest_entry(g, tj, level[down] + i + j, w + i + j, &g->own, 0);
+                int e = entry[j / 8] = nearest_entry(g, tj, level[down] + i + j, w + i + j, &g->own, NULL);
                 distance -= bound[down][(i + j) / 8];
                 for (int k = 0; k < 8; k++) {
                     float off = tj[k] - g->value[8 * e + k];

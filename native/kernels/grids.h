@@ -96,8 +96,20 @@ static grid *grid_build(const void *codebook, int n, int width, const float *lev
     return g;
 }
 
-// The entry nearest to t (width), whose nearest levels are `level`, under the weights w. of: what the levels stand for; few: as far as ggml looks.
-static int nearest_entry(const grid *g, const float *t, const uint8_t *level, const float *w, const nibble_levels *of, int few) {
+// How ggml measures an entry: by the sum, coordinate after coordinate, of w (scale (level + shift) - x)^2.
+typedef struct { const float *x; float scale, shift; } ggml_measure;
+static float ggml_distance(const grid *g, int entry, const float *w, const nibble_levels *of, ggml_measure by) {
+    float sum = 0;
+    for (int j = 0; j < g->width; j++) {
+        float off = by.scale * (of->low[g->level[entry * g->width + j]] + by.shift) - by.x[j];
+        sum += w[j] * off * off;
+    }
+    return sum;
+}
+
+// The entry nearest to t (width), whose nearest levels are `level`, under the weights w. of: what the levels stand for.
+// by: look as far as ggml does, and of entries that are equally near but for rounding take the one that is nearest as ggml rounds.
+static int nearest_entry(const grid *g, const float *t, const uint8_t *level, const float *w, const nibble_levels *of, const ggml_measure *by) {
     const nearby *near = g->near + pattern_of(g, level);
     if (near->start < 0) return -1 - near->start;
     float cost[4][16];
@@ -113,17 +125,28 @@ static int nearest_entry(const grid *g, const float *t, const uint8_t *level, co
         }
     }
     const int32_t *list = g->list + near->start;
-    float n = few ? near->few : near->all;
+    float n = by ? near->few : near->all, distance[MAX_ENTRIES];
     vf least = vf_set(INFINITY), found = vf_set(n), place;
     for (int l = 0; l < VL; l++) place[l] = l;
-    for (; place[0] < n; place += (float)VL, list += VL) {
+    for (int k = 0; k < n; k += VL, place += (float)VL, list += VL) {
         vi at = vi_load(list);
         vf d = vf_lookup16(cost[0], at & 15) + vf_lookup16(cost[1], at >> 4 & 15)
              + (vf_lookup16(cost[2], at >> 8 & 15) + vf_lookup16(cost[3], at >> 12 & 15));
+        if (by) vf_store(distance + k, d);
         vi better = (d < least) & (place < n);
         vf_keep(better, &found, place);
         vf_keep(better, &least, d);
     }
-    int best = -vf_hmax(-vf_select(least == -vf_hmax(-least), found, vf_set(n)));       // of equals the first
-    return g->list[near->start + (best < n ? best : 0)] >> 16;
+    float nearest = -vf_hmax(-least);
+    int best = -vf_hmax(-vf_select(least == nearest, found, vf_set(n)));                // of equals the first
+    if (best >= n) best = 0;
+    if (by) {
+        float own = INFINITY;
+        for (int k = 0; k < n; k++) {
+            if (distance[k] > nearest * 1.001f) continue;
+            float d = ggml_distance(g, g->list[near->start + k] >> 16, w, of, *by);
+            if (d < own) own = d, best = k;
+        }
+    }
+    return g->list[near->start + best] >> 16;
 }

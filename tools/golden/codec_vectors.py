@@ -3,7 +3,8 @@
     python tools/golden/codec_vectors.py path/to/libggml-base.so
 
 For each type: `TYPE_blocks` random bytes (one block all ones, one all zeros) and `TYPE_floats`, their decoding; `TYPE_bytes`, the
-encoding of input.npz (formula types only); `TYPE_plain_error` and `TYPE_imat_error`, the (importance-weighted) squared error of each row
+encoding of input.npz (formula types only); `TYPE_plain_bytes` and `TYPE_imat_bytes`, that of the codebook types without and with the
+importance matrix; `TYPE_plain_error` and `TYPE_imat_error`, the (importance-weighted) squared error of each row
 of input.npz after ggml's encoder, without and with the importance matrix (types whose encoder demands one get ones for "without").
 """
 
@@ -57,7 +58,10 @@ def main(path: str) -> None:
             continue
         for kind, w in (("plain", None), ("imat", imatrix)):
             demanded = np.ones_like(imatrix) if name in NEED_IMPORTANCE else None
-            y = decode(ggml, row, encode(ggml, row, x, demanded if w is None else w)).astype(np.float64)
+            blocks = encode(ggml, row, x, demanded if w is None else w)
+            if name in SEARCHED:
+                result[f"{name}_{kind}_bytes"] = blocks
+            y = decode(ggml, row, blocks).astype(np.float64)
             result[f"{name}_{kind}_error"] = ((y - x) ** 2 * (1 if w is None else w)).sum(axis=1)
     np.savez_compressed(FOLDER / "more.npz", **result)
 
