@@ -142,11 +142,12 @@ static int nearest_entry(const grid *g, const float *t, const uint8_t *level, co
     if (best >= n) best = 0;
     if (by) {
         float own = INFINITY;
-        for (int k = 0; k < n; k++) {
-            if (distance[k] > nearest * 1.001f) continue;
-            float d = ggml_distance(g, g->list[near->start + k] >> 16, w, of, *by);
-            if (d < own) own = d, best = k;
-        }
+        for (int k = 0; k < n; k += VL)
+            for (uint32_t close = vi_signs(vf_load(distance + k) <= nearest * 1.001f); close; close &= close - 1) {
+                int at = k + __builtin_ctz(close);
+                float d = at < n ? ggml_distance(g, g->list[near->start + at] >> 16, w, of, *by) : INFINITY;
+                if (d < own) own = d, best = at;
+            }
     }
     return g->list[near->start + best] >> 16;
 }
