@@ -329,6 +329,11 @@ def legal_cases() -> Iterator[Case]:
     odd = (M.kv("general.architecture", U32, M.pack("I", 5)), M.kv("tokenizer.chat_template", ARR, M.array(STR, 1, M.string("x"))),
            M.kv("tokenizer.ggml.model", U8, b"\1"), M.kv("tokenizer.ggml.tokens", STR, M.string("x")), M.kv("split.no", STR, M.string("x")))
     yield Case("known_keys_of_other_types", M.file(odd, (M.info("token_embd.weight"),), DATA))
+    odd = tuple(M.kv(key, ARR, M.array(U32, 2, bytes(8))) for key in (
+        "general.architecture", "general.name", "general.type", "general.quantization_version", "split.no", "split.count", "split.tensors.count",
+        "tokenizer.chat_template", *(f"tokenizer.ggml.{name}" for name in (
+            "model", "pre", "tokens", "merges", "scores", "token_type", "bos_token_id", "add_bos_token"))))
+    yield Case("known_keys_as_arrays", M.file(odd, (M.info("token_embd.weight", (4, 2)),), DATA))
     odd = (ARCH, M.kv("llama.block_count", U64, M.pack("Q", 2 ** 63)), M.kv("llama.attention.head_count", ARR, M.array(STR, 1, M.string("x"))),
            M.kv("llama.embedding_length", F64, M.pack("d", math.nan)), M.kv("llama.expert_count", I64, M.pack("q", -1)),
            M.kv("llama.expert_used_count", ARR, M.array(ARR, 1, M.array(U8, 1, b"\1"))))
