@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyggml.errors import ModelError
+from pyggml.formats import show
 from pyggml.tokenizers.base import StreamDecoder, Tokenizer
 
 __all__ = ["MODELS", "StreamDecoder", "Tokenizer", "load"]
@@ -28,6 +29,7 @@ def _load(kv: Mapping[str, Any]) -> Tokenizer:
     if model is None:
         raise ModelError("tokenizer.ggml.model is missing: the file has no tokenizer; convert the model again, or use a file that has one")
     if not isinstance(model, str) or model not in MODELS:
-        raise ModelError(f"tokenizer.ggml.model is {model!r}, a kind of tokenizer that pyggml does not know; it knows {', '.join(MODELS)}")
+        shown = repr(model) if isinstance(model, str) else show.text(model)
+        raise ModelError(f"tokenizer.ggml.model is {shown}, a kind of tokenizer that pyggml does not know; it knows {', '.join(MODELS)}")
     module, kind = MODELS[model].split()
     return getattr(importlib.import_module(f"pyggml.tokenizers.{module}"), kind)(kv)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import regex
 
 from pyggml.errors import ModelError
+from pyggml.formats import show
 
 # ---- parts of expressions --------------------------------------------------------------------------------------------------------
 ENGLISH = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"                 # contractions, either case
@@ -141,12 +143,13 @@ _ROWS: dict[str, PreTokenizer] = {
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: row for names, row in _ROWS.items() for name in names.split()}
 
 
-def pre_tokenizer(name: str | None) -> PreTokenizer:
-    """The row for a file's `tokenizer.ggml.pre`; a file without one gets "default", as in llama.cpp."""
-    row = PRE_TOKENIZERS.get(name or "default")
+def pre_tokenizer(name: Any) -> PreTokenizer:
+    """The row for a file's `tokenizer.ggml.pre`; a file without one (None) gets "default", as in llama.cpp. ModelError for anything else."""
+    row = PRE_TOKENIZERS.get(name or "default") if name is None or isinstance(name, str) else None
     if row is None:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise ModelError(f"tokenizer.ggml.pre is {name!r}, a pre-tokenizer that pyggml does not know; it knows {known}")
+        shown = repr(name) if isinstance(name, str) else show.text(name)
+        raise ModelError(f"tokenizer.ggml.pre is {shown}, a pre-tokenizer that pyggml does not know; it knows {known}")
     return row
 
 

@@ -306,6 +306,9 @@ BPE = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"]
     (BPE, {"tokenizer.ggml.merges": [1]}, "entry 0 is int"),
     (BPE, {"tokenizer.ggml.pre": "no-such"}, "'no-such'"),
     (BPE, {"tokenizer.ggml.pre": 3}, "tokenizer.ggml.pre is 3"),
+    (BPE, {"tokenizer.ggml.pre": np.arange(300)}, "tokenizer.ggml.pre is [0, 1,"),
+    (BPE, {"tokenizer.ggml.pre": ["qwen2"]}, 'tokenizer.ggml.pre is ["qwen2"]'),
+    (BPE, {"tokenizer.ggml.model": np.arange(300)}, "tokenizer.ggml.model is [0, 1,"),
 ])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_damage_is_one_sentence(kv, change, sentence, engine):
