@@ -96,6 +96,9 @@ static const char *make_tile(const matrix *m, int64_t tile, char *scratch) {
 // ---- chunks ------------------------------------------------------------------------------------------------------------------------
 typedef struct { int64_t group, groups, block, blocks; } chunking;        // row tiles per group, column tiles per block, and how many
 
+// How many row tiles are computed at once, each a stream from memory.
+static int takes_streams(int64_t cols) { return fetch_streams && cols == 1 ? STREAMS : 1; }
+
 // tile_bytes: of a tile of each matrix
 static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t tile_bytes, int layout, int64_t cols) {
     chunking c = {.block = COLUMN_BLOCK};
@@ -105,8 +108,11 @@ static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t 
         c.block = WIDE_BLOCK / MATRIX_SIDE;
         c.group = least(div_up(fair, per_pair), WIDE_PAIRS) * per_pair;
     } else {
-        int64_t limit = cols <= SMALL_COLS && !fetch_streams ? STREAM_BYTES : CHUNK_BYTES;
+        const int streams = takes_streams(cols);
+        const int64_t limit = cols > SMALL_COLS ? CHUNK_BYTES : streams * STREAM_BYTES;
         c.group = most(least(fair, limit / bytes), div_up(CHUNK_MIN_BYTES, bytes));
+        // large chunks: as many for each worker, so that none waits for another's last one
+        if (streams > 1) c.group = most(div_up(tiles, div_up(div_up(tiles, c.group), w->nth) * w->nth), streams);
     }
     c.groups = div_up(tiles, c.group);
     c.blocks = div_up(act_tiles(layout, cols), c.block);
@@ -185,7 +191,6 @@ static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts
 typedef struct {
     matrix m[2];
     int matrices, layout;
-    int64_t then;                                // the first row tile of the worker's next chunk
     epilogue finish;
     target to;
 } job;
@@ -197,13 +202,25 @@ static inline void prefetch_run(const job *j, int matrix_index, int64_t tile) {
     for (int at = 0; at < PREFETCH_BYTES; at += LINE) __builtin_prefetch(m->packed + tile * m->bytes + at);
 }
 
-// The tile that comes from memory after tile t of matrix i, in a run of tiles start .. end of a chunk that ends with tile last.
-static inline const char *tile_after(const job *j, int i, int64_t t, int64_t start, int64_t end, int64_t last) {
-    if (++t == end) {
-        if (++i < j->matrices) t = start;
-        else if (i = 0, t == last) t = j->then;
+// One column, packed weights: of row tiles from first_tile on STREAMS runs of neighbours, a tile of each run at once. How many tiles were done.
+static int64_t run_streams(const job *j, int64_t first_tile, int64_t last_tile, const char *acts) {
+    _Alignas(64) float out[2][RUN_TILES][STREAMS][TILE_ROWS];
+    const int64_t run = (last_tile - first_tile) / STREAMS;
+    const landing at = landing_of(&j->to, 0, 1);
+    for (int64_t start = first_tile; start < first_tile + run; start += RUN_TILES) {
+        const int64_t end = least(start + RUN_TILES, first_tile + run);
+        for (int i = 0; i < j->matrices; i++) {
+            const matrix *m = &j->m[i];
+            for (int64_t t = start; t < end; t++)
+                STREAM_KERNELS[m->tile](m->packed + t * m->bytes, run * m->bytes, acts, m->k, out[i][t - start][0]);
+        }
+        for (int64_t t = start; t < end; t++)
+            for (int s = 0; s < STREAMS; s++) {
+                const int64_t tile = t + s * run;
+                store_tile(&j->finish, &at, out[0][t - start][s], out[1][t - start][s], tile * TILE_ROWS, tile_rows(&j->m[0], tile), 0, 1);
+            }
     }
-    return j->m[i].packed && t < j->m[i].tiles ? j->m[i].packed + t * j->m[i].bytes : NULL;
+    return STREAMS * run;
 }
 
 // Row tiles [first_tile, last_tile) x column tiles [first, last) of `cols` columns. A column tile stays in the first-level cache
@@ -212,13 +229,13 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
     _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
     const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
     const int by_rows = ACT_LAYOUT[j->layout].row_type != 0, width = act_width(j->layout, cols);
-    const int from_memory = fetch_streams && cols <= SMALL_COLS;
     const char *made[2] = {NULL, NULL};                      // the one tile of a chunk whose weight is not packed
     for (int i = 0; i < j->matrices; i++) {
         const matrix *m = &j->m[i];
         if (m->packed) pack_tiles(m, first_tile, last_tile);
         else if (!by_rows) made[i] = make_tile(m, first_tile, w->scratch + i * tile_scratch(&j->m[0]));
     }
+    if (takes_streams(cols) > 1 && j->m[0].packed && j->m[j->matrices - 1].packed) first_tile += run_streams(j, first_tile, last_tile, acts);
     for (int64_t c = first; c < last; c++) {
         const int N = act_tile_cols(j->layout, cols, c);
         const char *a = acts + c * width * column_bytes;
@@ -232,8 +249,7 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
                     if (i == 0) for (int n = 0; n < N; n++) __builtin_prefetch(at.to[n] + t * TILE_ROWS, 1);
                     if (t == end - 1) prefetch_run(j, i + 1 < j->matrices ? i + 1 : 0, i + 1 < j->matrices ? start : end);
                     if (by_rows) row_tile(m, t, j->layout, a, N, sums);
-                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, sums,
-                                           from_memory ? tile_after(j, i, t, start, end, last_tile) : NULL);
+                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], 0, a, m->k, sums);
                 }
             }
             for (int64_t t = start; t < end; t++)
@@ -330,16 +346,14 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
     const int64_t cols = dst->ne[1] * dst->ne[2];
     const int layout = act_layout(s->i[1], cols), wide = ACT_LAYOUT[layout].parts != 0;
     const int64_t col_tiles = act_tiles(layout, cols);
-    job j = {.matrices = second ? 2 : 1, .layout = layout, .then = INT64_MAX, .finish = finish, .to = {dst, residual, NULL}};
+    job j = {.matrices = second ? 2 : 1, .layout = layout, .finish = finish, .to = {dst, residual, NULL}};
     j.m[0] = matrix_of(weight, 0, layout);
     if (second) j.m[1] = matrix_of(second, 0, layout);
     const int64_t tiles = j.m[0].tiles;
     const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols);
     const char *acts = NULL;
-    const int early = cols <= SMALL_COLS && claims_early(w, c.groups);
     const int64_t chunks = c.groups * c.blocks;
-    for (int64_t i = claim(w, chunks), next = 0; i < chunks; i = early ? next : claim(w, chunks)) {
-        if (early) j.then = least(next = claim(w, chunks), c.groups) * c.group;
+    for (int64_t i; (i = claim(w, chunks)) < chunks;) {
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
         // a tile made in scratch is made for all columns of the block at once: row tiles outside
