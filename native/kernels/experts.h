@@ -65,7 +65,7 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
     char *memory = w->scratch + scratch_tiles(weight, second ? second : weight, s->i[1]);
     const routing r = sort_pairs(ids, weight->ne[2], memory);
     char *acts = memory + routing_bytes(r.experts, r.pairs);
-    job j = {.matrices = second ? 2 : 1, .finish = finish, .to = {view_of(w, s->dst), NULL, NULL}};
+    job j = {.matrices = second ? 2 : 1, .then = INT64_MAX, .finish = finish, .to = {view_of(w, s->dst), NULL, NULL}};
     const int most_cols = act_layout(s->i[1], r.pairs);                  // a batch may have fewer, and then another layout
     const chunking c = chunks_of(w, tiles * r.batches, j.matrices, matrix_of(weight, 0, most_cols).bytes, most_cols, 1);
     const int64_t group = least(c.group, tiles), groups = div_up(tiles, group);

@@ -109,7 +109,7 @@ static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t 
         c.group = least(div_up(fair, per_pair), WIDE_PAIRS) * per_pair;
     } else {
         const int streams = takes_streams(cols);
-        const int64_t limit = cols > SMALL_COLS ? CHUNK_BYTES : streams * STREAM_BYTES;
+        const int64_t limit = streams > 1 ? streams * STREAM_BYTES : cols <= SMALL_COLS && !fetch_streams ? STREAM_BYTES : CHUNK_BYTES;
         c.group = most(least(fair, limit / bytes), div_up(CHUNK_MIN_BYTES, bytes));
         // large chunks: as many for each worker, so that none waits for another's last one
         if (streams > 1) c.group = most(div_up(tiles, div_up(div_up(tiles, c.group), w->nth) * w->nth), streams);
@@ -191,6 +191,7 @@ static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts
 typedef struct {
     matrix m[2];
     int matrices, layout;
+    int64_t then;                                // the first row tile of the worker's next chunk
     epilogue finish;
     target to;
 } job;
@@ -200,6 +201,15 @@ static inline void prefetch_run(const job *j, int matrix_index, int64_t tile) {
     const matrix *m = &j->m[matrix_index];
     if (fetch_streams || !m->packed || tile >= m->tiles) return;
     for (int at = 0; at < PREFETCH_BYTES; at += LINE) __builtin_prefetch(m->packed + tile * m->bytes + at);
+}
+
+// The tile that comes from memory after tile t of matrix i, in a run of tiles start .. end of a chunk that ends with tile last.
+static inline const char *tile_after(const job *j, int i, int64_t t, int64_t start, int64_t end, int64_t last) {
+    if (++t == end) {
+        if (++i < j->matrices) t = start;
+        else if (i = 0, t == last) t = j->then;
+    }
+    return j->m[i].packed && t < j->m[i].tiles ? j->m[i].packed + t * j->m[i].bytes : NULL;
 }
 
 // One column, packed weights: of row tiles from first_tile on STREAMS runs of neighbours, a tile of each run at once. How many tiles were done.
@@ -229,6 +239,7 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
     _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
     const int64_t column_bytes = act_column_bytes(j->layout, j->m[0].k);
     const int by_rows = ACT_LAYOUT[j->layout].row_type != 0, width = act_width(j->layout, cols);
+    const int from_memory = fetch_streams && cols <= SMALL_COLS;
     const char *made[2] = {NULL, NULL};                      // the one tile of a chunk whose weight is not packed
     for (int i = 0; i < j->matrices; i++) {
         const matrix *m = &j->m[i];
@@ -249,7 +260,8 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
                     if (i == 0) for (int n = 0; n < N; n++) __builtin_prefetch(at.to[n] + t * TILE_ROWS, 1);
                     if (t == end - 1) prefetch_run(j, i + 1 < j->matrices ? i + 1 : 0, i + 1 < j->matrices ? start : end);
                     if (by_rows) row_tile(m, t, j->layout, a, N, sums);
-                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], 0, a, m->k, sums);
+                    else m->kernels[N - 1](m->packed ? m->packed + t * m->bytes : made[i], a, m->k, sums,
+                                           from_memory ? tile_after(j, i, t, start, end, last_tile) : NULL);
                 }
             }
             for (int64_t t = start; t < end; t++)
@@ -346,14 +358,16 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
     const int64_t cols = dst->ne[1] * dst->ne[2];
     const int layout = act_layout(s->i[1], cols), wide = ACT_LAYOUT[layout].parts != 0;
     const int64_t col_tiles = act_tiles(layout, cols);
-    job j = {.matrices = second ? 2 : 1, .layout = layout, .finish = finish, .to = {dst, residual, NULL}};
+    job j = {.matrices = second ? 2 : 1, .layout = layout, .then = INT64_MAX, .finish = finish, .to = {dst, residual, NULL}};
     j.m[0] = matrix_of(weight, 0, layout);
     if (second) j.m[1] = matrix_of(second, 0, layout);
     const int64_t tiles = j.m[0].tiles;
     const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols);
     const char *acts = NULL;
+    const int early = cols <= SMALL_COLS && claims_early(w, c.groups);
     const int64_t chunks = c.groups * c.blocks;
-    for (int64_t i; (i = claim(w, chunks)) < chunks;) {
+    for (int64_t i = claim(w, chunks), next = 0; i < chunks; i = early ? next : claim(w, chunks)) {
+        if (early) j.then = least(next = claim(w, chunks), c.groups) * c.group;
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
         // a tile made in scratch is made for all columns of the block at once: row tiles outside

@@ -5,12 +5,17 @@
 // are compile-time constants in every instance, and each branch on them disappears.
 #pragma once
 
-// apart: bytes from one tile to the next, where a kernel computes several
-typedef void tile_fn(const char *w, int64_t apart, const char *a, int64_t k, float *out);
+// next: the tile that comes after this one from memory, or NULL
+typedef void tile_fn(const char *w, const char *a, int64_t k, float *out, const char *next);
+// STREAMS tiles, `apart` bytes from one to the next, times one column
+typedef void streams_fn(const char *w, int64_t apart, const char *a, int64_t k, float *out);
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns; of floats, all
 // rows of up to six.
+// On Intel's processors vpdpbusd shares its two ports with everything else on 512 bits (a core's loop of products alone: 416 GMAC/s, with
+// an `and` beside every other one 308, beside each one 243), so unpacking and scaling cost as much as products: of eight columns Q8_0 has
+// 64 products and 33 others a block, Q4_0 37, Q4_K 61 on 128, Q6_K 65 on 64, which leaves 66, 63, 68 and 50 % of the peak at most.
 INLINE int least_int(int a, int b) { return a < b ? a : b; }
 enum { TILE_VECS = TILE_ROWS / VL, PASS_VECS = 4 };      // vectors of rows: of a tile, of a pass at most
 typedef struct {
@@ -37,17 +42,27 @@ enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = VL == 8 ? 2 * FLOAT_COL
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
 
-// With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself: one
-// pass asks for what lies a little ahead, several share out the next tile. One column keeps up without, but where `fetch_streams` says
-// otherwise: there it takes STREAMS tiles at once, which lie far apart, and asks for the next lines of each. A core's own prefetch works
-// within pages, a few lines ahead in each; several pages at once, and a first touch of each before it is needed, keep more lines under
-// way (measured on Sapphire Rapids, two threads, Q4_0: one tile 25.5 GB/s, with lines asked for 1 KB ahead 28.8, 2 KB 27.5; two tiles
-// 29.8, 32.3, 30.4; four 28.2, 31.5, 31.4, and 33.0 at 1.5 KB; a loop that only reads 34.5).
-enum { AHEAD_BYTES = 1536, STREAMS = VL == 16 ? 4 : VL == 8 ? 2 : 1 };
-INLINE void fetch_ahead(const pass_shape s, const char *w, const int bytes, const int64_t tile) {
-    if (s.N <= 2 && !fetch_streams) return;
-    w += s.count == 1 ? AHEAD_BYTES : tile;
-    EACH(t, s.tiles) EACH(line, (bytes + LINE - 1) / LINE) if (line % s.count == s.index) __builtin_prefetch(w + t * s.apart + LINE * line);
+// With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself. Its own
+// prefetch works within pages, a few lines ahead in each, so several pages at once have more lines under way. Where that pays (see
+// fetch_streams), one column takes STREAMS tiles at once, which lie far apart, and asks for what lies a little ahead in each (measured on
+// Sapphire Rapids, two threads, Q4_0: one tile 25.5 GB/s, two 29.8, four 28.2; with lines asked for ahead 29.0, 32.3 and 33.0; a loop
+// that only reads 34.5). More columns leave no registers for that: the driver names the next tile, which is asked for in FETCH_STREAMS
+// streams, each the same way along its part of it. Elsewhere one pass asks for what lies a little ahead, several share out the next tile;
+// one or two columns keep up without.
+enum { AHEAD_BYTES = 2048, FETCH_STREAMS = 4, STREAMS = VL == 16 ? 4 : VL == 8 ? 2 : 1 };
+typedef struct { const char *start, *next; int64_t bytes; } fetch_plan;        // this tile, the next one, the bytes of each
+INLINE void fetch_ahead(const pass_shape s, const fetch_plan f, const char *w, const int bytes) {
+    const int lines = (bytes + LINE - 1) / LINE;
+    if (s.tiles > 1) {
+        EACH(t, s.tiles) EACH(line, lines) __builtin_prefetch(w + AHEAD_BYTES + t * s.apart + LINE * line);
+    } else if (f.next) {
+        const char *at = f.next + (w - f.start) / FETCH_STREAMS;
+        EACH(stream, FETCH_STREAMS) if (stream % s.count == s.index)
+            EACH(line, (bytes / FETCH_STREAMS + LINE - 1) / LINE) __builtin_prefetch(at + stream * (f.bytes / FETCH_STREAMS) + LINE * line);
+    } else if (s.N > 2) {
+        w += s.count == 1 ? AHEAD_BYTES : f.bytes;
+        EACH(line, lines) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
+    }
 }
 
 // Line t of a plane group, see pack.h. p: planes of 32 weights, already at this vector's rows; nibbles: its nibble line t or t - 4.
@@ -114,9 +129,9 @@ INLINE vf scale_32(const tile_type d, const char *w, int v) {
 }
 
 // ---- blocks of 32 x ACT_A32 ------------------------------------------------------------------------------------------------------
-INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
-    const int64_t tile = k / 32 * tile_block_bytes(d);
+    const fetch_plan ahead = {w, next, k / 32 * tile_block_bytes(d)};
     const int half = TILE_ROWS * 2, lane = VL * 2;
     vf f[PASS_ACC];
     EACH(i, vecs * cols) f[i] = vf_set(0);
@@ -126,7 +141,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
             vi start = needs_start(d) ? start_of(a + 4 * (2 * N + s.n0 + n), d.zero - A32_SHIFT) : vi_set(0);
             EACH(v, vecs) c[v * cols + n] = start;
         }
-        fetch_ahead(s, w, tile_block_bytes(d), tile);
+        fetch_ahead(s, ahead, w, tile_block_bytes(d));
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
         dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
@@ -145,9 +160,9 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
 // Where the sums of two sub-blocks fit in 16 bits they meet both integer scales in one product. Others become floats first: a product of
 // whole lanes takes twice the time, and as floats, too, nearly all sums of a block are exact.
 INLINE int sums_fit_i16(const tile_type d) { return !d.codebook && (127 << (d.zero ? d.zero : d.bits)) * d.sub <= INT16_MAX; }
-INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
-    const int64_t tile = k / 256 * tile_block_bytes(d);
+    const fetch_plan ahead = {w, next, k / 256 * tile_block_bytes(d)};
     const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
     const int quads = d.sub / 4;                             // per sub-block
     const int share = (tile_block_bytes(d) / LINE + pairs - 1) / pairs * LINE;      // of a block, to fetch ahead with each pair
@@ -160,7 +175,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
         EACH(i, vecs * cols) pair[i] = vi_set(0), sum[i] = vf_set(0);
         UNROLL(1) for (int p = 0; p < pairs; p++) {
             vi first[PASS_ACC];
-            fetch_ahead(s, w + p * share, share, tile);
+            fetch_ahead(s, ahead, w + p * share, share);
             EACH(side, 2) {                                     // the two sub-blocks whose scales lie side by side
                 const char *lines = planes + (d.sub == 32 ? 2 * p + side : p) * planes_bytes(d);
                 const char *quad = q + (2 * p + side) * quads * 4 * N;
@@ -245,16 +260,16 @@ INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, con
 INLINE vf float_line(const tile_type d, const char *p) {
     return d.id == TYPE_f32 ? vf_load(p) : d.id == TYPE_f16 ? vf_from_f16(p) : vf_from_bf16(p);
 }
-INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
+INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
-    const int64_t tile = k * tile_block_bytes(d);
+    const fetch_plan ahead = {w, next, k * tile_block_bytes(d)};
     // a narrow pass needs independent sums to hide the latency of fma; as many in a wide one, for a column must not depend on its neighbours
-    const int phases = FLOAT_PHASES, step = tile_block_bytes(d), share = 4 * LINE;
+    const int phases = FLOAT_PHASES, step = tile_block_bytes(d), share = FETCH_STREAMS * LINE;
     vf f[FLOAT_PHASES][FLOAT_ACC];
     EACH(p, phases) EACH(i, vecs * cols) f[p][i] = vf_set(0);
     int64_t i = 0;
     for (; i + share / step <= k; i += share / step) {
-        fetch_ahead(s, w, share, tile);
+        fetch_ahead(s, ahead, w, share);
         for (int j = 0; j < share / step; j += phases, w += phases * step, a += 4 * phases * N)
             EACH(p, phases) {
                 vf x[PASS_VECS];
@@ -275,29 +290,29 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
 }
 
 // ---- instances: a function per type and number of columns ---------------------------------------------------------------------------
-INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out) {
-    if (d.block == 1) pass_1(d, s, w, a, k, out);
+INLINE void pass(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
+    if (d.block == 1) pass_1(d, s, w, a, k, out, next);
     else if (d.scales == SCALES_F32) pass_codes(d, s, w, a, k, out);
-    else if (d.block == 32) pass_32(d, s, w, a, k, out);
-    else pass_256(d, s, w, a, k, out);
+    else if (d.block == 32) pass_32(d, s, w, a, k, out, next);
+    else pass_256(d, s, w, a, k, out, next);
 }
-INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out) {
+INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC, wide = d.block == 1 ? FLOAT_VECS : 1;
     const int vecs = N * TILE_VECS <= acc ? TILE_VECS : wide, across = (N * vecs + acc - 1) / acc, cols = acc == 1 ? 1 : (N + across - 1) / across;
     const int rest = N % cols, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
         const int index = v / vecs * across;
-        UNROLL(1) for (int n = 0; n < N - rest; n += cols) pass(d, (pass_shape){N, v, vecs, n, cols, 1, 0, index + n / cols, count}, w, a, k, out);
-        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, 1, 0, index + across - 1, count}, w, a, k, out);
+        UNROLL(1) for (int n = 0; n < N - rest; n += cols) pass(d, (pass_shape){N, v, vecs, n, cols, 1, 0, index + n / cols, count}, w, a, k, out, next);
+        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, 1, 0, index + across - 1, count}, w, a, k, out, next);
     }
 }
 
 #define ALL_TILES(T) FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #define INSTANCE(name, n) \
-    static void tile_##name##_##n(const char *w, int64_t apart, const char *a, int64_t k, float *out) { (void)apart; passes_##name(n, w, a, k, out); }
+    static void tile_##name##_##n(const char *w, const char *a, int64_t k, float *out, const char *next) { passes_##name(n, w, a, k, out, next); }
 #define T(name, ...) \
-    SPECIALIZED void passes_##name(const int N, const char *w, const char *a, int64_t k, float *out) { \
-        passes(TILE_TYPES[TYPE_##name], N, w, a, k, out); \
+    SPECIALIZED void passes_##name(const int N, const char *w, const char *a, int64_t k, float *out, const char *next) { \
+        passes(TILE_TYPES[TYPE_##name], N, w, a, k, out, next); \
     } \
     INSTANCE(name, 1) INSTANCE(name, 2) INSTANCE(name, 3) INSTANCE(name, 4) INSTANCE(name, 5) INSTANCE(name, 6) INSTANCE(name, 7) INSTANCE(name, 8)
 ALL_TILES(T)
@@ -314,11 +329,11 @@ static tile_fn *const TILE_KERNELS[N_TILES][SMALL_COLS] = {
 // STREAMS tiles x one column, by tile type: out[tile][16]. Where STREAMS is 1, nobody calls them.
 #define T(name, ...) \
     static void streams_##name(const char *w, int64_t apart, const char *a, int64_t k, float *out) { \
-        if (STREAMS > 1) pass(TILE_TYPES[TYPE_##name], (pass_shape){1, 0, STREAMS * TILE_VECS, 0, 1, STREAMS, apart, 0, 1}, w, a, k, out); \
+        if (STREAMS > 1) pass(TILE_TYPES[TYPE_##name], (pass_shape){1, 0, STREAMS * TILE_VECS, 0, 1, STREAMS, apart, 0, 1}, w, a, k, out, NULL); \
     }
 FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
 #undef T
-static tile_fn *const STREAM_KERNELS[N_TILES] = {
+static streams_fn *const STREAM_KERNELS[N_TILES] = {
 #define T(name, ...) [TYPE_##name] = streams_##name,
     FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
 #undef T
