@@ -129,8 +129,8 @@ typedef struct {
 } kernel_table;
 
 extern const kernel_table *kernels;     // the selected ISA's
-// What the processor likes, beyond its instruction set. fetch_streams: weights that come from memory are asked for a tile ahead, in
-// several streams; on Intel's processors a core reads 1.7 times as fast so (Sapphire Rapids), AMD's read at full speed by themselves.
+// What the processor likes, beyond its instruction set. fetch_streams: weights that come from memory are asked for ahead, in several streams at
+// once (see kernels/tile.h); on Intel's processors a core reads 1.7 times as fast so (Sapphire Rapids), AMD's read at full speed by themselves.
 // slow_bf16: a vector's dot products of bf16 take longer than the same in floats (five times an FMA on Sapphire Rapids, once on Zen 4).
 extern int fetch_streams, slow_bf16;
 

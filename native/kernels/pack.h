@@ -72,7 +72,13 @@ INLINE int planes_bytes(const tile_type d) { return d.bits * LINE; }            
 INLINE int tile_block_bytes(const tile_type d) {
     return d.block == 1 ? TILE_ROWS * d.bytes : header_bytes(d) + d.block / 32 * planes_bytes(d);
 }
-static int64_t tile_bytes(int type, int64_t k) { return k / TILE_TYPES[type].block * tile_block_bytes(TILE_TYPES[type]); }
+// A tile of whole pages gets a few unused bytes more: tiles that are read side by side would otherwise end their pages together, where a
+// core's own prefetch stops (measured on Sapphire Rapids, see fetch_ahead: F16 decodes at 15.3 tokens/s instead of 14.5).
+enum { PAGE = 4096, TILE_SKEW = 256 };
+static int64_t tile_bytes(int type, int64_t k) {
+    const int64_t bytes = k / TILE_TYPES[type].block * tile_block_bytes(TILE_TYPES[type]);
+    return bytes % PAGE ? bytes : bytes + TILE_SKEW;
+}
 static int64_t tile_count(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 // Bytes of the R16 form of (rows, k). An expert tensor (E, rows, k) takes E times that, and E * ceil(rows / 16) ready flags.

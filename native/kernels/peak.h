@@ -22,16 +22,20 @@ static void peak_float(const char *x) {
     }
     PEAK_USE(sum);
 }
-static void peak_read(const char *x, int64_t bytes) {                  // as the matmuls do, see fetch_ahead
+// Four streams at once, as fetch_ahead has them; each begins at another place of its page, or all would end their pages together, where
+// a core's own prefetch stops (measured on Sapphire Rapids: 34.1 instead of 31.8 GB/s). Returns how many bytes were read.
+static int64_t peak_read(const char *x, int64_t bytes) {
+    enum { PEAK_STREAMS = 4, SKEW = 17 };
     vi sum[PEAK_SUMS] = {{0}};
-    const int64_t part = bytes / FETCH_STREAMS;
-    for (int64_t at = 0; at + LINE <= part; at += LINE)
-        EACH(stream, FETCH_STREAMS) {
+    const int64_t part = (bytes / LINE / PEAK_STREAMS - SKEW) * LINE;
+    for (int64_t at = 0; at < part; at += LINE)
+        EACH(stream, PEAK_STREAMS) {
             const char *line = x + stream * part + at;
             if (fetch_streams) __builtin_prefetch(line + AHEAD_BYTES);
             UNROLL(16) for (int i = 0; i < LINE / (4 * VL); i++) sum[stream] ^= vi_load(line + 4 * VL * i);
         }
     PEAK_USE(sum);
+    return PEAK_STREAMS * part;
 }
 
 static void peak_pairs(const char *x) {
@@ -66,7 +70,7 @@ static void op_peak(worker *w, const pyg_step *s) {
             if (MATRIX_UNIT) peak_matrix(w->scratch), *done = (float)PEAK_ROUNDS * 4 * MATRIX_SIDE * MATRIX_SIDE * MATRIX_DEPTH;
             else if (FAST_PAIRS) peak_pairs(src->data), *done = (float)PEAK_ROUNDS * PEAK_SUMS * VL * 2;
             break;
-        case PEAK_READ: peak_read(x, src->ne[0]); *done = (float)src->ne[0]; break;
+        case PEAK_READ: *done = (float)peak_read(x, src->ne[0]); break;
         }
     }
 }

@@ -7,16 +7,27 @@
 
 // next: the tile that comes after this one from memory, or NULL
 typedef void tile_fn(const char *w, const char *a, int64_t k, float *out, const char *next);
+// STREAMS tiles, `apart` bytes from one to the next, times one column
+typedef void streams_fn(const char *w, int64_t apart, const char *a, int64_t k, float *out);
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns; of floats, all
 // rows of up to six.
+// On Intel's processors vpdpbusd shares its two ports with everything else on 512 bits (a core's loop of products alone: 416 GMAC/s, with
+// an `and` beside every other one 308, beside each one 243), so unpacking and scaling cost as much as products: of eight columns Q8_0 has
+// 64 products and 33 others a block, Q4_0 37, Q4_K 61 on 128, Q6_K 65 on 64, which leaves 66, 63, 68 and 50 % of the peak at most.
 INLINE int least_int(int a, int b) { return a < b ? a : b; }
-enum { TILE_VECS = TILE_ROWS / VL };
+enum { TILE_VECS = TILE_ROWS / VL, PASS_VECS = 4 };      // vectors of rows: of a tile, of a pass at most
 typedef struct {
     int N, v0, vecs, n0, cols;                           // of a column tile of N: which vectors, which columns
+    int tiles;                                           // whose vectors those are, one tile after another
+    int64_t apart;                                       // from one to the next
     int index, count;                                    // of the tile's passes: which one, of how many
 } pass_shape;
+
+// Where vector v of a pass has its rows: in which tile's block, given that of the first tile, and as which of its vectors.
+INLINE const char *block_of(const pass_shape s, const char *w, int v) { return s.tiles == 1 ? w : w + v / TILE_VECS * s.apart; }
+INLINE int vector_of(const pass_shape s, int v) { return s.tiles == 1 ? s.v0 + v : v % TILE_VECS; }
 
 // How far the templates unfold is the ISA's: PASS_ACC sums of a kind (FLOAT_ACC where there is
 // one kind only) fit its registers, and SPECIALIZED is INLINE where a function
@@ -31,20 +42,26 @@ enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = VL == 8 ? 2 * FLOAT_COL
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
 
-// With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself.
-// Where the driver names the next tile (see fetch_streams), that is asked for in FETCH_STREAMS streams, each the same way along its
-// part of the tile: one core then has twice as many lines under way as with one stream. Otherwise one pass asks for what lies a
-// little ahead, several share out the next tile; one or two columns keep up without.
-enum { AHEAD_BYTES = 2048, FETCH_STREAMS = 4 };
+// With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself. Its own
+// prefetch works within pages, a few lines ahead in each, so several pages at once have more lines under way. Where that pays (see
+// fetch_streams), one column takes STREAMS tiles at once, which lie far apart, and asks for what lies a little ahead in each (measured on
+// Sapphire Rapids, two threads, Q4_0: one tile 25.5 GB/s, two 29.8, four 28.2; with lines asked for ahead 29.0, 32.3 and 33.0; a loop
+// that only reads 34.5). More columns leave no registers for that: the driver names the next tile, which is asked for in FETCH_STREAMS
+// streams, each the same way along its part of it. Elsewhere one pass asks for what lies a little ahead, several share out the next tile;
+// one or two columns keep up without.
+enum { AHEAD_BYTES = 2048, FETCH_STREAMS = 4, STREAMS = VL == 16 ? 4 : VL == 8 ? 2 : 1 };
 typedef struct { const char *start, *next; int64_t bytes; } fetch_plan;        // this tile, the next one, the bytes of each
 INLINE void fetch_ahead(const pass_shape s, const fetch_plan f, const char *w, const int bytes) {
-    if (f.next) {
+    const int lines = (bytes + LINE - 1) / LINE;
+    if (s.tiles > 1) {
+        EACH(t, s.tiles) EACH(line, lines) __builtin_prefetch(w + AHEAD_BYTES + t * s.apart + LINE * line);
+    } else if (f.next) {
         const char *at = f.next + (w - f.start) / FETCH_STREAMS;
         EACH(stream, FETCH_STREAMS) if (stream % s.count == s.index)
             EACH(line, (bytes / FETCH_STREAMS + LINE - 1) / LINE) __builtin_prefetch(at + stream * (f.bytes / FETCH_STREAMS) + LINE * line);
     } else if (s.N > 2) {
         w += s.count == 1 ? AHEAD_BYTES : f.bytes;
-        EACH(line, (bytes + LINE - 1) / LINE) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
+        EACH(line, lines) if (line % s.count == s.index) __builtin_prefetch(w + LINE * line);
     }
 }
 
@@ -81,13 +98,13 @@ INLINE int in_two_sums(const tile_type d, const pass_shape s, const int quads) {
 INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, const int quads, const char *planes, const char *q, vi *c) {
     const int steps = d.zero == 7 ? 1 : least_int(quads, mac_steps(d.bits)), both = quads == 8 && d.bits != 8;
     const int apart = in_two_sums(d, s, quads), in_place = apart && d.bits == 4 && !d.codebook;      // in place: 16 times the upper nibbles
-    vi sum[PASS_ACC], rest[PASS_ACC], nibbles[TILE_VECS];
+    vi sum[PASS_ACC], rest[PASS_ACC], nibbles[PASS_VECS];
     if (apart) EACH(j, s.vecs * s.cols) rest[j] = vi_set(0);
     EACH(i, quads) {
         const int t = first + (both ? (i & 1) * 4 + i / 2 : i);          // both halves of a nibble line while it is in a register
-        vi x[TILE_VECS];
+        vi x[PASS_VECS];
         EACH(v, s.vecs) {
-            const char *p = planes + 4 * VL * (s.v0 + v);
+            const char *p = block_of(s, planes, v) + 4 * VL * vector_of(s, v);
             if (d.bits >= 4 && d.bits < 8 && !(both && i & 1)) { nibbles[v] = line_at(p, t & 3); IN_REGISTER(nibbles[v]); }
             x[v] = in_place && t >= 4 ? nibbles[v] & (int32_t)0xf0f0f0f0 : quants(d, p, t, nibbles[v]);
         }
@@ -128,10 +145,10 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
         dot_lines(d, s, 0, 8, planes, q, c);
         EACH(v, vecs) {
-            vf scale = scale_32(d, w, s.v0 + v);
+            vf scale = scale_32(d, block_of(s, w, v), vector_of(s, v));
             EACH(n, cols) f[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale * vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
             if (d.mins) {
-                vf m = vf_from_f16(w + half + lane * (s.v0 + v));
+                vf m = vf_from_f16(block_of(s, w, v) + half + lane * vector_of(s, v));
                 EACH(n, cols) f[v * cols + n] = vf_fma(m, vf_set(((const float *)a)[N + s.n0 + n]), f[v * cols + n]);
             }
         }
@@ -175,7 +192,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
                 dot_lines(d, s, d.sub == 32 ? 0 : 4 * side, quads, lines, quad, c);
                 if (sums_fit_i16(d) && !side) EACH(i, vecs * cols) first[i] = c[i] & 0xffff;
                 else EACH(v, vecs) {
-                    vi two = vi_pairs_from_u8(scales + p * pair_line + lane * (s.v0 + v));
+                    vi two = vi_pairs_from_u8(block_of(s, scales, v) + p * pair_line + lane * vector_of(s, v));
                     if (d.scales == SCALES_NIBBLE) two &= 0x000f000f;
                     if (sums_fit_i16(d)) {
                         if (d.scales == SCALES_I8) two = vi_pairs_from_i8(two);
@@ -188,18 +205,18 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
             }
         }
         EACH(v, vecs) {
-            vf scale = vf_from_f16(w + lane * (s.v0 + v));
+            vf scale = vf_from_f16(block_of(s, w, v) + lane * vector_of(s, v));
             EACH(n, cols) {
                 vf y = (sums_fit_i16(d) ? vf_from_i(pair[v * cols + n]) : sum[v * cols + n]) * scale;
                 if (d.mins) {
                     const char *sums = a + 4 * (d.sub == 32 ? 25 : 17) * N + 4 * (s.n0 + n);
                     vi m = vi_set(0);
                     EACH(p, pairs) {
-                        vi two = d.scales == SCALES_NIBBLE ? vi_pairs_from_u8(scales + p * pair_line + lane * (s.v0 + v)) >> 4 & 0x000f000f
-                                                           : vi_pairs_from_u8(mins + p * pair_line + lane * (s.v0 + v));
+                        vi two = d.scales == SCALES_NIBBLE ? vi_pairs_from_u8(block_of(s, scales, v) + p * pair_line + lane * vector_of(s, v)) >> 4 & 0x000f000f
+                                                           : vi_pairs_from_u8(block_of(s, mins, v) + p * pair_line + lane * vector_of(s, v));
                         m = vi_dot_i16(m, two, vi_set4(sums + 4 * p * N));
                     }
-                    y = vf_fma(-vf_from_i(m), vf_from_f16(w + half + lane * (s.v0 + v)), y);
+                    y = vf_fma(-vf_from_i(m), vf_from_f16(block_of(s, w, v) + half + lane * vector_of(s, v)), y);
                 }
                 f[v * cols + n] = vf_fma(y, vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
             }
@@ -255,8 +272,8 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
         fetch_ahead(s, ahead, w, share);
         for (int j = 0; j < share / step; j += phases, w += phases * step, a += 4 * phases * N)
             EACH(p, phases) {
-                vf x[TILE_VECS];
-                EACH(v, vecs) x[v] = float_line(d, w + p * step + VL * d.bytes * (s.v0 + v));
+                vf x[PASS_VECS];
+                EACH(v, vecs) x[v] = float_line(d, block_of(s, w, v) + p * step + VL * d.bytes * vector_of(s, v));
                 EACH(n, cols) {
                     vf y = vf_set(((const float *)a)[p * N + s.n0 + n]);
                     EACH(v, vecs) f[p][v * cols + n] = vf_fma(x[v], y, f[p][v * cols + n]);
@@ -264,7 +281,7 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
             }
     }
     for (; i < k; i++, w += step, a += 4 * N)
-        EACH(v, vecs) EACH(n, cols) f[0][v * cols + n] = vf_fma(float_line(d, w + VL * d.bytes * (s.v0 + v)), vf_set(((const float *)a)[s.n0 + n]), f[0][v * cols + n]);
+        EACH(v, vecs) EACH(n, cols) f[0][v * cols + n] = vf_fma(float_line(d, block_of(s, w, v) + VL * d.bytes * vector_of(s, v)), vf_set(((const float *)a)[s.n0 + n]), f[0][v * cols + n]);
     EACH(v, vecs) EACH(n, cols) {
         vf y = f[0][v * cols + n];
         if (phases > 1) y += f[FLOAT_PHASES - 1][v * cols + n];
@@ -285,8 +302,8 @@ INLINE void passes(const tile_type d, const int N, const char *w, const char *a,
     const int rest = N % cols, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
         const int index = v / vecs * across;
-        UNROLL(1) for (int n = 0; n < N - rest; n += cols) pass(d, (pass_shape){N, v, vecs, n, cols, index + n / cols, count}, w, a, k, out, next);
-        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, index + across - 1, count}, w, a, k, out, next);
+        UNROLL(1) for (int n = 0; n < N - rest; n += cols) pass(d, (pass_shape){N, v, vecs, n, cols, 1, 0, index + n / cols, count}, w, a, k, out, next);
+        if (rest) pass(d, (pass_shape){N, v, vecs, N - rest, rest, 1, 0, index + across - 1, count}, w, a, k, out, next);
     }
 }
 
@@ -306,5 +323,18 @@ static tile_fn *const TILE_KERNELS[N_TILES][SMALL_COLS] = {
 #define T(name, ...) [TYPE_##name] = {tile_##name##_1, tile_##name##_2, tile_##name##_3, tile_##name##_4, \
                                       tile_##name##_5, tile_##name##_6, tile_##name##_7, tile_##name##_8},
     ALL_TILES(T)
+#undef T
+};
+
+// STREAMS tiles x one column, by tile type: out[tile][16]. Where STREAMS is 1, nobody calls them.
+#define T(name, ...) \
+    static void streams_##name(const char *w, int64_t apart, const char *a, int64_t k, float *out) { \
+        if (STREAMS > 1) pass(TILE_TYPES[TYPE_##name], (pass_shape){1, 0, STREAMS * TILE_VECS, 0, 1, STREAMS, apart, 0, 1}, w, a, k, out, NULL); \
+    }
+FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
+#undef T
+static streams_fn *const STREAM_KERNELS[N_TILES] = {
+#define T(name, ...) [TYPE_##name] = streams_##name,
+    FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
 #undef T
 };

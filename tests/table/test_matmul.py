@@ -50,6 +50,19 @@ def test_mul_mat(isa, name, layout):
                     assert error < bound(weight, columns), (columns, rows, k, prepare)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", [t.name for t in PACKED])
+def test_one_column_of_many_rows(isa, name):
+    """Several tiles at once, the tiles that are left over, and one of fewer rows."""
+    rng = np.random.default_rng(len(name))
+    weight = Weight(name, (149, 512), "packed", rng)
+    x = rng.standard_normal((1, 512), np.float32)
+    with instruction_set(isa):
+        expected = rounded(x, weight.format) @ weight.dense.T
+        for threads in THREADS:
+            assert nmse(Matmul(x, weight)(pool(threads)), expected) < bound(weight, 1), threads
+
+
 @pytest.mark.parametrize("name, k", [("F32", 1), ("F16", 37), ("BF16", 5), ("Q4_0", 32), ("Q8_0", 96), ("MXFP4", 32), ("Q4_1", 160)])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("columns", [9, 40])

@@ -4,8 +4,8 @@
 
 Shapes are rows x k; the default ones are TinyLlama's. Weights are random bytes, packed before the clock starts; the time
 includes everything a step does: preparing the activations, the sums, the epilogue. Weights that would stay in the cache are
-repeated until they fill --memory megabytes, so that one column measures memory. `peak` is the share of the highest rate of
-byte products this core reaches (--peak).
+repeated until they fill --memory megabytes, so that one column measures memory. `limit` is the time that reading the weights or
+multiplying takes at best here, which is measured first (pyggml/roofline.py), as a share of the time it took.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from pyggml.backends.cpu import Pool, Program  # noqa: E402
 from pyggml.native import huge_zeros, lib, select_isa  # noqa: E402
+from pyggml.roofline import Work, measure_peaks  # noqa: E402
 from pyggml.types import tensor_type  # noqa: E402
 
 
@@ -36,14 +37,22 @@ def weights(name: str, rows: int, k: int, rng: np.random.Generator) -> np.ndarra
     return raw
 
 
+def kind(name: str, cols: int) -> str:
+    """Which multiplications a product of packed weights with so many columns is made of: a field of Work."""
+    row = tensor_type(name)
+    if lib.pyg_act_format(row.id, 1, 0, 0) >= lib.PYG_ACT_WIDE and cols > lib.PYG_WIDE_COLS:
+        return "bf16"
+    return "int8" if row.quantized else "floats"
+
+
 def measure(name: str, rows: int, k: int, cols: int, threads: int, memory: int, seconds: float) -> tuple[float, int]:
     """Best seconds of one matmul, and the bytes of its packed weight."""
     rng = np.random.default_rng(0)
-    kind = tensor_type(name).id
-    size = lib.pyg_pack_bytes(kind, rows, k)
+    type_id = tensor_type(name).id
+    size = lib.pyg_pack_bytes(type_id, rows, k)
     copies = max(1, min(64, (memory << 20) // size)) if cols <= 8 else 1
     raw = weights(name, rows, k, rng)
-    fmt = lib.pyg_act_format(kind, 1, 0, 0)
+    fmt = lib.pyg_act_format(type_id, 1, 0, 0)
     program, pool = Program(), Pool(threads)
     x, y = rng.standard_normal((cols, k)).astype(np.float32), np.zeros((cols, rows), np.float32)
     xv, yv = program.view(x), program.view(y)
@@ -75,19 +84,21 @@ def main() -> None:
     parser.add_argument("--isa")
     parser.add_argument("--memory", type=int, default=256, help="MB of weights that a small batch walks through")
     parser.add_argument("--seconds", type=float, default=0.5, help="per measurement; the best of the runs that fit")
-    parser.add_argument("--peak", type=float, default=236.0, help="GMAC/s of one core's byte products: 64 a cycle with AVX-512 VNNI")
     options = parser.parse_args()
     print("isa:", select_isa(options.isa))
-    print(f"{'type':7} {'rows x k':>12} {'threads':>7} {'cols':>5} {'us':>10} {'GMAC/s':>8} {'peak':>6} {'GB/s':>7}")
+    crews = [int(n) for n in options.threads.split(",")]
+    peaks = {n: measure_peaks(n) for n in crews}
+    print(f"{'type':7} {'rows x k':>12} {'threads':>7} {'cols':>5} {'us':>10} {'GMAC/s':>8} {'GB/s':>7}  limit")
     for name in options.types.split(","):
         for shape in options.shapes.split(","):
             rows, k = map(int, shape.split("x"))
-            for threads in map(int, options.threads.split(",")):
+            for threads in crews:
                 for cols in map(int, options.cols.split(",")):
                     t, size = measure(name, rows, k, cols, threads, options.memory, options.seconds)
-                    rate = rows * k * cols / t / 1e9
-                    print(f"{name:7} {shape:>12} {threads:7} {cols:5} {t * 1e6:10.1f} {rate:8.1f} {rate / options.peak:6.0%} "
-                          f"{size / t / 1e9:7.1f}", flush=True)
+                    macs = rows * k * cols
+                    least, limit = peaks[threads].least(Work(size, **{kind(name, cols): macs}))
+                    print(f"{name:7} {shape:>12} {threads:7} {cols:5} {t * 1e6:10.1f} {macs / t / 1e9:8.1f} {size / t / 1e9:7.1f}"
+                          f"  {least / t:4.0%} {limit}", flush=True)
 
 
 if __name__ == "__main__":
