@@ -112,7 +112,8 @@ static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t 
         const int64_t limit = streams > 1 ? streams * STREAM_BYTES : cols <= SMALL_COLS && !fetch_streams ? STREAM_BYTES : CHUNK_BYTES;
         c.group = most(least(fair, limit / bytes), div_up(CHUNK_MIN_BYTES, bytes));
         // large chunks: as many for each worker, so that none waits for another's last one
-        if (streams > 1) c.group = most(div_up(tiles, div_up(div_up(tiles, c.group), w->nth) * w->nth), streams);
+        const int64_t each = most(div_up(div_up(tiles, c.group), w->nth), 1);
+        if (streams > 1) c.group = most(div_up(tiles, each * w->nth), streams);
     }
     c.groups = div_up(tiles, c.group);
     c.blocks = div_up(act_tiles(layout, cols), c.block);

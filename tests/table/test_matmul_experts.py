@@ -48,6 +48,21 @@ def test_mul_mat_id(isa, name, layout, tokens, slots, biased):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name, layout", LAYOUTS)
+def test_no_tokens(isa, name, layout):
+    """The last layer of a batch without any logits."""
+    rng = np.random.default_rng(0)
+    weight = Weight(name, (7, 33, 256), layout, rng)
+    x, ids, out = np.zeros((4, 2, 256), np.float32), np.zeros((4, 2), np.int32), np.full((4, 2, 33), np.nan, np.float32)
+    with instruction_set(isa):
+        program = Program()
+        sources = [weight.view(program), program.view(x, slot=0), -1, program.view(ids, slot=0), -1]
+        program.step("mul_mat_id", program.view(out, slot=0), sources, [-1, weight.format], [EPS])
+        program.finish().run(pool(2))           # slot 0 is 0
+    assert np.isnan(out).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name, layout", LAYOUTS)
 @pytest.mark.parametrize("tokens, slots", [(1, 2), (70, 3)])
 def test_glu_mat_id_shares_a_tokens_column(isa, name, layout, tokens, slots):
     rng = np.random.default_rng(tokens)
