@@ -190,6 +190,7 @@ class Context:
 
         logits: "last" (one row, after the last token), "all" (a row for each token) or "none".
         Raises ContextOverflow when they do not fit, PyggmlError for an id outside the vocabulary, Cancelled after `cancel()`.
+        Whatever ends it early, none of the tokens were appended.
         """
         if self._follows and len(tokens) == 1 and logits in ("last", "all") and isinstance(tokens[0], (int, np.integer)):
             token = int(tokens[0])
@@ -206,19 +207,22 @@ class Context:
         self._cancelled = False
         rows = []
         start = self.n_past
-        for at in range(0, len(ids), self.n_ubatch):
-            piece = ids[at:at + self.n_ubatch]
-            n = len(piece)
-            wanted = range(n) if logits == "all" else [n - 1] if logits == "last" and at + n == len(ids) else []
-            out = self._run(piece, wanted)
-            if self._cancelled:
-                self.n_past = start
-                raise Cancelled(f"stopped after {at} of {len(ids)} tokens")
-            self.n_past += n
-            if len(wanted):
-                rows.append(out)
-                if at + n < len(ids):
-                    rows[-1] = out.copy()
+        try:
+            for at in range(0, len(ids), self.n_ubatch):
+                piece = ids[at:at + self.n_ubatch]
+                n = len(piece)
+                wanted = range(n) if logits == "all" else [n - 1] if logits == "last" and at + n == len(ids) else []
+                out = self._run(piece, wanted)
+                if self._cancelled:
+                    raise Cancelled(f"stopped after {at} of {len(ids)} tokens")
+                self.n_past += n
+                if len(wanted):
+                    rows.append(out)
+                    if at + n < len(ids):
+                        rows[-1] = out.copy()
+        except BaseException:           # Ctrl-C too: the caller does not know which tokens are in the cache
+            self.n_past = start
+            raise
         self._logits = rows[0] if len(rows) == 1 else np.concatenate(rows) if rows else self._logits[:0]
         return self._logits
 

@@ -46,6 +46,7 @@ class LlamaState:
     input_ids: np.ndarray           # int32 (n)
     cache: list[np.ndarray]         # the cells of these tokens
     row: np.ndarray | None          # logits after the newest token, float32 (n_vocab)
+    scores: np.ndarray | None       # with `logits_all` those after every token, float32 (n, n_vocab)
 
 
 class Llama:
@@ -352,11 +353,15 @@ class Llama:
 
     def save_state(self) -> LlamaState:
         """The tokens so far with their cache and the newest logits."""
-        return LlamaState(self.input_ids[:self.n_tokens].copy(), self._ctx.save(), None if self._row is None else self._row.copy())
+        return LlamaState(self.input_ids[:self.n_tokens].copy(), self._ctx.save(), None if self._row is None else self._row.copy(),
+                          None if self._all_scores is None else self._all_scores[:self.n_tokens].copy())
 
     def load_state(self, state: LlamaState) -> None:
-        """Go back to a saved state, which may come from another Llama of the same model and cache types."""
+        """Go back to a saved state, which may come from another Llama of the same model and cache types. `scores` that one without
+        `logits_all` did not keep are NaN."""
         self._ctx.restore(state.cache)
+        if self._all_scores is not None:
+            self._all_scores[:len(state.input_ids)] = np.nan if state.scores is None else state.scores
         self.input_ids[:len(state.input_ids)] = state.input_ids
         self._row = state.row
 

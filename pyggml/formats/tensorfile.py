@@ -188,10 +188,14 @@ class Tensor:
         part.whole = self.whole
         return part
 
-    @cached_property
+    @property
     def computable(self) -> Tensor:
         """The tensor as the engine computes with it: one of a type that is defined in Python is decoded to F32, the C code knows the others."""
-        return DecodedTensor(self) if isinstance(self.type, TensorType) and self.type.user_defined else self
+        return self._decoded if isinstance(self.type, TensorType) and self.type.user_defined else self
+
+    @cached_property
+    def _decoded(self) -> Tensor:           # not of every tensor: one that held itself would hold its file open until garbage is collected
+        return DecodedTensor(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": None}            # a weak reference is not pickled; the source is by its path

@@ -6,7 +6,6 @@ import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
 from pyggml.errors import PyggmlError
@@ -47,7 +46,7 @@ class Tokenizer(ABC):
         for id in self.vocab.ids_with(Attr.BYTE):
             self.vocab.byte_value(id)             # damaged byte tokens are found here, not in the middle of a text
         self._cutters = {parse: SpecialCutter(self.vocab, parse) for parse in (False, True)}
-        self.piece = lru_cache(maxsize=1 << 16)(self._piece)
+        self._spelled: dict[int, bytes] = {}        # not an lru_cache: one of a method holds its object, and so the file, until garbage is collected
         self._build()
         self.nl = self._newline()
 
@@ -100,6 +99,13 @@ class Tokenizer(ABC):
         return ids[0] if ids else self.pad
 
     # ---- decoding ------------------------------------------------------------------------------------------------------------
+    def piece(self, id: int) -> bytes:
+        """The bytes of a token."""
+        known = self._spelled.get(id)
+        if known is None:
+            known = self._spelled[id] = self._piece(id)
+        return known
+
     def _piece(self, id: int) -> bytes:
         attr = self._attr(id)
         if attr & (_HIDDEN | Attr.USER_DEFINED):

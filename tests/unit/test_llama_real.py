@@ -1,5 +1,6 @@
 """Llama, run and bench on a real file: what the cache keeps makes no difference to what comes out."""
 
+import gc
 import json
 import os
 import subprocess
@@ -34,6 +35,55 @@ def test_a_reused_prefix_changes_nothing(llm):
     greedy(llm, PROMPT[:20] + [5, 6, 7])                        # branches off in the middle
     assert greedy(llm, PROMPT) == first
     assert greedy(llm, PROMPT + first[:4], 8) == first[4:]
+
+
+def test_an_interrupted_prompt_leaves_nothing_behind(monkeypatch):
+    """Part of a prompt in the cache under the tokens of an earlier one would be taken for that one."""
+    with Llama(MODEL, n_ctx=128, n_ubatch=8, n_threads=1) as llm:
+        first = greedy(llm, PROMPT)
+        run, calls = llm._ctx._run, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        monkeypatch.setattr(llm._ctx, "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            greedy(llm, PROMPT[::-1])
+        monkeypatch.undo()
+        assert llm.n_tokens == 0 and greedy(llm, PROMPT) == first
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks at open files")
+def test_a_model_that_is_let_go_gives_its_file_back():
+    def descriptors():
+        return [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == os.path.realpath(MODEL)]
+
+    gc.collect()
+    before = descriptors()
+    gc.disable()
+    try:
+        llm = Llama(MODEL, n_ctx=32, n_threads=1)
+        llm(PROMPT[:8], max_tokens=1)
+        del llm
+        assert descriptors() == before
+    finally:
+        gc.enable()
+
+
+def test_a_state_brings_its_scores_back():
+    with Llama(MODEL, n_ctx=64, logits_all=True, n_threads=1) as llm, Llama(MODEL, n_ctx=64, n_threads=1) as plain:
+        llm.eval(PROMPT)
+        state, scores = llm.save_state(), llm.eval_logits.copy()
+        llm.reset()
+        llm.eval(PROMPT[::-1])
+        llm.load_state(state)
+        np.testing.assert_array_equal(llm.eval_logits, scores)
+        plain.eval(PROMPT)
+        llm.load_state(plain.save_state())
+        assert np.isnan(llm.eval_logits).all()
 
 
 def test_scores_do_not_depend_on_how_tokens_came_in():
