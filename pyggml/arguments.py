@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -61,11 +62,30 @@ def refuse(given: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], where:
             raise ParameterError(f"{name}={value!r} is not supported; leave it at {only[name][0]!r}")
 
 
+def whole(name: str, value: Any) -> int:
+    """A whole number given as any kind of integer; ParameterError for what would have to be rounded."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ParameterError(f"{name}={value!r} is not a whole number") from None
+
+
+def token_ids(prompt: Iterable[Any]) -> list[int]:
+    """The ids of a prompt that is no text."""
+    if isinstance(prompt, (bytes, bytearray)):          # its bytes would pass for ids
+        raise ParameterError("the prompt is bytes; decode it to text, or give token ids")
+    return [whole("a token of the prompt", token) for token in prompt]
+
+
 def sampling_params(seed: int, repeat_last_n: int, **given: Any) -> SamplingParams:
     """SamplingParams from llama_cpp's names."""
     known = {_SAMPLING[name]: value for name, value in given.items() if name in _SAMPLING}
     refuse({name: value for name, value in given.items() if name not in _SAMPLING}, _SAMPLING_ONLY, "sampling")
-    bias = {int(token): float(value) for token, value in (known.pop("logit_bias", None) or {}).items()}
+    wanted = known.pop("logit_bias", None) or {}
+    try:
+        bias = {int(token): float(value) for token, value in wanted.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ParameterError(f"logit_bias={wanted!r} does not map token ids to numbers; use a dict such as {{15043: -1.5}}") from None
     return SamplingParams(**known, logit_bias=bias, seed=seed, repeat_last_n=repeat_last_n)
 
 

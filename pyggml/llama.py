@@ -30,6 +30,8 @@ from pyggml.arguments import (
     one_callable,
     refuse,
     sampling_params,
+    token_ids,
+    whole,
 )
 from pyggml.context import Context
 from pyggml.errors import ContextOverflow, ParameterError
@@ -290,7 +292,7 @@ class Llama:
         """
         if suffix is not None:
             raise ParameterError("suffix is not supported: pyggml continues texts and does not fill gaps; leave it out")
-        tokens = self.tokenize(prompt, special=True) if isinstance(prompt, str) else [int(t) for t in prompt]
+        tokens = self.tokenize(prompt, special=True) if isinstance(prompt, str) else token_ids(prompt)
         text = prompt if isinstance(prompt, str) else self.detokenize(tokens).decode("utf-8", "replace")
         return self._complete(TextAnswer(model or self.model_path, logprobs is not None), tokens, text, echo, max_tokens, logprobs, stop, stream,
                               logits_processor, stopping_criteria, self._sampling(seed, temp=temperature, **sampling))
@@ -326,15 +328,16 @@ class Llama:
             if self._tokenizer.bos is None:
                 raise ParameterError("the prompt is empty, and the vocabulary has no token to begin with; give it some text")
             tokens = [self._tokenizer.bos]
+        most = 0 if max_tokens is None else whole("max_tokens", max_tokens)
         room = self.n_ctx() - len(tokens)
         if room <= 0:
             raise ContextOverflow(f"the prompt of {len(tokens)} tokens leaves no room in the context of {self.n_ctx()}; make it larger with n_ctx")
-        if logprobs is not None and not 0 <= logprobs <= self.n_vocab():
+        if logprobs is not None and not 0 <= whole("logprobs", logprobs) <= self.n_vocab():
             raise ParameterError(f"logprobs={logprobs} is out of range; use 0 to {self.n_vocab()}")
         generator = self._generate(tokens, True, Sampler(sampling), one_callable(processor, LogitsProcessorList),
                                    one_callable(criteria, StoppingCriteriaList))
         generated = completion.parts(((token, self._newest()) for token in generator), self._pieces, self._tokenizer.eog,
-                                     completion.stop_strings(stop), min(room, max_tokens) if max_tokens and max_tokens > 0 else room,
+                                     completion.stop_strings(stop), min(room, most) if most > 0 else room,
                                      logprobs, len(text))
         parts = itertools.chain(self._echo(tokens, text, logprobs), generated) if echo else generated
         return answer.stream(parts) if stream else answer.whole(completion.join(parts), len(tokens))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
 
 from pyggml.errors import ParameterError
 from pyggml.native import lib
@@ -57,11 +59,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for f in fields(self):
             if f.metadata:
-                _check(f.name, getattr(self, f.name), **f.metadata)
+                object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name), **f.metadata))
         if self.mirostat == 1:
             raise ParameterError("mirostat=1 is not supported; use 2, its simpler successor, or 0")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < -1):
-            raise ParameterError(f"seed={self.seed!r} is not a whole number; use one from 0 up, or -1 for a fresh one")
+        if self.seed is not None:
+            if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or self.seed < -1:
+                raise ParameterError(f"seed={self.seed!r} is not a whole number; use one from 0 up, or -1 for a fresh one")
+            object.__setattr__(self, "seed", int(self.seed))
         unknown = [name for name in self.samplers if name not in SAMPLERS]
         if unknown:
             raise ParameterError(f"sampler {unknown[0]!r} is unknown; known are {', '.join(SAMPLERS)}")
@@ -86,10 +90,11 @@ class SamplingParams:
                 and 0 < self.top_k <= lib.PYG_MOST_TOP_K)
 
 
-def _check(name: str, value, *, low: float, high: float, integer: bool, help: str, above: bool) -> None:
-    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+def _checked(name: str, value: Any, *, low: float, high: float, integer: bool, help: str, above: bool) -> int | float:
+    """The value as Python's own number: numpy's are taken too."""
+    number = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
     if number and math.isfinite(value) and low <= value <= high and not (above and value == low):
-        return
+        return int(value) if isinstance(value, Integral) else float(value)
     kind = "a whole number" if integer else "a number"
     bounds = f" above {low:g}" if above else f" from {low:g}"
     raise ParameterError(f"{name}={value!r} is out of range; use {kind}{bounds}{f' to {high:g}' if math.isfinite(high) else ''}")

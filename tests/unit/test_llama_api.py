@@ -276,11 +276,25 @@ def test_neutral_arguments_are_taken(llm):
 @pytest.mark.parametrize(("given", "message"), [
     ({"suffix": "x"}, "suffix"), ({"logprobs": -1}, "logprobs=-1"), ({"tfs_z": 0.5}, "tfs_z"), ({"grammar": object()}, "grammar"),
     ({"stop": [3]}, "stop holds 3"), ({"top_p": 7}, "top_p=7"), ({"mirostat_mode": 1}, "mirostat"),
+    ({"max_tokens": math.nan}, "max_tokens=nan is not a whole number"), ({"max_tokens": 2.5}, "max_tokens=2.5"),
+    ({"max_tokens": "3"}, "max_tokens='3'"),
+    ({"logprobs": 2.5}, "logprobs=2.5"), ({"logit_bias": {"a": 1}}, "token ids to numbers"), ({"logit_bias": [1]}, "token ids to numbers"),
 ])
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_requests_fail_at_once(llm, given, message, stream):
     with pytest.raises(ParameterError, match=message):
         llm("abc", stream=stream, **given)
+
+
+@pytest.mark.parametrize(("prompt", "message"), [(b"abc", "bytes"), ([3, 4.5], "a token of the prompt=4.5")])
+def test_what_is_no_prompt_is_not_taken_for_ids(llm, prompt, message):
+    with pytest.raises(ParameterError, match=message):
+        llm(prompt)
+
+
+def test_numbers_may_be_numpys(llm):
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float16(0.5), "seed": np.uint32(7), "max_tokens": np.int32(2)}
+    assert text(llm(np.array([ID[b"a"]]), **given)) == "bc"
 
 
 def test_closing():
