@@ -17,7 +17,9 @@ _FRAME = """<!doctype html>
 <style>
   body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
   table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-  th:first-child, td:first-child, td.words { text-align: left } figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }
+  th:first-child, td:first-child, .words { text-align: left }
+  td { white-space: nowrap } td.words, td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8rem }
+  figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto }
   summary { cursor: pointer }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -32,6 +34,12 @@ def require() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise PyggmlError("--plot needs matplotlib: pip install 'pyggml[plot]'") from None
+
+
+def require_room(path: str | os.PathLike[str]) -> None:
+    """PyggmlError where no page can be written to `path`: likewise before the work."""
+    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
+        raise PyggmlError(f"{printable(os.fspath(path))}: no file can be written there; give --plot another path")
 
 
 def axes(width: float = 8, height: float = 4.5) -> Any:

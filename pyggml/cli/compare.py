@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("there is no text to compare on; give one with -f FILE")
     if args.plot:
         page.require()                  # before the long work
+        page.require_room(args.plot)
     text = _text.read(args.file)
     parts: dict[str, Any] = {}
     with cancellable() as stop:

@@ -17,7 +17,7 @@ _BODY = """<p>{{ tokens }} scored tokens in {{ chunks }} chunks of {{ n_ctx }}; 
 <td>{{ "%.6f ± %.6f" | format(*f.kld) }}</td><td>{{ "%.5f" | format(f.kld99) }}</td><td>{{ "%+.5f ± %.5f" | format(*f.ratio) }}</td>
 <td>{{ "%.3f" | format(f.rms) }}</td><td>{{ "%.2f" | format(f.top) }}</td></tr>
 {% endfor %}</table>
-{% if pairs %}<table><tr><th>pair</th><th>KLD difference</th><th>verdict</th></tr>
+{% if pairs %}<table><tr><th>pair</th><th>KLD difference</th><th class="words">verdict</th></tr>
 {% for p in pairs %}<tr><td>{{ p.first }} − {{ p.second }}</td><td>{{ "%+.6f ± %.6f" | format(p.difference.value, p.difference.error) }}</td>
 <td class="words">{{ p.verdict }}</td></tr>{% endfor %}</table>{% endif %}
 """
@@ -38,8 +38,10 @@ def html(found: Comparison) -> str:
 def _size_against_loss(rows: list[dict[str, Any]]) -> str:
     axes = page.axes()
     axes.errorbar([r["bpw"] for r in rows], [r["kld"][0] for r in rows], yerr=[2 * r["kld"][1] for r in rows], fmt="o", capsize=3)
+    middle = float(np.mean(axes.get_xlim()))
     for i, r in enumerate(sorted(rows, key=lambda r: (r["bpw"], -r["kld"][0]))):        # neighbours: one name above, one below
-        axes.annotate(r["name"], (r["bpw"], r["kld"][0]), textcoords="offset points", xytext=(6, -11 if i % 2 else 5), fontsize=8)
+        side, x = ("right", -6) if r["bpw"] > middle else ("left", 6)                   # towards the middle, where there is room
+        axes.annotate(r["name"], (r["bpw"], r["kld"][0]), textcoords="offset points", xytext=(x, -11 if i % 2 else 5), ha=side, fontsize=8)
     axes.margins(x=0.2)
     axes.set(xlabel="bits per weight", ylabel="mean KL divergence (nats, bars: two standard errors)", yscale="log", title="Size against loss")
     axes.grid(alpha=0.3, which="both")

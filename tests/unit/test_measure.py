@@ -260,8 +260,12 @@ def test_commands(source, small, text, tmp_path, capsys):
     assert cli.main(["perplexity", "-m", str(source), "--kl-divergence"]) == 2
 
 
-def test_plot(source, small, text, tmp_path):
+def test_plot(source, small, text, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    for place in (tmp_path, tmp_path / "none" / "report.html"):             # told before the work
+        assert cli.main(["compare", str(source), str(small), "-f", text, "--plot", str(place)]) == 1
+        out, err = capsys.readouterr()
+        assert not out and f"{place}: no file can be written there" in err
     page = tmp_path / "report.html"
     assert cli.main(["compare", str(source), str(small), "-f", text, "-c", "32", "--chunks", "4", "--plot", str(page)]) == 0
     html = page.read_text()
