@@ -43,7 +43,7 @@ def add_prompt(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-p", "--prompt", metavar="TEXT", help="the text to start from")
     group.add_argument("-f", "--file", metavar="FILE", help="read it from a file instead (-: standard input)")
     group.add_argument("-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
-                       help=r"read \n, \t, \", \' , \\ and \xNN in -p as what they stand for (default: yes)")
+                       help=r"read \n, \r, \t, \", \', \\ and \xNN (a byte) in -p as what they stand for (default: yes)")
 
 
 def prompt_text(args: argparse.Namespace) -> str:
@@ -51,8 +51,8 @@ def prompt_text(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         args.usage_error("give -p or -f, not both")
     if args.prompt is not None:
-        text = decode(os.fsencode(args.prompt), "the text of -p")
-        return unescape(text) if args.escape else text
+        text = os.fsencode(args.prompt)
+        return decode(unescape(text) if args.escape else text, "the text of -p")
     if args.file is not None and args.file != "-":
         with open(args.file, "rb") as file:
             return decode(file.read(), args.file)
@@ -68,18 +68,18 @@ def decode(text: bytes, name: str) -> str:
         raise PyggmlError(f"{name} is not UTF-8: byte 0x{text[error.start]:02x} at offset {error.start}; convert it first (iconv)") from None
 
 
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
 
 
-def unescape(text: str) -> str:
-    r"""Replace \n \r \t \' \" \\ and \xNN; any other backslash stays."""
+def unescape(text: bytes) -> bytes:
+    r"""Replace \n \r \t \' \" \\ and \xNN, a byte; any other backslash stays."""
     import re
 
-    def replace(match: re.Match[str]) -> str:
+    def replace(match: re.Match[bytes]) -> bytes:
         code = match[1]
-        return _ESCAPES[code] if code in _ESCAPES else chr(int(code[1:], 16))
+        return _ESCAPES[code] if code in _ESCAPES else bytes.fromhex(code[1:].decode())
 
-    return re.sub(r"\\([nrt'\"\\]|x[0-9a-fA-F]{2})", replace, text)
+    return re.sub(rb"\\([nrt'\"\\]|x[0-9a-fA-F]{2})", replace, text)
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +202,8 @@ def speculation(args: argparse.Namespace, context):
     n_max = MOST if args.spec_draft_n_max is None else args.spec_draft_n_max
     if not 0 <= args.spec_draft_n_min <= n_max:
         args.usage_error(f"tokens to guess: at least {args.spec_draft_n_min} and at most {n_max} cannot be")
+    if not 0 <= args.spec_draft_p_min <= 1:
+        args.usage_error(f"--spec-draft-p-min {args.spec_draft_p_min:g} is no probability; use 0 to 1")
     if n_max > MOST:
         print(f"--spec-draft-n-max {n_max}: {MOST} is the most that is checked at once", file=sys.stderr)
     drafter: DraftModel | PromptLookup

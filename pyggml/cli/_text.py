@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from pyggml.cli import _options
-from pyggml.errors import PyggmlError
 
 
 def add_text(parser: argparse.ArgumentParser, n_ctx: int = 512) -> None:
@@ -26,12 +25,7 @@ def add_text(parser: argparse.ArgumentParser, n_ctx: int = 512) -> None:
 def read(path: str) -> str:
     """The text of a file; one final newline is dropped, as llama.cpp does."""
     with open(path, "rb") as file:
-        data = file.read()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise PyggmlError(f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}; convert it first (iconv)") from None
-    return text.removesuffix("\n")
+        return _options.decode(file.read(), path).removesuffix("\n")
 
 
 def options(args: argparse.Namespace) -> dict[str, int | None]:

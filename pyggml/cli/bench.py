@@ -89,12 +89,17 @@ def tests(args: argparse.Namespace) -> list[Test]:
     for kind in (*types["type_k"], *types["type_v"]):
         if kind not in _options.CACHE_TYPES:
             raise ParameterError(f"cache type {kind!r} is unknown; use one of {', '.join(_options.CACHE_TYPES)}")
+    if 0 in numbers["n_parallel"]:
+        args.usage_error("-npl 0: at least one sequence is needed")
+    repack = int_list(args.repack or ["1"])
+    if not {0, 1}.issuperset(repack):
+        args.usage_error(f"--repack {max(repack)}: use 0 or 1")
     pairs = [tuple(int_list([text])) for text in args.n_pg or []]
     if any(len(pair) != 2 for pair in pairs):
         args.usage_error("-pg takes two numbers, PP,TG")
     work = [(n, 0) for n in numbers["n_prompt"] if n] + [(0, n) for n in numbers["n_gen"] if n] + pairs
     setups = itertools.product(models, numbers["n_batch"], numbers["n_ubatch"], types["type_k"], types["type_v"], numbers["n_threads"],
-                               ",".join(args.ngl or ["auto"]).lower().split(","), int_list(args.repack or ["1"]), numbers["n_depth"],
+                               ",".join(args.ngl or ["auto"]).lower().split(","), repack, numbers["n_depth"],
                                numbers["n_parallel"])
     return [Test(*setup, *lengths) for setup in setups for lengths in work if setup[-1] == 1 or not lengths[0]]
 
@@ -104,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.repetitions < 1:
         args.usage_error(f"-r {args.repetitions}: at least one repetition is needed")
+    if not 0 <= args.delay <= threading.TIMEOUT_MAX:
+        args.usage_error(f"--delay {args.delay:g} is no time to wait; give seconds from 0 up")
     todo = tests(args)
     args.place = _options.place(args)
     running: list[Any] = []             # the context at work

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pyggml.model import Model
 
+    if args.ppl_stride < 0:
+        args.usage_error(f"--ppl-stride {args.ppl_stride}: use a number of tokens, or 0 for chunks side by side")
     model = Model.load(_options.model_path(args), use_mmap=not args.no_mmap)
     if args.kl_divergence:
         if args.base is None:

@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     timing = Timing()
     _options.model_path(args)
     text = _options.prompt_text(args)
+    if args.prompt is None:
+        text = text.removesuffix("\n")              # a file's last line ends, the text goes on; so does llama.cpp
     _options.sampling_params(args)                              # a bad value is told before a large model is opened
     timing.lap()
     model, context = _options.open_context(args)

@@ -60,7 +60,8 @@ def test_version(capsys):
 
 
 @pytest.mark.parametrize("line", ["", "rum", "run", "run a -m b -p x", "run fake --frobnicate", "run fake -n x", "run fake -p a -f b",
-                                  "bench", "bench fake -r 0", "bench fake -pg 3", "tokenize fake --stdin -p a"])
+                                  "bench", "bench fake -r 0", "bench fake -pg 3", "bench fake -npl 0", "bench fake --delay nan",
+                                  "bench fake --delay -1", "bench fake --repack 2", "tokenize fake --stdin -p a", "perplexity fake --ppl-stride -4"])
 def test_wrong_usage_is_2(line, capsys):
     assert cli.main(line.split()) == 2
     captured = capsys.readouterr()
@@ -144,13 +145,15 @@ def test_public_names_exist():
 # ---- prompts ----
 
 def test_unescape():
-    assert _options.unescape(r"a\nb\t\"\\n\x41\q\\") == 'a\nb\t"\\nA\\q\\'
+    assert _options.unescape(rb"a\nb\t\"\\n\x41\q\\") == b'a\nb\t"\\nA\\q\\'
+    assert _options.unescape(rb"\xe2\x98\x83") == "\u2603".encode()
 
 
 def test_prompt_sources(monkeypatch, capsys, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("v\\n")
-    for argv, data, expected in ((["-p", r"c\nv"], b"", "wxyz"), (["-p", "v"], b"k", "wxyz"), ([], b"v", "wxyz"), (["-f", "-"], b"v", "wxyz")):
+    for argv, data, expected in ((["-p", r"c\nv"], b"", "wxyz"), (["-p", "v"], b"k", "wxyz"), ([], b"v", "wxyz"), (["-f", "-"], b"v", "wxyz"),
+                                 ([], b"v\n", "wxyz")):             # the end of its last line is no part of the text
         stdin(monkeypatch, data)
         assert cli.main(["run", "fake", "--temp", "0", *argv]) == 0
         assert capsys.readouterr().out == expected + "\n"
@@ -243,6 +246,7 @@ def test_run_with_guesses(capsys):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--spec-type", "draft-simple"], "-md FILE"), (["-md", "fake", "--spec-type", "ngram-mod"], "exclude each other"),
     (["--spec-type", "ngram-mod", "--draft-max", "2", "--draft-min", "3"], "at least 3 and at most 2"),
+    (["--spec-type", "ngram-mod", "--draft-p-min", "nan"], "no probability"),
 ])
 def test_run_refuses_guesses_that_cannot_be(flags, message, capsys):
     assert cli.main(["run", "fake", "-p", "a", *flags]) == 2
