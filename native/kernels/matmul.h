@@ -97,7 +97,7 @@ static const char *make_tile(const matrix *m, int64_t tile, char *scratch) {
 typedef struct { int64_t group, groups, block, blocks; } chunking;        // row tiles per group, column tiles per block, and how many
 
 // How many row tiles are computed at once, each a stream from memory.
-static int takes_streams(int64_t cols) { return fetch_streams && cols == 1 ? STREAMS : 1; }
+static int takes_streams(int64_t cols) { return fetch_streams && cols <= STREAM_COLS ? STREAMS_OF(cols) : 1; }
 
 // tile_bytes: of a tile of each matrix
 static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t tile_bytes, int layout, int64_t cols) {
@@ -213,25 +213,26 @@ static inline const char *tile_after(const job *j, int i, int64_t t, int64_t sta
     return j->m[i].packed && t < j->m[i].tiles ? j->m[i].packed + t * j->m[i].bytes : NULL;
 }
 
-// One column, packed weights: of row tiles from first_tile on STREAMS runs of neighbours, a tile of each run at once. How many tiles were done.
-static int64_t run_streams(const job *j, int64_t first_tile, int64_t last_tile, const char *acts) {
-    _Alignas(64) float out[2][RUN_TILES][STREAMS][TILE_ROWS];
-    const int64_t run = (last_tile - first_tile) / STREAMS;
-    const landing at = landing_of(&j->to, 0, 1);
+// One column tile, packed weights: of row tiles from first_tile on `streams` runs of neighbours, a tile of each run at once. How many were done.
+static int64_t run_streams(const job *j, int streams, int64_t first_tile, int64_t last_tile, const char *acts, int cols) {
+    _Alignas(64) float out[2][RUN_TILES][SMALL_COLS * TILE_ROWS];
+    const int64_t run = (last_tile - first_tile) / streams;
+    const landing at = landing_of(&j->to, 0, cols);
     for (int64_t start = first_tile; start < first_tile + run; start += RUN_TILES) {
         const int64_t end = least(start + RUN_TILES, first_tile + run);
         for (int i = 0; i < j->matrices; i++) {
             const matrix *m = &j->m[i];
             for (int64_t t = start; t < end; t++)
-                STREAM_KERNELS[m->tile](m->packed + t * m->bytes, run * m->bytes, acts, m->k, out[i][t - start][0]);
+                STREAM_KERNELS[m->tile][cols - 1](m->packed + t * m->bytes, run * m->bytes, acts, m->k, out[i][t - start]);
         }
         for (int64_t t = start; t < end; t++)
-            for (int s = 0; s < STREAMS; s++) {
-                const int64_t tile = t + s * run;
-                store_tile(&j->finish, &at, out[0][t - start][s], out[1][t - start][s], tile * TILE_ROWS, tile_rows(&j->m[0], tile), 0, 1);
-            }
+            for (int s = 0; s < streams; s++)
+                for (int n = 0; n < cols; n++) {
+                    const int64_t tile = t + s * run, sums = (n * streams + s) * TILE_ROWS;
+                    store_tile(&j->finish, &at, out[0][t - start] + sums, out[1][t - start] + sums, tile * TILE_ROWS, tile_rows(&j->m[0], tile), n, 1);
+                }
     }
-    return STREAMS * run;
+    return streams * run;
 }
 
 // Row tiles [first_tile, last_tile) x column tiles [first, last) of `cols` columns. A column tile stays in the first-level cache
@@ -247,7 +248,8 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
         if (m->packed) pack_tiles(m, first_tile, last_tile);
         else if (!by_rows) made[i] = make_tile(m, first_tile, w->scratch + i * tile_scratch(&j->m[0]));
     }
-    if (takes_streams(cols) > 1 && j->m[0].packed && j->m[j->matrices - 1].packed) first_tile += run_streams(j, first_tile, last_tile, acts);
+    const int streams = takes_streams(cols);
+    if (streams > 1 && j->m[0].packed && j->m[j->matrices - 1].packed) first_tile += run_streams(j, streams, first_tile, last_tile, acts, (int)cols);
     for (int64_t c = first; c < last; c++) {
         const int N = act_tile_cols(j->layout, cols, c);
         const char *a = acts + c * width * column_bytes;

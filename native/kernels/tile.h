@@ -7,7 +7,7 @@
 
 // next: the tile that comes after this one from memory, or NULL
 typedef void tile_fn(const char *w, const char *a, int64_t k, float *out, const char *next);
-// STREAMS tiles, `apart` bytes from one to the next, times one column
+// As many tiles as STREAMS_OF says, `apart` bytes from one to the next, times a column tile -> out[column][tile][16]
 typedef void streams_fn(const char *w, int64_t apart, const char *a, int64_t k, float *out);
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
@@ -25,9 +25,10 @@ typedef struct {
     int index, count;                                    // of the tile's passes: which one, of how many
 } pass_shape;
 
-// Where vector v of a pass has its rows: in which tile's block, given that of the first tile, and as which of its vectors.
+// Where vector v of a pass has its rows: in which tile's block, given that of the first tile, and as which of its vectors; where its results go.
 INLINE const char *block_of(const pass_shape s, const char *w, int v) { return s.tiles == 1 ? w : w + v / TILE_VECS * s.apart; }
 INLINE int vector_of(const pass_shape s, int v) { return s.tiles == 1 ? s.v0 + v : v % TILE_VECS; }
+INLINE float *result_of(const pass_shape s, float *out, int n, int v) { return out + (s.n0 + n) * s.tiles * TILE_ROWS + (s.v0 + v) * VL; }
 
 // How far the templates unfold is the ISA's: PASS_ACC sums of a kind (FLOAT_ACC where there is
 // one kind only) fit its registers, and SPECIALIZED is INLINE where a function
@@ -44,12 +45,13 @@ enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = VL == 8 ? 2 * FLOAT_COL
 
 // With a few columns the weights come from memory, and a tile is then too much work for the processor to look past it by itself. Its own
 // prefetch works within pages, a few lines ahead in each, so several pages at once have more lines under way. Where that pays (see
-// fetch_streams), one column takes STREAMS tiles at once, which lie far apart, and asks for what lies a little ahead in each (measured on
-// Sapphire Rapids, two threads, Q4_0: one tile 25.5 GB/s, two 29.8, four 28.2; with lines asked for ahead 29.0, 32.3 and 33.0; a loop
-// that only reads 34.5). More columns leave no registers for that: the driver names the next tile, which is asked for in FETCH_STREAMS
-// streams, each the same way along its part of it. Elsewhere one pass asks for what lies a little ahead, several share out the next tile;
-// one or two columns keep up without.
-enum { AHEAD_BYTES = 2048, FETCH_STREAMS = 4, STREAMS = VL == 16 ? 4 : VL == 8 ? 2 : 1 };
+// fetch_streams), several tiles are taken at once, which lie far apart, and lines asked for a little ahead in each: as many tiles as leave
+// room for the sums of all columns, four at most (measured on Sapphire Rapids, two threads, one column, Q4_0: one tile 25.5 GB/s, two 29.8,
+// four 28.2; with lines asked for ahead 29.0, 32.3 and 33.0; a loop that only reads 34.5). With more columns the driver names the next
+// tile, which is asked for in FETCH_STREAMS streams, each the same way along its part of it. Elsewhere one pass asks for what lies a
+// little ahead, several share out the next tile; one or two columns keep up without.
+enum { AHEAD_BYTES = 2048, FETCH_STREAMS = 4, STREAM_COLS = VL == 16 ? 4 : 1 };
+#define STREAMS_OF(cols) (VL == 16 ? ((cols) <= 2 ? 4 : 2) : VL == 8 ? 2 : 1)
 typedef struct { const char *start, *next; int64_t bytes; } fetch_plan;        // this tile, the next one, the bytes of each
 INLINE void fetch_ahead(const pass_shape s, const fetch_plan f, const char *w, const int bytes) {
     const int lines = (bytes + LINE - 1) / LINE;
@@ -153,7 +155,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
             }
         }
     }
-    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+    EACH(v, vecs) EACH(n, cols) vf_store(result_of(s, out, n, v), f[v * cols + n]);
 }
 
 // ---- blocks of 256 x ACT_A256 -----------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
             }
         }
     }
-    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+    EACH(v, vecs) EACH(n, cols) vf_store(result_of(s, out, n, v), f[v * cols + n]);
 }
 
 // ---- codes with a float scale per 16, for either activation format ------------------------------------------------------------------
@@ -253,7 +255,7 @@ INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, con
         }
         EACH(v, vecs) EACH(n, cols) f[v * cols + n] = vf_fma(sum[v * cols + n], vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
     }
-    EACH(v, vecs) EACH(n, cols) vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, f[v * cols + n]);
+    EACH(v, vecs) EACH(n, cols) vf_store(result_of(s, out, n, v), f[v * cols + n]);
 }
 
 // ---- floats x ACT_F32 -------------------------------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ INLINE void pass_1(const tile_type d, const pass_shape s, const char *w, const c
     EACH(v, vecs) EACH(n, cols) {
         vf y = f[0][v * cols + n];
         if (phases > 1) y += f[FLOAT_PHASES - 1][v * cols + n];
-        vf_store(out + (s.n0 + n) * TILE_ROWS + (s.v0 + v) * VL, y);
+        vf_store(result_of(s, out, n, v), y);
     }
 }
 
@@ -326,15 +328,18 @@ static tile_fn *const TILE_KERNELS[N_TILES][SMALL_COLS] = {
 #undef T
 };
 
-// STREAMS tiles x one column, by tile type: out[tile][16]. Where STREAMS is 1, nobody calls them.
-#define T(name, ...) \
-    static void streams_##name(const char *w, int64_t apart, const char *a, int64_t k, float *out) { \
-        if (STREAMS > 1) pass(TILE_TYPES[TYPE_##name], (pass_shape){1, 0, STREAMS * TILE_VECS, 0, 1, STREAMS, apart, 0, 1}, w, a, k, out, NULL); \
+// Several tiles x 1 .. STREAM_COLS columns, by tile type. Where there is no room for several, nobody calls them.
+#define STREAMS(name, n) \
+    static void streams_##name##_##n(const char *w, int64_t apart, const char *a, int64_t k, float *out) { \
+        const pass_shape s = {n, 0, STREAMS_OF(n) * TILE_VECS, 0, n, STREAMS_OF(n), apart, 0, 1}; \
+        if (STREAMS_OF(n) > 1 && n <= STREAM_COLS) pass(TILE_TYPES[TYPE_##name], s, w, a, k, out, NULL); \
     }
+#define T(name, ...) STREAMS(name, 1) STREAMS(name, 2) STREAMS(name, 3) STREAMS(name, 4)
 FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
 #undef T
-static streams_fn *const STREAM_KERNELS[N_TILES] = {
-#define T(name, ...) [TYPE_##name] = streams_##name,
+#undef STREAMS
+static streams_fn *const STREAM_KERNELS[N_TILES][4] = {
+#define T(name, ...) [TYPE_##name] = {streams_##name##_1, streams_##name##_2, streams_##name##_3, streams_##name##_4},
     FLOAT_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T)
 #undef T
 };
