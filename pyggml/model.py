@@ -12,6 +12,7 @@ from pyggml import arch
 from pyggml.arch.config import Config
 from pyggml.errors import ModelError
 from pyggml.formats import open as open_file
+from pyggml.formats.show import quoted
 
 
 class Model:
@@ -21,7 +22,7 @@ class Model:
         self.file, self._lock = file, use_mlock
         self.arch = file.kv.get("general.architecture")
         if not isinstance(self.arch, str):
-            state = "missing" if self.arch is None else f"{self.arch!r}, not a string"
+            state = "missing" if self.arch is None else f"{quoted(self.arch)}, not a string"
             raise ModelError(f'{file.path}: the key "general.architecture" is {state}, so this is not a model that can run')
         self.graph = arch.find(self.arch, file.path)
         self.config = Config.read(file.path, file.kv, self.arch)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyggml.errors import ModelError
-from pyggml.formats.values import printable
+from pyggml.formats import show
 
 # same graph, other name: their differences are found in the file
 ALIASES: dict[str, str] = {"mistral": "llama", "qwen3": "qwen2", "granitemoe": "granite"}
@@ -23,5 +23,5 @@ def names() -> list[str]:
 def find(name: str, path: Any) -> Callable[..., Any]:
     """The graph function of an architecture; ModelError names what is known."""
     if name not in names():
-        raise ModelError(f'{path}: the architecture "{printable(name)}" is not known; pyggml runs {", ".join(names())}')
+        raise ModelError(f'{path}: the architecture "{show.text(name)}" is not known; pyggml runs {", ".join(names())}')
     return importlib.import_module(f"pyggml.arch.{ALIASES.get(name, name).replace('-', '_')}").graph

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from pyggml.errors import ModelError
+from pyggml.formats.show import quoted
 
 REQUIRED = object()
+_FACTORS = 1e-6, 1e9          # of rope scaling: beyond, the angles of a position are no numbers
 
 
 class Keys:
@@ -32,7 +34,7 @@ class Keys:
         return default
 
     def _bad(self, key: str, value: Any, wanted: str) -> ModelError:
-        return ModelError(f'{self.path}: the key "{self.arch}.{key}" is {value!r}; it must be {wanted}')
+        return ModelError(f'{self.path}: the key "{self.arch}.{key}" is {quoted(value)}; it must be {wanted}')
 
     def integer(self, key: str, default: Any = REQUIRED, *, low: int = 1, high: int = 1 << 24) -> int:
         value = self._get(key, default)
@@ -169,8 +171,10 @@ class Config:
             raise ModelError(f'{path}: the key "{arch}.rope.dimension_count" is {n_rot}; it must be even and at most the head size {head_dim}')
         scaling = keys.text("rope.scaling.type", "linear")
         if scaling not in ("none", "linear", "yarn", "longrope"):
-            raise ModelError(f'{path}: the key "{arch}.rope.scaling.type" is {scaling!r}; known are none, linear, yarn, longrope')
+            raise ModelError(f'{path}: the key "{arch}.rope.scaling.type" is {quoted(scaling)}; known are none, linear, yarn, longrope')
         factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0), low=0) or 1.0
+        if not _FACTORS[0] <= factor <= _FACTORS[1]:
+            raise keys._bad("rope.scaling.factor", factor, f"0 or a number from {_FACTORS[0]:g} to {_FACTORS[1]:g}")
         return Config(
             arch=arch, n_layers=n_layers, n_ctx_train=n_ctx, n_embd=n_embd, n_head=n_head, n_kv=n_kv, head_dim=head_dim,
             head_dim_v=keys.integer("attention.value_length", head_dim),

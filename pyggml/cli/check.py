@@ -84,7 +84,7 @@ def engine(file: formats.TensorFile) -> list[Finding]:
     from pyggml.model import Model
     name = str(file.kv.get("general.architecture", ""))
     if name not in arch.names():
-        return [Finding(NOTE, f'pyggml does not run the architecture "{printable(name)}": not every tensor was compared with the metadata')]
+        return [Finding(NOTE, f'pyggml does not run the architecture "{show.text(name)}": not every tensor was compared with the metadata')]
     try:
         model = Model(file)
         Context(model, n_ctx=8, n_threads=1).output     # noqa: B018  builds the graph, which looks at every weight's shape
@@ -92,7 +92,7 @@ def engine(file: formats.TensorFile) -> list[Finding]:
         if kind in tokenizers.MODELS:
             model.tokenizer                             # noqa: B018  builds it
         elif kind not in NO_TOKENIZER:
-            return [Finding(NOTE, f'key "tokenizer.ggml.model": pyggml does not run the tokenizer "{printable(kind)}": it was not tried')]
+            return [Finding(NOTE, f'key "tokenizer.ggml.model": pyggml does not run the tokenizer "{show.text(kind)}": it was not tried')]
     except PyggmlError as error:
         return [Finding("load", str(error).removeprefix(f"{file.path}: "))]
     return []

@@ -152,7 +152,7 @@ def tokenizer(file: TensorFile) -> Iterator[Finding]:
     if not isinstance(kv.get("tokenizer.ggml.model"), str) or model in NO_TOKENIZER:
         return
     if model not in TOKENIZERS:
-        yield Finding("load", f'key "tokenizer.ggml.model" is "{printable(model)}"; known are {", ".join(TOKENIZERS)} and {NO_TOKENIZER[0]}')
+        yield Finding("load", f'key "tokenizer.ggml.model" is "{show.text(model)}"; known are {", ".join(TOKENIZERS)} and {NO_TOKENIZER[0]}')
         return
     tokens = kv.get(TOKENS)
     if not isinstance(tokens, StringArray | list) or kv.type(TOKENS) != "str[]" or not len(tokens):

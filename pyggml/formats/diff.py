@@ -79,13 +79,14 @@ def compare(name: str, a: Tensor | None, b: Tensor | None) -> TensorChange | Non
     if isinstance(a.type, OpaqueType) or isinstance(b.type, OpaqueType):
         return TensorChange(name, a, b)
     squares = products = ours = theirs = largest = 0.0
-    for x, y in zip(rows(a), rows(b), strict=True):
-        error = (y - x).astype(np.float64)
-        squares += float(error @ error)
-        products += float(x.astype(np.float64) @ y)
-        ours += float(x.astype(np.float64) @ x)
-        theirs += float(y.astype(np.float64) @ y)
-        largest = max(largest, float(np.abs(error).max(initial=0)))
+    with np.errstate(invalid="ignore", over="ignore"):          # of damaged weights all this is NaN, and shown as that
+        for x, y in zip(rows(a), rows(b), strict=True):
+            error = (y - x).astype(np.float64)
+            squares += float(error @ error)
+            products += float(x.astype(np.float64) @ y)
+            ours += float(x.astype(np.float64) @ x)
+            theirs += float(y.astype(np.float64) @ y)
+            largest = max(largest, float(np.abs(error).max(initial=0)))
     rmse = math.sqrt(squares / max(1, a.size))
     norm = math.sqrt(ours / max(1, a.size))
     lengths = math.sqrt(ours) * math.sqrt(theirs)

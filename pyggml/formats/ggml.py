@@ -16,6 +16,7 @@ of every matrix, some rows of it or some columns. They are opened together.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyggml.errors import GGUFError
-from pyggml.formats.source import Source
+from pyggml.formats.source import Source, is_address
 from pyggml.formats.tensorfile import OpaqueType, Tensor, TensorFile, metadata
 from pyggml.formats.values import Typed, printable
 from pyggml.types import BY_ID, TensorType
@@ -185,6 +186,7 @@ class _Part(NamedTuple):
 
     walk: _Walk                             # stands at its end
     origin: str                             # kind and version
+    sizes_at: int                           # where they lie in the file
     sizes: _Sizes
     file_type: int
     tokens: list[tuple[bytes, float]]
@@ -208,6 +210,12 @@ def read(source: Source, open_part: Callable[[str], Source] | None = None) -> Te
     if first.share > 1 and open_part is not None:
         stem = re.sub(r"\.\d{1,2}\Z", "", source.name) if re.search(r"\.[1-9]\d?\Z", source.name) else source.name
         names = [stem, *(f"{stem}.{i}" for i in range(1, first.share))]
+        missing = [printable(name) for name in names if not is_address(name) and not os.path.exists(name)]      # a server says so itself
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            first.walk.where = "header"
+            raise first.walk.fail(f"n_embd is {first.sizes.n_embd}, the embeddings have {first.sizes.n_embd // first.share} values: the file is "
+                                  f"damaged, or one of {first.share} that make up the model, missing: {', '.join(missing[:3])}{more}", first.sizes_at + 4)
         parts = [first if name == source.name else _read_part(open_part(name)) for name in names]
         tensors = {name: _joined(name, parts) for name in parts[0].tensors}
     first = parts[0]
@@ -227,10 +235,13 @@ def _read_part(source: Source) -> _Part:
     version = 0 if kind == "ggml" else w.u32("version")
     if version not in VERSIONS[kind]:
         raise w.fail(f"{kind} version is {version}; known are {', '.join(map(str, VERSIONS[kind]))}", 4)
+    sizes_at = w.pos
     sizes = _Sizes(*(w.u32(name, 1, most) for name, most in MOST.items()))
     file_type = w.u32("file type")
-    if sizes.n_embd % sizes.n_head or sizes.n_rot > sizes.n_embd:
-        raise w.fail(f"{sizes.n_embd} values do not divide into {sizes.n_head} heads; is this a llama model?", 8)
+    if sizes.n_embd % sizes.n_head:
+        raise w.fail(f"n_embd is {sizes.n_embd}, which does not divide into {sizes.n_head} heads; is this a llama model?", sizes_at + 4)
+    if sizes.n_rot > sizes.n_embd:
+        raise w.fail(f"n_rot is {sizes.n_rot}; it must be at most n_embd, {sizes.n_embd}", sizes_at + 20)
     tokens = _read_tokens(w, sizes.n_vocab, scores=kind != "ggml")
     tensors: dict[str, Tensor] = {}
     while w.pos < source.size:
@@ -239,7 +250,7 @@ def _read_part(source: Source) -> _Part:
             if tensor.name in tensors:
                 raise w.fail("the tensor appears twice", start)
             tensors[tensor.name] = tensor
-    return _Part(w, f"{kind} v{version}" if version else kind, sizes, file_type, tokens, tensors)
+    return _Part(w, f"{kind} v{version}" if version else kind, sizes_at, sizes, file_type, tokens, tensors)
 
 
 def _joined(name: str, parts: list[_Part]) -> Tensor:

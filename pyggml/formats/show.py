@@ -45,6 +45,12 @@ def text(value: Any, items: int = SHOWN_ITEMS, length: int = SHOWN_TEXT) -> str:
     return f"[{', '.join(shown)}{f', ... {left} more' if left else ''}]"
 
 
+def quoted(value: Any) -> str:
+    """A metadata value in a sentence: text in quotes; long text and arrays are cut short."""
+    short = not hasattr(value, "__len__") or isinstance(value, str) and len(value) <= SHOWN_TEXT
+    return repr(value) if short else f'"{text(value)}"' if isinstance(value, str) else text(value)
+
+
 def _shorten(value: str, length: int) -> str:
     if len(value) <= length:
         return printable(value)
@@ -84,11 +90,8 @@ def json_tensor(t: Tensor) -> dict[str, Any]:
 def columns(rows: Sequence[tuple[str, ...]], right: frozenset[int] = frozenset()) -> str:
     """Rows as aligned columns, two blanks apart; the columns in `right` are aligned to the right."""
     widths = [min(WIDEST, max(map(len, column))) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = (cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    line = "  ".join(f"{{:{'>' if i in right else '<'}{w}}}" for i, w in enumerate(widths))
+    return "\n".join(line.format(*row).rstrip() for row in rows)
 
 
 def some(lines: Sequence[str], what: str, where: str) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyggml.errors import PyggmlError
+from pyggml.formats.show import quoted
 from pyggml.quantize import recipes
 from pyggml.quantize.recipes import Recipe, Site
 from pyggml.types import TensorType, tensor_type
@@ -73,7 +74,7 @@ def _number(kv: Mapping[str, Any], key: str, default: int = 0) -> int:
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise PyggmlError(f'the key "{key}" is {value!r}; it must be a number') from None
+        raise PyggmlError(f'the key "{key}" is {quoted(value)}; it must be a number') from None
 
 
 def site(kv: Mapping[str, Any], *, imatrix: bool) -> tuple[Site, int]:

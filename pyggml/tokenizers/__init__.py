@@ -29,7 +29,6 @@ def _load(kv: Mapping[str, Any]) -> Tokenizer:
     if model is None:
         raise ModelError("tokenizer.ggml.model is missing: the file has no tokenizer; convert the model again, or use a file that has one")
     if not isinstance(model, str) or model not in MODELS:
-        shown = repr(model) if isinstance(model, str) else show.text(model)
-        raise ModelError(f"tokenizer.ggml.model is {shown}, a kind of tokenizer that pyggml does not know; it knows {', '.join(MODELS)}")
+        raise ModelError(f"tokenizer.ggml.model is {show.quoted(model)}, a kind of tokenizer that pyggml does not know; it knows {', '.join(MODELS)}")
     module, kind = MODELS[model].split()
     return getattr(importlib.import_module(f"pyggml.tokenizers.{module}"), kind)(kv)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pyggml.errors import ModelError
+from pyggml.formats.show import SHOWN_TEXT, quoted
 from pyggml.tokenizers.table import Strings, make_table, strings
 
 PREFIX = "tokenizer.ggml."
@@ -77,7 +78,7 @@ class Vocab:
         if duplicate >= 0:
             text = self.tokens[duplicate]
             first = self.table.find(text)
-            raise ModelError(f"{PREFIX}tokens: {text!r} stands for both id {first} and {duplicate}; the vocabulary is damaged")
+            raise ModelError(f"{PREFIX}tokens: {text[:SHOWN_TEXT]!r} stands for both id {first} and {duplicate}; the vocabulary is damaged")
         self.scores = self._read_scores()
         self.attrs = self._read_types()
         self.options = {name: self._flag(name, default) for name, default in options.items()}
@@ -110,7 +111,7 @@ class Vocab:
                 return int(digits, 16)
             except ValueError:
                 pass
-        raise ModelError(f"{PREFIX}tokens: id {id} is of type byte, but {text!r} is not one of <0x00> to <0xFF>; the vocabulary is damaged")
+        raise ModelError(f"{PREFIX}tokens: id {id} is of type byte, but {text[:SHOWN_TEXT]!r} is not one of <0x00> to <0xFF>; the vocabulary is damaged")
 
     # ---- reading -------------------------------------------------------------------------------------------------------------
     def array(self, key: str, what: str) -> Any:
@@ -165,7 +166,7 @@ class Vocab:
     def _flag(self, name: str, default: bool) -> bool:
         value = self.kv.get(PREFIX + OPTION_KEYS.get(name, name), default)
         if not isinstance(value, (bool, np.bool_, int, np.integer)):
-            raise ModelError(f"{PREFIX}{OPTION_KEYS.get(name, name)} is {value!r}, not true or false; correct that key in the file")
+            raise ModelError(f"{PREFIX}{OPTION_KEYS.get(name, name)} is {quoted(value)}, not true or false; correct that key in the file")
         return bool(value)
 
     def _special_id(self, name: str, default: int | None) -> int | None:
