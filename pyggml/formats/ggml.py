@@ -35,8 +35,9 @@ MAGICS = {b"lmgg": "ggml", b"fmgg": "ggmf", b"tjgg": "ggjt"}
 VERSIONS = {"ggml": (0,), "ggmf": (1,), "ggjt": (1, 2, 3)}
 DATA_ALIGNMENT = 32                     # in ggjt files
 CONTEXT, EPSILON = 2048, 5e-6           # not in the file: LLaMA's context; its epsilons were 1e-6 and (second version) 1e-5
-MOST = {"n_vocab": 1 << 19, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
+MOST = {"n_vocab": 1 << 18, "n_embd": 1 << 20, "n_mult": 1 << 20, "n_head": 1 << 12, "n_layer": 1 << 10, "n_rot": 1 << 16}
 _TOKEN, _NAME, _WINDOW = 4096, 256, 1 << 18
+_VOCABULARY = 16 << 20                  # bytes of a file up to the end of its tokens
 
 NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "output.weight": "output.weight"}
 LAYER_NAMES = {"attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output",
@@ -158,11 +159,16 @@ class _Walk:
         left = self.source.size - self.pos
         if n > left:
             raise self.fail(f"{what} needs {n} bytes, {left} are left in the file; it is cut short or damaged")
-        if not self._start <= self.pos <= self.pos + n <= self._start + len(self._window):
-            self._start, self._window = self.pos, self.source.array(self.pos, min(left, max(n, _WINDOW))).tobytes()
-        at = self.pos - self._start
+        window, at = self.window(n)
         self.pos += n
-        return self._window[at:at + n]
+        return window[at:at + n]
+
+    def window(self, n: int) -> tuple[bytes, int]:
+        """A part of the file that holds the `n` bytes at `pos`, or all that are left, and where in it they are."""
+        left = self.source.size - self.pos
+        if not self._start <= self.pos <= self.pos + min(n, left) <= self._start + len(self._window):
+            self._start, self._window = self.pos, self.source.array(self.pos, min(left, max(n, _WINDOW))).tobytes()
+        return self._window, self.pos - self._start
 
     def u32(self, what: str, least: int = 0, most: int = 2 ** 32 - 1) -> int:
         value = int.from_bytes(self.take(4, what), "little")
@@ -244,11 +250,15 @@ def _read_part(source: Source) -> _Part:
         raise w.fail(f"n_rot is {sizes.n_rot}; it must be at most n_embd, {sizes.n_embd}", sizes_at + 20)
     tokens = _read_tokens(w, sizes.n_vocab, scores=kind != "ggml")
     tensors: dict[str, Tensor] = {}
+    seen: set[str] = set()
     while w.pos < source.size:
-        start, tensor = w.pos, _read_tensor(w, kind, version)
+        start, (old_name, tensor) = w.pos, _read_tensor(w, kind, version)
+        if old_name in seen:
+            raise w.fail("the tensor appears twice", start)
+        seen.add(old_name)
+        if len(seen) > 16 * (sizes.n_layer + 1):
+            raise w.fail(f"{len(seen)} tensors are too many for {sizes.n_layer} layers", start)
         if tensor is not None:
-            if tensor.name in tensors:
-                raise w.fail("the tensor appears twice", start)
             tensors[tensor.name] = tensor
     return _Part(w, f"{kind} v{version}" if version else kind, sizes_at, sizes, file_type, tokens, tensors)
 
@@ -267,17 +277,31 @@ def _joined(name: str, parts: list[_Part]) -> Tensor:
 
 
 def _read_tokens(w: _Walk, n: int, scores: bool) -> list[tuple[bytes, float]]:
-    tokens = []
-    for i in range(n):
-        w.where = f"token {i} of {n}"
-        text = w.take(w.u32("length", most=_TOKEN), "text")
-        # a file without scores has LLaMA's vocabulary, whose scores fall by one from token to token
-        tokens.append((text, struct.unpack("<f", w.take(4, "score"))[0] if scores else float(min(0, 259 - i))))
+    tokens: list[tuple[bytes, float]] = []
+    length_at, score_at = struct.Struct("<I").unpack_from, struct.Struct("<f").unpack_from
+    longest = 4 + _TOKEN + 4
+    while len(tokens) < n:
+        window, at = w.window(longest)
+        start = at
+        for i in range(len(tokens), n):             # tokens that lie whole in the window
+            text_at = at + 4
+            if at + longest > len(window) or (end := text_at + length_at(window, at)[0]) > text_at + _TOKEN:
+                break
+            # a file without scores has LLaMA's vocabulary, whose scores fall by one from token to token
+            tokens.append((window[text_at:end], score_at(window, end)[0] if scores else float(min(0, 259 - i))))
+            at = end + 4 if scores else end
+        w.pos += at - start
+        w.where = f"token {len(tokens)} of {n}"
+        if w.pos > _VOCABULARY:
+            raise w.fail(f"the vocabulary reaches beyond {_VOCABULARY} bytes; it is damaged")
+        if at == start:                             # one near the end of the file, or a wrong one
+            text = w.take(w.u32("length", most=_TOKEN), "text")
+            tokens.append((text, score_at(w.take(4, "score"))[0] if scores else float(min(0, 259 - len(tokens)))))
     return tokens
 
 
-def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
-    """The tensor at the walk's position, which moves behind its data; None for one that GGUF does not keep."""
+def _read_tensor(w: _Walk, kind: str, version: int) -> tuple[str, Tensor | None]:
+    """Name in the file and the tensor at the walk's position, which moves behind its data; None for one that GGUF does not keep."""
     w.where = "tensor"
     n_dims, length = w.u32("n_dims", 1, 4), w.u32("length of the name", 1, _NAME)
     number, type_at = w.u32("type"), w.pos - 4
@@ -308,7 +332,7 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> Tensor | None:
     if size > w.source.size - start:
         raise w.fail(f"data of {size} bytes ends {start + size - w.source.size} bytes past the end of the file; the file is incomplete or damaged")
     w.pos = start + size
-    return tensor if tensor.name else None
+    return name, tensor if tensor.name else None
 
 
 def _metadata(part: _Part, tensors: dict[str, Tensor]) -> dict[str, Typed]:
