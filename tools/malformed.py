@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Malformed GGUF files, and odd ones that are legal: a table of cases, each with what a reader must say.
 
-    python tools/malformed.py FOLDER      writes every case as a file: "bad_" invalid, "ok_" legal, "any_" may be either, but is not to do harm
+    python tools/malformed.py FOLDER      writes every case as a file: "bad_" invalid, "nan_" with a number that is not finite, which only a
+                                          look at every block finds, "ok_" legal, "any_" may be either, but is not to do harm
 
 Files are put together here byte by byte, independent of pyggml's writer. The families follow the ways in which GGUF readers
 have failed: lengths and counts that wrap or allocate, dimensions, alignment, offsets, truncation, text, nesting, byte order.
@@ -262,6 +263,36 @@ def every_cut() -> Iterator[Case]:
             yield Case(f"cut_v{m.version}{'le' if m.order == '<' else 'be'}_{n}", data[:n], "bytes")
 
 
+# ---- numbers that no sound model holds: read, and refused by `check` --------------------------------------------------------------
+
+# Where a block has its floating point numbers, by type, and their struct codes (f16 as H, bf16 as h, e8m0 as B); IQ1_M spreads one over words
+SCALES = {**dict.fromkeys((1, 2, 6, 8, 16, 17, 18, 19, 20, 21, 22, 23, 41, 42), "0H"), **dict.fromkeys((3, 7, 9, 12, 13), "0H 2H"),
+          **dict.fromkeys((0, 15), "0I"), 10: "80H 82H", 11: "108H", 14: "208H", 28: "0Q", 30: "0h", 34: "52H", 35: "64H", 39: "0B"}
+PATTERNS = {"H": {"nan": 0x7E00, "nan_signalling": 0x7C01, "nan_negative": 0xFFFF, "infinity": 0x7C00, "infinity_negative": 0xFC00},
+            "h": {"nan": 0x7FC0, "nan_negative": -1, "infinity": 0x7F80, "infinity_negative": -0x80}, "B": {"nan": 255},
+            "I": {"nan": 0x7FC00000, "nan_signalling": 0x7F800001, "infinity": 0x7F800000, "infinity_negative": 0xFF800000},
+            "Q": {"nan": 0x7FF8 << 48, "infinity": 0x7FF << 52}}
+IQ1_M = 29               # its scales are bytes, so that their order is the same in either byte order
+
+
+def numeric_cases() -> Iterator[Case]:
+    """One number of one block, the last of a tensor's six, is not finite; `says` is what `check` says."""
+    for order in "<>":
+        m = Maker(order)
+        for kind, places in {**SCALES, IQ1_M: "48H"}.items():
+            block, size = BLOCKS[kind]
+            for place in places.split():
+                at, code = 5 * size + int(place[:-1]), place[-1]
+                for name, bits in PATTERNS[code].items():
+                    data = bytearray(6 * size)
+                    if kind == IQ1_M:
+                        struct.pack_into("<4H", data, at, *((bits >> 4 * i & 15) << 12 for i in range(4)))
+                    else:
+                        struct.pack_into(order + code, data, at, bits)
+                    yield Case(f"number_{'le' if order == '<' else 'be'}_{kind}_{place}_{name}",
+                               m.file((), (m.info("w", (3 * block, 2), kind),), bytes(data)), "is NaN" if name.startswith("nan") else "is infinity")
+
+
 def foreign_cases() -> Iterator[Case]:
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     for name, data, says in (
@@ -274,6 +305,11 @@ def foreign_cases() -> Iterator[Case]:
             ("pickle", b"\x80\x02}q\x00." + bytes(20), "pickle"),
             ("gzip", b"\x1f\x8b\x08" + bytes(30), "gzip"),
             ("safetensors", struct.pack("<Q", len(header)) + header + bytes(4), "safetensors"),
+            ("lora", b"algg" + bytes(50), "LoRA adapter"),
+            ("ggjt_big_endian", b"ggjt" + bytes(50), "big-endian machine"),
+            ("bzip2", b"BZh91AY" + bytes(30), "bunzip2"),
+            ("bom", b"\xef\xbb\xbf{}", "JSON document"),
+            ("utf16", "hello".encode("utf-16"), "not a GGUF file"),
             ("numpy", b"\x93NUMPY" + bytes(50), "numpy"),
             ("empty", b"", "empty"),
             ("zeros", bytes(4096), "not a GGUF file"),
@@ -344,6 +380,19 @@ def legal_cases() -> Iterator[Case]:
     for kind, (block, size) in BLOCKS.items():
         yield Case(f"type_{kind}", M.file((), (M.info(dims=(2 * block, 3), kind=kind), M.info("z", (0, block), kind, -(-6 * size // 32) * 32)),
                                           bytes(6 * size)))
+        big = Maker(">")
+        yield Case(f"big_endian_type_{kind}", big.file((), (big.info(dims=(2 * block, 3), kind=kind),), bytes(6 * size)))
+    extremes = struct.pack("<4H", 0x7BFF, 0xFBFF, 1, 0x8000) + bytes(24) + struct.pack("<4I", 0x7F7FFFFF, 0xFF7FFFFF, 1, 0x80000000)
+    yield Case("finite_extremes", M.file((), (M.info(dims=(4,), kind=T_F16), M.info("b", (4,), offset=32)), extremes))
+    yield Case("huge_empty_dims", M.file((), (M.info(dims=(0, 2 ** 40)), M.info("b")), DATA))
+    yield Case("empty_tensors_in_one_place", M.file((), (*(M.info(f"e{i}", (0,)) for i in range(20)), M.info("b")), DATA))
+    yield Case("first_behind_a_gap", M.file((), (M.info(offset=4096),), bytes(4096) + DATA))
+    yield Case("table_backwards", M.file((), tuple(M.info(f"t{i}", offset=32 * i) for i in reversed(range(9))), DATA * 9))
+    keys = ARCH, M.kv("general.alignment", U32, M.pack("I", 64))
+    yield Case("alignment_behind_other_keys", M.file(keys, (M.info(), M.info("b", offset=64)), DATA * 3, align=64))
+    yield Case("odd_characters_in_keys", M.file(tuple(M.kv(key, U8, b"\1") for key in (" ", "\n", "a=b:c", '"', "\U0001f511", "../x"))))
+    yield Case("whole_file_twice", M.file((ARCH,), (M.info(),), DATA) * 2)
+    yield Case("long_template", M.file((M.kv("tokenizer.chat_template", STR, M.string("x" * 900_000)),)))
     yield Case("name_of_64_bytes", M.file((), (M.info("\u00e9" * 32),), DATA))
     mixed = M.array(ARR, 0, b"") + M.array(STR, 1, M.string("x")) + M.array(BOOL, 1, b"\1")
     yield Case("mixed_nesting", M.file((M.kv("k", ARR, M.array(ARR, 3, mixed)),)))
@@ -362,6 +411,10 @@ def invalid() -> list[Case]:
     return [case for family in INVALID for case in family()]
 
 
+def numeric() -> list[Case]:
+    return list(numeric_cases())
+
+
 def legal() -> list[Case]:
     return list(legal_cases())
 
@@ -371,7 +424,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to write the files")
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    for prefix, cases in (("bad", invalid() + list(every_cut())), ("ok", legal()), ("any", list(boundary_cases()))):
+    for prefix, cases in (("bad", invalid() + list(every_cut())), ("nan", numeric()), ("ok", legal()), ("any", list(boundary_cases()))):
         for case in cases:
             (folder / f"{prefix}_{case.name}.gguf").write_bytes(case.data)
         print(f"{len(cases)} files {prefix}_*.gguf")

@@ -219,9 +219,9 @@ def read(source: Source, open_part: Callable[[str], Source] | None = None) -> Te
         missing = [printable(name) for name in names if not is_address(name) and not os.path.exists(name)]      # a server says so itself
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            first.walk.where = "header"
-            raise first.walk.fail(f"n_embd is {first.sizes.n_embd}, the embeddings have {first.sizes.n_embd // first.share} values: the file is "
-                                  f"damaged, or one of {first.share} that make up the model, missing: {', '.join(missing[:3])}{more}", first.sizes_at + 4)
+            n_embd, first.walk.where = first.sizes.n_embd, "header"
+            raise first.walk.fail(f"n_embd is {n_embd}, the embeddings have {n_embd // first.share} values: the file is damaged, "
+                                  f"or one of {first.share} that make up the model, missing: {', '.join(missing[:3])}{more}", first.sizes_at + 4)
         parts = [first if name == source.name else _read_part(open_part(name)) for name in names]
         tensors = {name: _joined(name, parts) for name in parts[0].tensors}
     first = parts[0]

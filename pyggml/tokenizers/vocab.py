@@ -111,7 +111,8 @@ class Vocab:
                 return int(digits, 16)
             except ValueError:
                 pass
-        raise ModelError(f"{PREFIX}tokens: id {id} is of type byte, but {text[:SHOWN_TEXT]!r} is not one of <0x00> to <0xFF>; the vocabulary is damaged")
+        raise ModelError(f"{PREFIX}tokens: id {id} is of type byte, but {text[:SHOWN_TEXT]!r} is not one of <0x00> to <0xFF>; "
+                         "the vocabulary is damaged")
 
     # ---- reading -------------------------------------------------------------------------------------------------------------
     def array(self, key: str, what: str) -> Any:

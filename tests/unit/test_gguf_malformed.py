@@ -146,6 +146,23 @@ def test_commands_refuse_in_one_line(tmp_path, capsys, command):
         assert error.count("\n") == 1 and case.says in error
 
 
+def test_check_finds_every_number_that_is_not_finite(tmp_path, capsys):
+    from pyggml import cli
+    path = tmp_path / "x.gguf"
+    cases = malformed.numeric()
+    for case in cases:
+        path.write_bytes(case.data)
+        assert cli.main(["check", "--level", "parse", str(path)]) == 0, case.name
+        capsys.readouterr()
+        assert cli.main(["check", str(path)]) == 1, case.name
+        error = capsys.readouterr().err
+        match = re.search(r'x\.gguf: offset 0x([0-9a-f]+): tensor "w": row 1, (block|weight) 2', error)
+        assert match and error.count("\n") == 1 and case.says in error, case.name
+        size = malformed.BLOCKS[int(case.name.split("_")[2])][1]
+        assert len(case.data) - int(match[1], 16) == size, case.name
+    assert {int(case.name.split("_")[2]) for case in cases} == set(malformed.BLOCKS) - {24, 25, 26, 27, 40}     # whole numbers; NVFP4 has no NaN
+
+
 @pytest.mark.parametrize("command", [["info", "--tensors"], ["info", "--json"], ["check"], ["hash"]])
 def test_commands_take_legal_oddities(tmp_path, capsys, command):
     from pyggml import cli

@@ -235,6 +235,9 @@ def test_flipped_bytes_are_refused_or_read():
     assert refused
 
 
+ONE_TOKEN = b"lmgg" + struct.pack("<7I", 1, 64, 1, 4, 1, 16, 1) + bytes(4)
+
+
 @pytest.mark.parametrize("data, says", [
     (b"tjgg" + struct.pack("<I", 4) + bytes(100), "ggjt version is 4"),
     (b"fmgg" + struct.pack("<I", 2) + bytes(100), "ggmf version is 2"),
@@ -242,9 +245,9 @@ def test_flipped_bytes_are_refused_or_read():
     (b"lmgg" + struct.pack("<7I", 10, 65, 1, 4, 1, 1, 1), "offset 0x8: .*n_embd is 65, which does not divide into 4 heads"),
     (b"tjgg" + struct.pack("<8I", 3, 10, 64, 1, 4, 1, 65, 1), "offset 0x1c: .*n_rot is 65; it must be at most n_embd, 64"),
     (b"lmgg" + struct.pack("<7I", 10, 64, 1, 4, 1, 16, 1) + struct.pack("<I", 2 ** 32 - 1), "length is 4294967295"),
-    (b"lmgg" + struct.pack("<7I", 1 << 18, 64, 1, 4, 1, 16, 1) + (struct.pack("<I", 900) + bytes(900)) * 20000, "vocabulary reaches beyond 16777216 bytes"),
-    (b"lmgg" + struct.pack("<7I", 1, 64, 1, 4, 1, 16, 1) + bytes(4) + (struct.pack("<4I", 1, 10, 0, 1) + b"rope.freqs" + bytes(4)) * 2, "appears twice"),
-    (b"lmgg" + struct.pack("<7I", 1, 64, 1, 4, 1, 16, 1) + bytes(4) + b"".join(
+    (ONE_TOKEN[:4] + struct.pack("<I", 1 << 18) + ONE_TOKEN[8:32] + (struct.pack("<I", 900) + bytes(900)) * 20000, "reaches beyond 16777216 bytes"),
+    (ONE_TOKEN + (struct.pack("<4I", 1, 10, 0, 1) + b"rope.freqs" + bytes(4)) * 2, "appears twice"),
+    (ONE_TOKEN + b"".join(
         struct.pack("<4I", 1, 12, 0, 1) + b"%02drope.freqs" % i + bytes(4) for i in range(40)), "33 tensors are too many for 1 layers"),
     (b"algg" + bytes(50), "a LoRA adapter"),
 ])
