@@ -8,6 +8,7 @@ import os
 from pyggml import formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import Typed, keys, show
+from pyggml.formats.atomic import refuse_input
 from pyggml.formats.split import PADDING
 from pyggml.formats.values import printable
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
             problem = keys.problem(key, kv[key])
             if problem:
                 raise PyggmlError(problem)
+    if len(file.paths) > 1:             # a single file is replaced by what it holds
+        refuse_input([args.output], file.paths)
     formats.write(args.output, kv, file.tensors, order=ORDERS[args.byte_order])
     for warning in file.warnings:
         print(f"{printable(args.file)}: {warning} (warning)")

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         print(line(change))
     n = len(result.changes)
     done = "would be changed" if args.dry_run else "changed"
-    print(f"{printable(args.output or args.file)}: " + (f"{n} key{'s' * (n != 1)} {done} ({result.method})" if n else "nothing to change"))
+    none = "a copy; there was nothing to change" if args.output and not args.dry_run else "nothing to change"
+    print(f"{printable(args.output or args.file)}: " + (f"{n} key{'s' * (n != 1)} {done} ({result.method})" if n else none))
     return 0
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pyggml import formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import show
-from pyggml.formats.atomic import replacing
+from pyggml.formats.atomic import refuse_input, replacing
 from pyggml.formats.tensorfile import OpaqueType, Tensor
 from pyggml.formats.values import printable
 
@@ -38,8 +38,10 @@ def run(args: argparse.Namespace) -> int:
         if first.setdefault(file_name(tensor.name), tensor) is not tensor:
             raise PyggmlError(f'{tensor.label} and "{printable(first[file_name(tensor.name)].name)}" would both be {file_name(tensor.name)}; '
                               "extract one at a time with --output")
+    paths = {t.name: args.output if args.output and not folder else os.path.join(folder or ".", file_name(t.name)) for t in chosen}
+    refuse_input(paths.values(), file.paths)
     for tensor in chosen:
-        path = args.output if args.output and not folder else os.path.join(folder or ".", file_name(tensor.name))
+        path = paths[tensor.name]
         array = content(tensor, args.raw)
         save(path, array)
         print(f"{printable(path)}: {printable(tensor.name)}, {show.shape(tensor)} {tensor.type} as {array.dtype}")

@@ -40,6 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from pyggml import page
         from pyggml.formats import picture
+        from pyggml.formats.atomic import refuse_input
+
+        refuse_input([args.plot], file.paths)
         page.save(args.plot, picture.html(file))
     print(show.json_text(as_json(file, args.full, not args.no_tensors)) if args.json else as_text(file, args.tensors, args.full))
     return unknown_types(file)

@@ -8,6 +8,7 @@ import os
 from pyggml import formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import show
+from pyggml.formats.atomic import refuse_input
 from pyggml.formats.shards import COUNT
 from pyggml.formats.split import merge
 from pyggml.formats.values import printable
@@ -24,13 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     file = formats.open(args.file, use_mmap=False)
-    parts = [source.name for source in file.sources]
+    parts = file.paths
     if len(parts) == 1 and COUNT not in file.kv:
         raise PyggmlError(f"{printable(args.file)}: is a whole model, not a part of one; there is nothing to join")
     if os.path.exists(args.output) and not args.force:
         raise PyggmlError(f"{printable(args.output)}: exists already; --force replaces it")
-    if any(os.path.exists(args.output) and os.path.samefile(args.output, part) for part in parts):
-        raise PyggmlError(f"{printable(args.output)}: is one of the parts; write the whole to another name")
+    refuse_input([args.output], parts)
     merge(file, args.output)
     if args.delete_splits:
         for part in parts:

@@ -42,8 +42,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def perplexity(args: argparse.Namespace, model: Any) -> int:
+    from pyggml.formats.atomic import refuse_input
     from pyggml.measure.perplexity import running
 
+    if args.base is not None:
+        refuse_input([args.base], [*model.file.paths, args.file])
     total, results = running(model, _text.read(args.file), n_ctx=args.ctx_size, n_chunks=args.chunks, stride=args.ppl_stride, base=args.base,
                              **_text.options(args), **_options.device(args))
     _text.say(f"perplexity: calculating perplexity over {total} chunks, n_ctx={args.ctx_size}, batch_size={args.batch_size}")

@@ -176,9 +176,8 @@ def mix(args: argparse.Namespace, source: str, target: str, options: dict[str, A
     from pyggml import formats
     from pyggml.cli import _text
     from pyggml.cli._progress import bar
-    from pyggml.formats.atomic import check_room
+    from pyggml.formats.atomic import check_room, refuse_input
     from pyggml.quantize import allocate
-    from pyggml.quantize.pipeline import refuse_input
 
     if args.file is None:
         args.usage_error("--target-size and --target-bpw measure the loss of each tensor on a text: give one with -f")
@@ -187,7 +186,7 @@ def mix(args: argparse.Namespace, source: str, target: str, options: dict[str, A
         args.usage_error(f"--target-size and --target-bpw choose the type of every tensor: leave out --{decided[0].replace('_', '-')}")
     file, text = formats.open(source), _text.read(args.file)
     if not args.dry_run:
-        refuse_input(file, [target])
+        refuse_input([target, *([args.save_recipe] if args.save_recipe else [])], file.paths)
         check_room(target, args.target_size or int(args.target_bpw * sum(t.size for t in file.tensors.values()) / 8))
     with bar("measuring", "tensors", stop) as progress:
         found = allocate.allocate(source, text, size=args.target_size, bits_per_weight=args.target_bpw, imatrix=options["imatrix"],

@@ -18,7 +18,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pyggml.errors import Cancelled, PyggmlError
@@ -218,6 +218,14 @@ def _room(folder: str, size: int) -> str:
     except OSError:
         return ""
     return f" ({size} bytes needed, {free.f_bavail * free.f_frsize} free)" if size else f" ({free.f_bavail * free.f_frsize} bytes free)"
+
+
+def refuse_input(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    """PyggmlError when a file that is to be written is one of those that it is made of, by whatever name."""
+    there = [path for path in inputs if os.path.exists(path)]
+    for path in outputs:
+        if os.path.exists(path) and any(os.path.samefile(path, name) for name in there):
+            raise PyggmlError(f"{os.fspath(path)}: the output is the input; write to another path")
 
 
 def check_room(path: str | os.PathLike[str], size: int) -> None:

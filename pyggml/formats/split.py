@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from pyggml.errors import PyggmlError
-from pyggml.formats import writer
+from pyggml.formats import atomic, writer
 from pyggml.formats.edit import PADDING
 from pyggml.formats.shards import COUNT, NUMBER, TENSORS, part_path
 from pyggml.formats.tensorfile import Tensor, TensorFile
@@ -39,6 +39,7 @@ def plan(file: TensorFile, max_tensors: int = 0, max_bytes: int = 0, metadata_fi
 def split(file: TensorFile, stem: str, parts: list[list[Tensor]]) -> list[str]:
     """Write the parts as STEM-00001-of-0000N.gguf and so on; returns their paths. When one fails, those written are removed."""
     paths: list[str] = []
+    atomic.refuse_input((part_path(stem, i + 1, len(parts)) for i in range(len(parts))), file.paths)
     try:
         for i, tensors in enumerate(parts):
             kv = {key: value for key, value in file.kv.typed().items() if key != PADDING} if i == 0 else {}

@@ -244,6 +244,11 @@ class TensorFile:
         return self.sources[0].name
 
     @property
+    def paths(self) -> list[str]:
+        """The names of all its files."""
+        return [source.name for source in self.sources]
+
+    @property
     def map(self) -> mmap.mmap | None:
         """The memory map of the (first) file, or None when it is read instead."""
         return self.sources[0].map

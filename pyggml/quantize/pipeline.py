@@ -10,7 +10,7 @@ import hashlib
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from pyggml import __version__, formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import NewTensor, Typed
-from pyggml.formats.atomic import Output, replacing
+from pyggml.formats.atomic import Output, refuse_input, replacing
 from pyggml.formats.shards import part_path
 from pyggml.formats.writer import header
 from pyggml.quantize import provenance, recipes
@@ -96,7 +96,7 @@ def quantize_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
     file = formats.open(source)
     job = plan(file, Options(recipe=recipe, **options))
     parts = _parts(job, target)
-    refuse_input(file, parts)
+    refuse_input(parts, file.paths)
     hashing = provenance.Hashing([s.name for s in file.sources]) if not job.options.compat else None
     try:
         for path, (kv, names) in parts.items():
@@ -105,13 +105,6 @@ def quantize_file(source: str | os.PathLike[str], target: str | os.PathLike[str]
         if hashing is not None:
             hashing.stop()
     return Result(tuple(parts), job.size_before, job.size_after, job.n_weights, tuple(job.notes))
-
-
-def refuse_input(file: Any, targets: Iterable[str]) -> None:
-    """PyggmlError when one of `targets` is a file that `file` is read from."""
-    for path in targets:
-        if os.path.exists(path) and any(os.path.samefile(s.name, path) for s in file.sources):
-            raise PyggmlError(f"{path}: the output is the input; write to another path")
 
 
 def _parts(job: Job, target: str) -> dict[str, tuple[dict[str, Typed], list[str]]]:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from models import as_f16
 from pyggml import cli, formats
 from pyggml.formats import hashing, new_tensor, split
 from pyggml.quants import dequantize, quantize
@@ -140,7 +141,7 @@ def test_split_and_merge(model, tmp_path, capsys, flags, sizes):
     status, _, error = run(capsys, "merge", tmp_path / "whole.gguf", tmp_path / "other.gguf")
     assert status == 1 and "not a part of one" in error
     status, _, error = run(capsys, "merge", parts[0], parts[-1], "--force")
-    assert status == 1 and "is one of the parts" in error
+    assert status == 1 and "the output is the input" in error
     assert run(capsys, "merge", "--delete-splits", "--force", parts[0], tmp_path / "whole.gguf")[0] == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "whole.gguf"]
 
@@ -198,3 +199,28 @@ def test_extract(tmp_path, capsys):
     assert status == 1 and 'tensor "a:b" and "a/b" would both be a_b.npy' in error
     status, _, error = run(capsys, "extract", path, "none", "-o", out)
     assert status == 1 and 'tensor "none" is missing' in error
+
+
+# ---- the output is the input
+
+@pytest.mark.parametrize("command", [
+    ["extract", "{m}", "output_norm.weight", "-o", "{m}"], ["extract", "{m}", "output_norm.weight", "-o", "{link}"], ["info", "{m}", "--plot", "{m}"],
+    ["convert", "{part}", "{part2}"], ["split", "{part}", "{stem}", "--no-tensor-first-split"], ["merge", "{part}", "{part2}", "--force"],
+    ["quantize", "{m}", "{m}", "Q8_0"], ["compare", "{m}", "{part}", "-f", "{text}", "--plot", "{part}"],
+    ["perplexity", "{m}", "-f", "{text}", "--kl-divergence-base", "{m}"], ["imatrix", "{m}", "-f", "{text}", "-o", "{m}"]])
+def test_a_model_is_not_written_over_by_what_is_made_of_it(tmp_path, capsys, command):
+    names = {"m": tmp_path / "m.gguf", "link": tmp_path / "link.gguf", "text": tmp_path / "text", "stem": tmp_path / "s",
+             "part": tmp_path / "s-00001-of-00002.gguf", "part2": tmp_path / "s-00002-of-00002.gguf"}
+    file = formats.open(as_f16(names["m"]))
+    split.split(file, str(names["stem"]), split.plan(file, max_tensors=3)[:1] + [list(file.tensors.values())[3:]])
+    names["link"].symlink_to(names["m"])
+    names["text"].write_text("some text " * 999)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    status, _, error = run(capsys, *(word.format(**names) for word in command))
+    assert status == 1 and "the output is the input; write to another path" in error, error
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_convert_in_place_changes_the_byte_order(model, capsys):
+    assert run(capsys, "convert", model, model, "--byte-order", "big")[0] == 0
+    assert formats.open(model).order == ">" and np.array_equal(formats.open(model)["norm"].numpy(), WEIGHTS["norm"])
