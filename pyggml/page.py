@@ -36,12 +36,6 @@ def require() -> None:
         raise PyggmlError("--plot needs matplotlib: pip install 'pyggml[plot]'") from None
 
 
-def require_room(path: str | os.PathLike[str]) -> None:
-    """PyggmlError where no page can be written to `path`: likewise before the work."""
-    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-        raise PyggmlError(f"{printable(os.fspath(path))}: no file can be written there; give --plot another path")
-
-
 def axes(width: float = 8, height: float = 4.5) -> Any:
     """Axes to draw on, in inches; `svg` takes them."""
     require()

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pyggml import page
     from pyggml.cli._progress import bar, cancellable
-    from pyggml.formats.atomic import refuse_input
+    from pyggml.formats.atomic import refuse_input, require_place
     from pyggml.measure import compare as measure
     from pyggml.measure import report
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("there is no text to compare on; give one with -f FILE")
     if args.plot:
         page.require()                  # before the long work
-        page.require_room(args.plot)
+        require_place(args.plot)
         refuse_input([args.plot], [args.reference, *args.files, args.file])
     text = _text.read(args.file)
     parts: dict[str, Any] = {}

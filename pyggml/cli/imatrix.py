@@ -49,13 +49,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect(args: argparse.Namespace, known: Any) -> int:
-    from pyggml.formats.atomic import refuse_input
+    from pyggml.formats.atomic import refuse_input, require_place
     from pyggml.model import Model
     from pyggml.quantize import calibrate
     from pyggml.quantize.imatrix import Imatrix
 
     model = Model.load(_options.model_path(args), use_mmap=not args.no_mmap)
     refuse_input([args.output], [*model.file.paths, args.file])
+    require_place(args.output)
     saved = {"chunks": 0, "copy": 0}
 
     def save(found: Imatrix, done: int) -> None:

@@ -228,6 +228,12 @@ def refuse_input(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str
             raise PyggmlError(f"{os.fspath(path)}: the output is the input; write to another path")
 
 
+def require_place(path: str | os.PathLike[str]) -> None:
+    """PyggmlError where no file can be written to `path`: before long work."""
+    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
+        raise PyggmlError(f"{os.fspath(path)}: no file can be written there; give another path")
+
+
 def check_room(path: str | os.PathLike[str], size: int) -> None:
     """PyggmlError when the disk of `path` has no room for `size` bytes."""
     folder = os.path.dirname(os.path.realpath(path))

@@ -30,6 +30,8 @@ def n_cpus() -> int:
 
 def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """(matrix, first row, end row) of every piece, rows counted over all matrices of a tensor of this shape."""
+    if 0 in shape:
+        return
     per_matrix = shape[-2] if len(shape) > 1 else 1
     n_matrices = int(np.prod(shape[:-2], dtype=np.int64)) if len(shape) > 2 else 1
     step = max(1, PIECE // shape[-1])

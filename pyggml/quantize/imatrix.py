@@ -157,11 +157,12 @@ def _from_gguf(path: str | os.PathLike[str]) -> Imatrix:
         weight, _, suffix = name.rpartition(".")
         if suffix != "in_sum2":
             continue
-        stats = {key: _floats(file, f"{weight}.{key}").reshape(-1, tensor.shape[-1]) for key in STATISTICS if f"{weight}.{key}" in file.tensors}
+        found = {key: _floats(file, f"{weight}.{key}") for key in STATISTICS if f"{weight}.{key}" in file.tensors}
         counts = _floats(file, f"{weight}.counts").reshape(-1)
-        if any(v.shape != stats["in_sum2"].shape for v in stats.values()) or len(counts) not in (1, len(stats["in_sum2"])):
-            raise PyggmlError(f'{os.fspath(path)}: the statistics of "{weight}" have different shapes; the file is damaged, collect it again')
-        entries[weight] = Entry(np.broadcast_to(counts, len(stats["in_sum2"])).copy(), stats)
+        rows = tensor.size // tensor.shape[-1] if tensor.size and tensor.shape else 0
+        if not rows or any(v.size != tensor.size for v in found.values()) or len(counts) not in (1, rows):
+            raise PyggmlError(f'{os.fspath(path)}: the statistics of "{weight}" have no or different shapes; the file is damaged, collect it again')
+        entries[weight] = Entry(np.broadcast_to(counts, rows).copy(), {key: v.reshape(rows, -1) for key, v in found.items()})
     return Imatrix(entries, list(_value(file, DATASETS, ("str[]",), [])), _value(file, CHUNKS, INTEGERS, 0), _value(file, CHUNK_SIZE, INTEGERS, 0))
 
 

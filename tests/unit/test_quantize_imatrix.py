@@ -89,6 +89,20 @@ def test_keys_of_the_wrong_type_are_named(tmp_path, key, value):
         Imatrix.load(tmp_path / "i.gguf")
 
 
+@pytest.mark.parametrize("shape, counts", [((), ()), ((0,), (1,)), ((0, 4), (0,)), ((4, 0), (4,)), ((2, 4), (3,)), ((2, 4), (0,))])
+def test_statistics_of_no_shape_are_refused(tmp_path, shape, counts):
+    formats.write(tmp_path / "i.gguf", {"general.type": "imatrix"}, {
+        "w.in_sum2": np.ones(shape, np.float32), "w.counts": np.ones(counts, np.float32)})
+    with pytest.raises(PyggmlError, match='the statistics of "w" have no or different shapes'):
+        Imatrix.load(tmp_path / "i.gguf")
+
+
+def test_a_place_that_takes_no_file_is_told_before_the_work(source, tmp_path, capsys):
+    (tmp_path / "text").write_text("short")
+    assert cli.main(["imatrix", "-m", str(source), "-f", str(tmp_path / "text"), "-o", str(tmp_path / "no" / "i.gguf")]) == 1
+    assert "no file can be written there" in capsys.readouterr().err
+
+
 def test_a_type_of_file_that_is_no_text_says_nothing(tmp_path):
     made().save(tmp_path / "i.gguf")
     edit(tmp_path / "i.gguf", Edits({"general.type": [1, 2]}, force=True))

@@ -338,3 +338,12 @@ def test_command_names_the_output_itself(source, tmp_path):
     copy = models.as_f16(tmp_path / "m.gguf")
     assert cli.main(["quantize", str(copy), "7"]) == 0
     assert formats.open(tmp_path / "ggml-model-Q8_0.gguf").kv["general.file_type"] == 7
+
+
+@pytest.mark.parametrize("recipe", ["Q4_0", "Q4_K_M", "F16"])
+def test_tensors_without_numbers_stay_that(tmp_path, recipe):
+    empty = {f"blk.0.{i}.weight": np.zeros(shape, np.float16) for i, shape in enumerate(((4, 0), (0, 256), (3, 0, 256), (3, 256, 0), (0, 4, 0)))}
+    formats.write(tmp_path / "a.gguf", {"general.architecture": "llama"}, empty | {"output.weight": np.ones((4, 256), np.float16)})
+    quantize_file(tmp_path / "a.gguf", tmp_path / "b.gguf", recipe)
+    made = formats.open(tmp_path / "b.gguf")
+    assert {name: made[name].shape for name in empty} == {name: w.shape for name, w in empty.items()}
