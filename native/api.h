@@ -15,7 +15,7 @@ const char *pyg_compiler(void);
 
 enum { PYG_SMALL_COLS = 8 };     // up to this many columns a matmul prepares its activations privately, without a barrier
 enum { PYG_ACT_WIDE = 16, PYG_WIDE_COLS = 32 };      // an activation format modulo this tells how few columns are prepared, 0: as floats;
-                                                     // from this on, and with more columns than that, a matrix unit multiplies bf16
+enum { PYG_ACT_BF16 = 8 };                           // over it, how more columns than that are; from this on a matrix unit multiplies bf16
 
 // ---- A tensor as kernels see it --------------------------------------------------------------------------------------------
 // Dimensions in ggml order: ne[0] is the contiguous one, nb[i] is the distance in bytes between neighbours in dimension i.

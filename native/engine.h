@@ -92,9 +92,10 @@ enum { ROPE_NORM, ROPE_NEOX };               // pairs (2i, 2i + 1), or (i, i + R
 enum { MOE_SOFTMAX, MOE_SIGMOID };
 enum { PEAK_INT8, PEAK_FLOAT, PEAK_READ, PEAK_BF16 };
 // Prepared activations (kernels/act.h). For packed weights columns are interleaved: floats, int8 with a scale per 32, per 256.
-// For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp. For a matrix unit they are bf16, or a sum of two.
+// For raw weights each column is a row of ggml's own activation blocks, as in llama.cpp. PAIRS: int8 values in 16 bits, for spread tiles. For
+// a matrix unit they are bf16, or a sum of two.
 // A format (attribute of a step) is one of these for few columns, plus ACT_WIDE times one for many where that is another.
-enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT_BF16, ACT_BF16X2, ACT_WIDE = PYG_ACT_WIDE };
+enum { ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT_PAIRS32, ACT_PAIRS256, ACT_BF16 = PYG_ACT_BF16, ACT_BF16X2, ACT_WIDE = PYG_ACT_WIDE };
 
 // ---- the table one ISA contributes -----------------------------------------------------------------------------------------
 #define PYG_OPS(OP) \

@@ -12,6 +12,7 @@
 #include "kernels/pack.h"
 #include "kernels/tile.h"
 #include "kernels/squares.h"
+#include "kernels/spread.h"
 #include "kernels/matmul.h"
 #include "kernels/experts.h"
 #include "kernels/rope.h"

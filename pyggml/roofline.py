@@ -52,7 +52,7 @@ def work(step: Step, size: Callable[[Tensor], tuple[int, ...]], batch: Batch, ex
         read = sum(nbytes(w) for w in weights) * used // experts
         others = sum(nbytes(t) for t in (step.out, *step.src) if t is not None and all(t is not w for w in weights))
         kind = "int8" if tensor_type(weights[0].type).quantized and not exact else "floats"
-        if lib and step.i[1] >= lib.PYG_ACT_WIDE and columns > experts * lib.PYG_WIDE_COLS:
+        if lib and step.i[1] >= lib.PYG_ACT_WIDE * lib.PYG_ACT_BF16 and columns > experts * lib.PYG_WIDE_COLS:
             kind = "bf16"
         return Work(read + others, **{kind: len(weights) * out[-1] * weights[0].sizes[-1] * columns})
     if step.op in ("attention", "attention_step"):
@@ -103,7 +103,7 @@ def measure_peaks(n_threads: int | None = None, runs: int = 5) -> Peaks:
 
     pool = Pool(n_threads)
     chunks = huge_zeros(beyond_caches() >> 20 << 20).reshape(CHUNKS, -1)         # whole pages each
-    chunks[:] = 3
+    chunks[:] = 60                      # as floats 0.01: products of much smaller ones would be denormal, which AMD's processors are slow at
     done = np.zeros(len(chunks), np.float32)
 
     def best(kind: int) -> float:

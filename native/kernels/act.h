@@ -10,13 +10,15 @@
 //             x = d * q,  q = -127 at the value of largest magnitude                               (rounding of ggml's Q8_K)
 //             minus[i] = -32 * (sum of the i-th 16 q), pair16 and pair32 are sums of 16 and 32 q, in order
 //
+//   ACT_PAIRS32, ACT_PAIRS256    float d[8]   int32 own[8]   int16 q[8 or 64][8][4], always 8 columns: of a quad q1 q3 q0 q2
+//             x = d * q, as in A32 and A256,  own = -sum(q0 q1 + q2 q3)                            (see spread.h)
 //   ACT_BF16  per 32 weights     bf16 x[16][32], always 16 columns, zeros from k on               (a square of simd.h's matrix unit)
 //   ACT_BF16X2                   the same twice: x rounded to bf16, then what was lost, rounded
 //
 // `minus` is what an unsigned weight needs: (w - zero) . q = w . q - zero * sum(q), the accumulator's start value; as Q4_0 and Q6_K take it.
 // ACT_ROW_* is for a few columns against raw weights: each column a row of ggml blocks. Beyond SMALL_COLS columns weights
 // are unpacked into tiles on the fly, and the columns are interleaved as for packed weights (act_layout).
-// With a matrix unit and beyond WIDE_COLS columns, all weights but F32 are unpacked into bf16 (squares.h).
+// Beyond WIDE_COLS columns all weights but F32 are unpacked into bf16 for a matrix unit (squares.h), and on AVX2 tiles are spread (spread.h).
 #pragma once
 
 typedef struct {
@@ -24,6 +26,7 @@ typedef struct {
     int column_bytes;          // bytes of a block per column
     int interleaved;           // the layout used beyond SMALL_COLS columns
     int row_type;              // ACT_ROW_*: the ggml type of a row
+    int across;                // columns of every column tile, used or not; 0: as many as are used
     int parts;                 // ACT_BF16*: how many bf16 a value is the sum of
 } act_layout_row;
 static const act_layout_row ACT_LAYOUT[] = {
@@ -33,23 +36,27 @@ static const act_layout_row ACT_LAYOUT[] = {
     [ACT_ROW_Q8_0] = {.block = 32, .column_bytes = sizeof(block_q8_0), .interleaved = ACT_A32, .row_type = TYPE_q8_0},
     [ACT_ROW_Q8_1] = {.block = 32, .column_bytes = sizeof(block_q8_1), .interleaved = ACT_A32, .row_type = TYPE_q8_1},
     [ACT_ROW_Q8_K] = {.block = 256, .column_bytes = sizeof(block_q8_K), .interleaved = ACT_A256, .row_type = TYPE_q8_K},
-    [ACT_BF16]     = {.block = MATRIX_DEPTH, .column_bytes = 2 * MATRIX_DEPTH, .parts = 1},
-    [ACT_BF16X2]   = {.block = MATRIX_DEPTH, .column_bytes = 4 * MATRIX_DEPTH, .parts = 2},
+    [ACT_PAIRS32]  = {.block = 32, .column_bytes = 4 + 4 + 2 * 32, .across = SMALL_COLS},
+    [ACT_PAIRS256] = {.block = 256, .column_bytes = 4 + 4 + 2 * 256, .across = SMALL_COLS},
+    [ACT_BF16]     = {.block = MATRIX_DEPTH, .column_bytes = 2 * MATRIX_DEPTH, .across = MATRIX_SIDE, .parts = 1},
+    [ACT_BF16X2]   = {.block = MATRIX_DEPTH, .column_bytes = 4 * MATRIX_DEPTH, .across = MATRIX_SIDE, .parts = 2},
 };
 enum { A32_SHIFT = 3, A256_SHIFT = 5 };            // zero points that `minus` is for, as powers of two
 enum { FLOAT_COLS = VL == 8 ? 6 : SMALL_COLS };    // of a tile in a large batch: with two vectors of rows, six columns of sums fill 16 registers best
 enum { WIDE_COLS = PYG_WIDE_COLS };                // up to this many columns the matrix unit does not pay for the unpacking
                                                    // (measured: it breaks even between 24, Q6_K, and 46, Q4_K)
 
-// The layout that `format` takes for this many columns.
+// The layout that `format` takes for this many columns, and whether it meets spread tiles.
 static int act_layout(int format, int64_t cols) {
     if (format >= ACT_WIDE && cols > WIDE_COLS) return format / ACT_WIDE;
     return cols > SMALL_COLS ? ACT_LAYOUT[format % ACT_WIDE].interleaved : format % ACT_WIDE;
 }
 
+static int takes_spread(int format, int64_t cols) { return SPREADS && format >= ACT_WIDE && cols > WIDE_COLS; }
+
 // Columns of a whole column tile, of a batch of `cols`.
 static int act_width(int layout, int64_t cols) {
-    return ACT_LAYOUT[layout].parts ? MATRIX_SIDE : layout == ACT_F32 && cols > SMALL_COLS ? FLOAT_COLS : SMALL_COLS;
+    return ACT_LAYOUT[layout].across ? ACT_LAYOUT[layout].across : layout == ACT_F32 && cols > SMALL_COLS ? FLOAT_COLS : SMALL_COLS;
 }
 static int64_t act_tiles(int layout, int64_t cols) { return (cols + act_width(layout, cols) - 1) / act_width(layout, cols); }
 
@@ -63,7 +70,7 @@ static int64_t act_bytes(int format, int64_t k, int64_t cols) {
     const int layouts[] = {format % ACT_WIDE, ACT_LAYOUT[format % ACT_WIDE].interleaved, format / ACT_WIDE};
     int64_t most = 0;
     for (int i = 0; i < 2 + (format >= ACT_WIDE); i++) {
-        int64_t across = ACT_LAYOUT[layouts[i]].parts ? act_tiles(layouts[i], cols) * MATRIX_SIDE : cols;
+        int64_t across = ACT_LAYOUT[layouts[i]].across ? act_tiles(layouts[i], cols) * ACT_LAYOUT[layouts[i]].across : cols;
         int64_t bytes = act_column_bytes(layouts[i], k) * across;
         if (bytes > most) most = bytes;
     }
@@ -99,16 +106,34 @@ INLINE void put_quads(const int8_t *q, int quads, int32_t *first, int N) {
     for (int t = 0; t < quads; t++, first += N) memcpy(first, q + 4 * t, 4);
 }
 
+INLINE void put_pairs(const int8_t *q, int quads, float d, char *block, int N, int n) {
+    int32_t even[VL], odd[VL], *dword = (int32_t *)block + n, *first = dword + 2 * N + n;
+    vi own = vi_set(0);
+    for (int t = 0; t < quads; t += VL) {
+        const vi_pairs x = (vi_pairs)vi_load(q + 4 * t), low = x << 8 >> 8, high = x >> 8;
+        own = vi_dot_i16(own, (vi)low, (vi)high);
+        vi_store(even, (vi)low);
+        vi_store(odd, (vi)high);
+        for (int i = 0; i < VL; i++, first += 2 * N) first[0] = odd[i], first[1] = even[i];
+    }
+    memcpy(dword, &d, 4);
+    dword[N] = -vi_sum(own);
+}
+
+static void round_32(const float *x, int count, act_piece *p) {
+    float factor[8];
+    for (int b = 0; b < count / 32; b++) p->d[b] = abs_max(32, x + 32 * b);
+    for (int b = count / 32; b < 8; b++) p->d[b] = 0;
+    for (int b = 0; b < 8; b++) {
+        p->d[b] /= 127.0f;
+        factor[b] = inverse(p->d[b]);
+    }
+    round_piece(x, count, factor, p);
+}
+
 static void act_a32(const float *x, int count, char *block, int N, int n) {
     act_piece p;
-    float factor[8];
-    for (int b = 0; b < count / 32; b++) p.d[b] = abs_max(32, x + 32 * b);
-    for (int b = count / 32; b < 8; b++) p.d[b] = 0;
-    for (int b = 0; b < 8; b++) {
-        p.d[b] /= 127.0f;
-        factor[b] = inverse(p.d[b]);
-    }
-    round_piece(x, count, factor, &p);
+    round_32(x, count, &p);
     for (int b = 0; b < count / 32; b++, block += ACT_LAYOUT[ACT_A32].column_bytes * N) {
         int32_t sum = p.sum[2 * b] + p.sum[2 * b + 1], *dword = (int32_t *)block + n;
         float s = p.d[b] * (float)sum;
@@ -119,20 +144,33 @@ static void act_a32(const float *x, int count, char *block, int N, int n) {
     }
 }
 
+// Returns the scale. The value of largest magnitude becomes -127, so that the scale takes its sign with it.
+static float round_256(const float *x, act_piece *p) {
+    const float extreme = signed_max(256, x), factor = extreme != 0 ? -127.0f / extreme : 0;
+    const float same[8] = {factor, factor, factor, factor, factor, factor, factor, factor};
+    round_piece(x, 256, same, p);
+    return inverse(factor);
+}
+
 INLINE int32_t pair_of(int32_t low, int32_t high) { return (low & 0xffff) | (int32_t)((uint32_t)high << 16); }
 
 static void act_a256(const float *x, char *block, int N, int n) {
     act_piece p;
-    // the value of largest magnitude becomes -127, so that the scale takes its sign with it
-    const float extreme = signed_max(256, x), factor = extreme != 0 ? -127.0f / extreme : 0, d = inverse(factor);
-    const float same[8] = {factor, factor, factor, factor, factor, factor, factor, factor};
-    round_piece(x, 256, same, &p);
+    const float d = round_256(x, &p);
     int32_t *dword = (int32_t *)block + n;
     memcpy(dword, &d, 4);
     for (int i = 0; i < 16; i++) dword[(1 + i) * N] = -p.sum[i] * (1 << A256_SHIFT);
     for (int i = 0; i < 8; i++) dword[(17 + i) * N] = pair_of(p.sum[2 * i], p.sum[2 * i + 1]);
     for (int i = 0; i < 4; i++) dword[(25 + i) * N] = pair_of(p.sum[4 * i] + p.sum[4 * i + 1], p.sum[4 * i + 2] + p.sum[4 * i + 3]);
     put_quads(p.q, 64, dword + 29 * N, N);
+}
+
+// In pairs of 16 bits, per `size` weights.
+static void act_pairs(const float *x, int count, const int size, char *block, int N, int n) {
+    act_piece p;
+    if (size == 256) p.d[0] = round_256(x, &p);
+    else round_32(x, count, &p);
+    for (int b = 0; b < count / size; b++, block += (8 + 2 * size) * N) put_pairs(p.q + size * b, size / 4, p.d[b], block, N, n);
 }
 
 // Column n of the squares for `count` values of a column.
@@ -175,6 +213,7 @@ static void act_column(int layout, const float *x, act_norm norm, int64_t k, cha
         case ACT_F32: for (int j = 0; j < count; j++) ((float *)block)[j * N + n] = y[j]; break;
         case ACT_A32: act_a32(y, count, block, N, n); break;
         case ACT_A256: act_a256(y, block, N, n); break;
+        case ACT_PAIRS32: case ACT_PAIRS256: act_pairs(y, count, row->block, block, N, n); break;
         case ACT_BF16: case ACT_BF16X2: act_bf16(y, count, block, row->parts, n); break;
         default: kernels->quantize[row->row_type](count, y, block, NULL);
         }
@@ -188,7 +227,7 @@ static inline int act_tile_cols(int layout, int64_t cols, int64_t tile) {
 
 // One column tile of x (a column is a row of the view x) into its place in `dst`.
 static void act_tile(int layout, const char *const *columns, act_norm norm, int64_t k, char *dst, int N) {
-    int rows = ACT_LAYOUT[layout].row_type != 0, across = ACT_LAYOUT[layout].parts ? MATRIX_SIDE : N;
+    int rows = ACT_LAYOUT[layout].row_type != 0, across = ACT_LAYOUT[layout].across ? ACT_LAYOUT[layout].across : N;
     for (int n = 0; n < N; n++) {
         if (rows) act_column(layout, (const float *)columns[n], norm, k, dst + n * act_column_bytes(layout, k), 1, 0);
         else act_column(layout, (const float *)columns[n], norm, k, dst, across, n);

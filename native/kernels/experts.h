@@ -4,7 +4,7 @@
 // to a chunk's columns. A worker gathers and prepares a batch in its scratch memory and keeps it for the batch's next row tiles.
 #pragma once
 
-enum { BATCH = MATRIX_UNIT ? WIDE_BLOCK : COLUMN_BLOCK * SMALL_COLS };
+enum { BATCH = MATRIX_UNIT ? WIDE_BLOCK : (SPREADS ? SPREAD_BLOCK : COLUMN_BLOCK) * SMALL_COLS };
 
 typedef struct {
     int64_t experts, pairs, per_token;
@@ -67,7 +67,7 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
     char *acts = memory + routing_bytes(r.experts, r.pairs);
     job j = {.matrices = second ? 2 : 1, .then = INT64_MAX, .finish = finish, .to = {view_of(w, s->dst), NULL, NULL}};
     const int most_cols = act_layout(s->i[1], r.pairs);                  // a batch may have fewer, and then another layout
-    const chunking c = chunks_of(w, tiles * r.batches, j.matrices, matrix_of(weight, 0, most_cols).bytes, most_cols, 1);
+    const chunking c = chunks_of(w, tiles * r.batches, j.matrices, matrix_of(weight, 0, most_cols).bytes, most_cols, 1, 0);
     const int64_t group = least(c.group, tiles), groups = div_up(tiles, group);
     batch b = {0};
     for (int64_t i, held = -1; (i = claim(w, r.batches * groups)) < r.batches * groups;) {
@@ -75,14 +75,15 @@ static void matmul_id(worker *w, const pyg_step *s, const pyg_view *second, epil
             held = i / groups;
             b = batch_at(&r, held);
             j.layout = act_layout(s->i[1], b.count);
+            j.spread = takes_spread(s->i[1], b.count);
             j.m[0] = matrix_of(weight, b.expert, j.layout);
             if (second) j.m[1] = matrix_of(second, b.expert, j.layout);
             for (int m = 0; m < 2; m++) j.finish.bias[m] = bias[m] ? (const float *)row_at(bias[m], b.expert, 0, 0) : NULL;
             j.to.map = r.order + b.first;
             gather(x, norm_of(w, s, 2), j.layout, &r, &b, acts);
         }
-        int64_t first = i % groups * group, last = least(first + group, tiles), wide = ACT_LAYOUT[j.layout].parts != 0, step = wide || j.m[0].packed ? group : 1;
-        for (int64_t t = first; t < last; t += step) (wide ? run_wide : run_chunk)(w, &j, t, least(t + step, last), acts, b.count, 0, act_tiles(j.layout, b.count));
+        const int64_t first = i % groups * group;
+        run_tiles(w, &j, first, least(first + group, tiles), acts, b.count, 0, act_tiles(j.layout, b.count));
     }
 }
 

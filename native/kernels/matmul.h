@@ -13,6 +13,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum { COLUMN_BLOCK = 8 };                       // column tiles in a chunk: 64 columns of activations stay in the L2 cache
+enum { SPREAD_BLOCK = 16 };                      // ... of spread tiles: spreading takes the time of two or three columns
 enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights: worth a claim; small enough to balance
 enum { STREAM_BYTES = 512 << 10 };               // for a few columns, where weights come from memory: a stream is slow to start
 enum { RUN_TILES = 8 };                          // tiles of one matrix before the other's: likewise
@@ -100,8 +101,8 @@ typedef struct { int64_t group, groups, block, blocks; } chunking;        // row
 static int takes_streams(int64_t cols) { return fetch_streams && cols <= STREAM_COLS ? STREAMS_OF(cols) : 1; }
 
 // tile_bytes: of a tile of each matrix
-static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t tile_bytes, int layout, int64_t cols) {
-    chunking c = {.block = COLUMN_BLOCK};
+static chunking chunks_of(const worker *w, int64_t tiles, int matrices, int64_t tile_bytes, int layout, int64_t cols, int spread) {
+    chunking c = {.block = spread ? SPREAD_BLOCK : COLUMN_BLOCK};
     const int64_t fair = div_up(tiles, 4 * w->nth), bytes = tile_bytes * matrices;     // a few chunks each, so that the last ones even out
     if (ACT_LAYOUT[layout].parts) {
         const int per_pair = 2 / matrices;
@@ -191,7 +192,7 @@ static void row_tile(const matrix *m, int64_t tile, int layout, const char *acts
 // A step's work, the same for all its chunks: one matrix, or a gate/up pair.
 typedef struct {
     matrix m[2];
-    int matrices, layout;
+    int matrices, layout, spread;                // spread: columns meet spread tiles
     int64_t then;                                // the first row tile of the worker's next chunk
     epilogue finish;
     target to;
@@ -269,6 +270,57 @@ static void run_chunk(worker *w, const job *j, int64_t first_tile, int64_t last_
             }
             for (int64_t t = start; t < end; t++)
                 store_tile(&j->finish, &at, out[0][t - start], out[1][t - start], t * TILE_ROWS, tile_rows(&j->m[0], t), 0, N);
+        }
+    }
+}
+
+// ---- many columns through spread tiles ---------------------------------------------------------------------------------------------
+// Along k it goes SPREAD_DEPTH weights at a time: that much of a row tile stays in the first-level cache while the columns pass.
+typedef struct { float *sums[2]; char *spread, *made; int64_t bytes; } spread_memory;
+
+static spread_memory spread_layout(char *base, const matrix *m) {
+    spread_memory at = {.sums = {(float *)base}};
+    at.sums[1] = at.sums[0] + SPREAD_BLOCK * SMALL_COLS * TILE_ROWS;
+    at.spread = (char *)(at.sums[1] + SPREAD_BLOCK * SMALL_COLS * TILE_ROWS);
+    at.made = at.spread + spread_bytes(m->tile, SPREAD_DEPTH);
+    at.bytes = at.made - base + (m->packed ? 0 : tile_scratch(m));
+    return at;
+}
+
+// Row tile t of a matrix x column tiles [first, last) -> sums[column][16]
+static void spread_one(const matrix *m, int64_t t, int layout, const char *acts, int64_t cols, int64_t first, int64_t last, const spread_memory *at, float *sums) {
+    const tile_type d = TILE_TYPES[m->tile];
+    const act_layout_row *act = &ACT_LAYOUT[layout];
+    const int64_t column_bytes = act_column_bytes(layout, m->k);
+    const char *tile = m->packed ? m->packed + t * m->bytes : make_tile(m, t, at->made);
+    const int64_t whole = act->across ? last : most(first, least(last, cols / SMALL_COLS));      // column tiles of eight columns
+    memset(sums, 0, (last - first) * SMALL_COLS * TILE_ROWS * sizeof *sums);
+    for (int64_t start = 0; start < m->k; start += SPREAD_DEPTH) {
+        const int64_t depth = least(SPREAD_DEPTH, m->k - start), skip = start / act->block * act->column_bytes * SMALL_COLS;
+        SPREAD_KERNELS[m->tile].spread(tile + start / d.block * tile_block_bytes(d), depth, at->spread);
+        for (int64_t c = first; c < whole; c++) {
+            const char *a = acts + c * SMALL_COLS * column_bytes + skip, *next = a + SMALL_COLS * column_bytes;
+            if (c + 1 < whole) for (int64_t i = 0; i < depth / act->block * act->column_bytes * SMALL_COLS; i += LINE) __builtin_prefetch(next + i);
+            SPREAD_KERNELS[m->tile].columns(at->spread, a, depth, sums + (c - first) * SMALL_COLS * TILE_ROWS);
+        }
+    }
+    if (whole < last) m->kernels[cols % SMALL_COLS - 1](tile, acts + whole * SMALL_COLS * column_bytes, m->k, sums + (whole - first) * SMALL_COLS * TILE_ROWS, NULL);
+}
+
+static void run_spread(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
+    for (int i = 0; i < j->matrices; i++)
+        if (j->m[i].packed) pack_tiles(&j->m[i], first_tile, last_tile);
+    for (int64_t t = first_tile; t < last_tile; t++) {
+        spread_memory at;
+        for (int i = 0; i < j->matrices; i++) {
+            at = spread_layout(w->scratch, &j->m[i]);
+            spread_one(&j->m[i], t, j->layout, acts, cols, first, last, &at, at.sums[i]);
+        }
+        for (int64_t c = first; c < last; c++) {
+            const int N = act_tile_cols(j->layout, cols, c);
+            const int64_t sums = (c - first) * SMALL_COLS * TILE_ROWS;
+            const landing to = landing_of(&j->to, c * SMALL_COLS, N);
+            store_tile(&j->finish, &to, at.sums[0] + sums, at.sums[1] + sums, t * TILE_ROWS, tile_rows(&j->m[0], t), 0, N);
         }
     }
 }
@@ -355,17 +407,25 @@ static void run_wide(worker *w, const job *j, int64_t first_tile, int64_t last_t
     matrix_end(&others);
 }
 
+// The row tiles of a chunk, in the way that its columns take.
+static void run_tiles(worker *w, const job *j, int64_t first_tile, int64_t last_tile, const char *acts, int64_t cols, int64_t first, int64_t last) {
+    const int wide = ACT_LAYOUT[j->layout].parts != 0;
+    if (wide || j->spread) (wide ? run_wide : run_spread)(w, j, first_tile, last_tile, acts, cols, first, last);
+    else if (j->m[0].packed) run_chunk(w, j, first_tile, last_tile, acts, cols, first, last);
+    else for (int64_t t = first_tile; t < last_tile; t++) run_chunk(w, j, t, t + 1, acts, cols, first, last);     // made in scratch, one for all columns
+}
+
 // mul_mat, or glu_mat with its second weight.
 static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogue finish, const pyg_view *residual) {
     const pyg_view *dst = view_of(w, s->dst), *weight = view_of(w, s->src[0]);
     const int64_t cols = dst->ne[1] * dst->ne[2];
-    const int layout = act_layout(s->i[1], cols), wide = ACT_LAYOUT[layout].parts != 0;
+    const int layout = act_layout(s->i[1], cols);
     const int64_t col_tiles = act_tiles(layout, cols);
-    job j = {.matrices = second ? 2 : 1, .layout = layout, .then = INT64_MAX, .finish = finish, .to = {dst, residual, NULL}};
+    job j = {.matrices = second ? 2 : 1, .layout = layout, .spread = takes_spread(s->i[1], cols), .then = INT64_MAX, .finish = finish, .to = {dst, residual, NULL}};
     j.m[0] = matrix_of(weight, 0, layout);
     if (second) j.m[1] = matrix_of(second, 0, layout);
     const int64_t tiles = j.m[0].tiles;
-    const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols);
+    const chunking c = chunks_of(w, tiles, j.matrices, j.m[0].bytes, layout, cols, j.spread);
     const char *acts = NULL;
     const int early = cols <= SMALL_COLS && claims_early(w, c.groups);
     const int64_t chunks = c.groups * c.blocks;
@@ -373,10 +433,7 @@ static void matmul(worker *w, const pyg_step *s, const pyg_view *second, epilogu
         if (early) j.then = least(next = claim(w, chunks), c.groups) * c.group;
         int64_t g = i / c.blocks, b = i % c.blocks;
         if (!acts) acts = s->i[2] ? view_of(w, s->src[1])->data : act_private(w, s, layout, cols);
-        // a tile made in scratch is made for all columns of the block at once: row tiles outside
-        int64_t last = least((g + 1) * c.group, tiles), step = wide || j.m[0].packed ? c.group : 1;
-        for (int64_t t = g * c.group; t < last; t += step)
-            (wide ? run_wide : run_chunk)(w, &j, t, least(t + step, last), acts, cols, b * c.block, least((b + 1) * c.block, col_tiles));
+        run_tiles(w, &j, g * c.group, least((g + 1) * c.group, tiles), acts, cols, b * c.block, least((b + 1) * c.block, col_tiles));
     }
 }
 
@@ -397,7 +454,9 @@ static int64_t scratch_tiles(const pyg_view *first, const pyg_view *second, int 
     const int few = ACT_LAYOUT[format % ACT_WIDE].interleaved;
     matrix a = matrix_of(first, 0, few), b = matrix_of(second, 0, few);
     const int64_t tiles = (a.packed ? 0 : tile_scratch(&a)) + (b.packed ? 0 : tile_scratch(&b));
-    return format < ACT_WIDE ? tiles : most(tiles, most(wide_layout(NULL, &a).bytes, wide_layout(NULL, &b).bytes));
+    if (format < ACT_WIDE) return tiles;
+    return most(tiles, SPREADS ? most(spread_layout(NULL, &a).bytes, spread_layout(NULL, &b).bytes)
+                               : most(wide_layout(NULL, &a).bytes, wide_layout(NULL, &b).bytes));
 }
 
 static int64_t scratch_mul_mat(const pyg_plan *plan, const pyg_step *s) {

@@ -26,6 +26,7 @@ typedef struct {
     int bytes;                   // of a weight of float types
     int bits;                    // of a weight in the planes
     int zero;                    // log2 of the zero point, 0: none
+    int reach;                   // log2 of what no weight's size reaches, where that is less than the zero point
     int sub;                     // weights under one sub-block scale
     int mins;                    // 1: w = d * scale * q - dmin * min (block of 256), w = d * q + m (block of 32)
     int scales;                  // SCALES_*
@@ -37,7 +38,7 @@ typedef struct {
 #define BLOCK32_TILES(T) \
     T(q4_0, .bits = 4, .zero = 3) T(q4_1, .bits = 4, .mins = 1) T(q5_0, .bits = 5, .zero = 4) T(q5_1, .bits = 5, .mins = 1) \
     T(q8_0, .bits = 8, .zero = 7) T(iq4_nl, .bits = 4, .zero = 7, .codebook = iq4_values) \
-    T(mxfp4, .bits = 4, .zero = 7, .scales = SCALES_E8M0, .codebook = fp4_values)
+    T(mxfp4, .bits = 4, .zero = 7, .reach = 4, .scales = SCALES_E8M0, .codebook = fp4_values)
 #define BLOCK256_TILES(T) \
     T(q2_K, .bits = 2, .sub = 16, .mins = 1, .scales = SCALES_NIBBLE) T(q3_K, .bits = 3, .zero = 2, .sub = 16, .scales = SCALES_I8) \
     T(q4_K, .bits = 4, .sub = 32, .mins = 1, .scales = SCALES_U6) T(q5_K, .bits = 5, .sub = 32, .mins = 1, .scales = SCALES_U6) \
@@ -45,8 +46,8 @@ typedef struct {
     T(iq4_xs, .bits = 4, .zero = 7, .sub = 32, .scales = SCALES_I8, .codebook = iq4_values)
 
 // The tiles made on the fly of types that have none of their own, for A32 and A256 activations; their numbers follow the file's.
-#define CODES32_TILES(T) T(codes32, .bits = 8, .zero = 7, .sub = 16, .scales = SCALES_F32)
-#define CODES256_TILES(T) T(codes256, .bits = 8, .zero = 7, .sub = 16, .scales = SCALES_F32)
+#define CODES32_TILES(T) T(codes32, .bits = 8, .zero = 7, .reach = 6, .sub = 16, .scales = SCALES_F32)
+#define CODES256_TILES(T) T(codes256, .bits = 8, .zero = 7, .reach = 6, .sub = 16, .scales = SCALES_F32)
 enum { TYPE_codes32 = N_TYPES, TYPE_codes256, N_TILES };
 
 static const tile_type TILE_TYPES[N_TILES] = {
@@ -68,6 +69,7 @@ INLINE int header_bytes(const tile_type d) {
     int per_row = d.scales == SCALES_NIBBLE ? 256 / d.sub : 256 / d.sub * (1 + d.mins);
     return TILE_ROWS * (2 + 2 * d.mins + per_row);
 }
+INLINE int in_pairs(const tile_type d) { return d.zero == 7 && !d.reach; }           // weights fill the byte: see spread.h
 INLINE int planes_bytes(const tile_type d) { return d.bits * LINE; }                 // of 32 weights
 INLINE int tile_block_bytes(const tile_type d) {
     return d.block == 1 ? TILE_ROWS * d.bytes : header_bytes(d) + d.block / 32 * planes_bytes(d);
@@ -87,7 +89,8 @@ static int64_t pack_bytes(int type, int64_t rows, int64_t k) {
 }
 
 // How activations are prepared for weights of a type: interleaved for tiles, ggml's own blocks for raw rows (see act.h).
-// Where a matrix unit is used and `fixed` does not forbid two roundings, also for many columns; F16 weights keep their bits in two parts.
+// Many columns go another way where `fixed` does not forbid it: as bf16 where there is a matrix unit, F16 weights keeping their bits in two
+// parts, or to spread tiles, which sum in another order.
 static int act_format(int type, int packed, int exact, int fixed) {
     enum { ROW_none = ACT_F32, ROW_q8_0 = ACT_ROW_Q8_0, ROW_q8_1 = ACT_ROW_Q8_1, ROW_q8_K = ACT_ROW_Q8_K };
     static const int8_t rows[N_TYPES] = {
@@ -97,7 +100,9 @@ static int act_format(int type, int packed, int exact, int fixed) {
     };                                                       // plain numbers: ACT_F32
     if (exact) return ACT_F32;
     const int few = packed || fixed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
-    if (!MATRIX_UNIT || fixed || type == TYPE_f32) return few;
+    if (fixed || type == TYPE_f32 || !(MATRIX_UNIT || (SPREADS && few))) return few;
+    const tile_type *tile = &TILE_TYPES[type];
+    if (SPREADS) return few + ACT_WIDE * (!in_pairs(*tile) ? ACT_LAYOUT[few].interleaved : tile->block == 256 ? ACT_PAIRS256 : ACT_PAIRS32);
     return few + ACT_WIDE * (type == TYPE_f16 ? ACT_BF16X2 : ACT_BF16);
 }
 

@@ -195,6 +195,9 @@ INLINE matrix_sums columns_at(float *c, int64_t line) {             // 32 rows o
     float *next = (float *)((char *)c + MATRIX_SIDE * line);
     return (matrix_sums){{{c, c + MATRIX_SIDE}, {next, next + MATRIX_SIDE}}, line};
 }
+#ifndef SPREADS                            // 1: tiles are spread for large batches, see kernels/spread.h
+#define SPREADS 0
+#endif
 #ifndef MATRIX_UNIT
 enum { MATRIX_UNIT = 0 };
 typedef char matrix_shape;

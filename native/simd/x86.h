@@ -122,6 +122,7 @@ static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
 static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
 #else
 enum { S8_BIAS = 0, MAC_WHOLE_BYTES = 0 };
+#define SPREADS 1
 // vpmaddubsw adds two products in 16 bits: 127 * 127 * 2 fits, a full unsigned byte does not, hence the sign trick in _s8
 static inline vi vi_dot_u7(vi acc, vi w, vi a) {
     return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, (__m256i)a), _mm256_set1_epi16(1));
@@ -135,6 +136,7 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_e
 // 2 * 127 * (2^bits - 1) * steps fits.
 static inline int mac_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
 static inline vi mac_open(vi c) { (void)c; return (vi)_mm256_setzero_si256(); }
+static inline vi mac_first(vi w, vi a) { return (vi)_mm256_maddubs_epi16((__m256i)w, (__m256i)a); }
 static inline vi mac(vi sum, vi w, vi a) {
     sum = (vi)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
     IN_REGISTER(sum);

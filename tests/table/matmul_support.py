@@ -9,7 +9,7 @@ from pyggml.native import lib
 from pyggml.quants import dequantize
 from pyggml.types import tensor_type
 
-ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT_BF16, ACT_BF16X2 = range(8)
+ACT_F32, ACT_A32, ACT_A256, ACT_ROW_Q8_0, ACT_ROW_Q8_1, ACT_ROW_Q8_K, ACT_PAIRS32, ACT_PAIRS256, ACT_BF16, ACT_BF16X2 = range(10)
 ACT_WIDE = lib.PYG_ACT_WIDE
 SMALL_COLS, WIDE_COLS = 8, 32
 EPS = 1e-5
@@ -59,7 +59,7 @@ def rounded(x: np.ndarray, fmt: int) -> np.ndarray:
     if fmt in (ACT_BF16, ACT_BF16X2):
         high = bf16(x)
         return high if fmt == ACT_BF16 else high + bf16(x - high.astype(np.float32))
-    if fmt in (ACT_A256, ACT_ROW_Q8_K):
+    if fmt in (ACT_A256, ACT_ROW_Q8_K, ACT_PAIRS256):
         blocks = x.reshape(len(x), -1, 256)
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
         inverse = np.divide(np.float32(-127), extreme, out=np.zeros_like(extreme), where=extreme != 0)
@@ -68,7 +68,7 @@ def rounded(x: np.ndarray, fmt: int) -> np.ndarray:
     blocks = x.reshape(len(x), -1, 32)
     d = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d != 0)
-    kept = d.astype(np.float16) if fmt != ACT_A32 and len(x) <= SMALL_COLS else d       # ggml's blocks carry a half float
+    kept = d.astype(np.float16) if fmt not in (ACT_A32, ACT_PAIRS32) and len(x) <= SMALL_COLS else d       # ggml's blocks carry a half float
     return (np.rint(blocks * inverse).astype(np.float64) * kept).reshape(x.shape)
 
 

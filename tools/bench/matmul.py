@@ -40,7 +40,7 @@ def weights(name: str, rows: int, k: int, rng: np.random.Generator) -> np.ndarra
 def kind(name: str, cols: int) -> str:
     """Which multiplications a product of packed weights with so many columns is made of: a field of Work."""
     row = tensor_type(name)
-    if lib.pyg_act_format(row.id, 1, 0, 0) >= lib.PYG_ACT_WIDE and cols > lib.PYG_WIDE_COLS:
+    if lib.pyg_act_format(row.id, 1, 0, 0) >= lib.PYG_ACT_WIDE * lib.PYG_ACT_BF16 and cols > lib.PYG_WIDE_COLS:
         return "bf16"
     return "int8" if row.quantized else "floats"
 
@@ -50,6 +50,8 @@ def measure(name: str, rows: int, k: int, cols: int, threads: int, memory: int, 
     rng = np.random.default_rng(0)
     type_id = tensor_type(name).id
     size = lib.pyg_pack_bytes(type_id, rows, k)
+    if not size:
+        sys.exit(f"{name} has no packed form for rows of {k} weights")
     copies = max(1, min(64, (memory << 20) // size)) if cols <= 8 else 1
     raw = weights(name, rows, k, rng)
     fmt = lib.pyg_act_format(type_id, 1, 0, 0)
