@@ -66,7 +66,8 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    fetch_streams = slow_bf16 = __builtin_cpu_is("intel");
+    slow_bf16 = __builtin_cpu_is("intel") != 0;
+    fetch_streams = slow_bf16 || !__builtin_cpu_supports("avx512f");
 #endif
 }
 
