@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pyggml.errors import Cancelled, PyggmlError
+from pyggml.formats.values import printable
 
 CHUNK = 1 << 20
 BLOCK = 4096                # of file systems that can share blocks between files
@@ -225,13 +226,13 @@ def refuse_input(outputs: Iterable[str | os.PathLike[str]], inputs: Iterable[str
     there = [path for path in inputs if os.path.exists(path)]
     for path in outputs:
         if os.path.exists(path) and any(os.path.samefile(path, name) for name in there):
-            raise PyggmlError(f"{os.fspath(path)}: the output is the input; write to another path")
+            raise PyggmlError(f"{printable(os.fspath(path))}: the output is the input; write to another path")
 
 
 def require_place(path: str | os.PathLike[str]) -> None:
     """PyggmlError where no file can be written to `path`: before long work."""
     if os.path.isdir(path) or not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-        raise PyggmlError(f"{os.fspath(path)}: no file can be written there; give another path")
+        raise PyggmlError(f"{printable(os.fspath(path))}: no file can be written there; give another path")
 
 
 def check_room(path: str | os.PathLike[str], size: int) -> None:
