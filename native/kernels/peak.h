@@ -13,7 +13,7 @@ static void peak_int8(const char *x) {               // weights of four bits, of
         UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) part[i] = mac_open(sum[i]);
         UNROLL(8) for (int t = 0; t < STEPS; t++)
             UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) part[i] = mac(part[i], w, vi_set4(y + 4 * i));
-        UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = mac_close(sum[i], part[i]);
+        UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = mac_close(sum[i], part[i], PAIR_OF_ONES);
     }
     PEAK_USE(sum);
 }

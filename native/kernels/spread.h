@@ -39,23 +39,13 @@ static int64_t spread_bytes(int tile, int64_t k) {
 }
 
 // ---- from an R16 tile ------------------------------------------------------------------------------------------------------------
-// Scales of sub-blocks 2p and 2p + 1, in the halves of a lane.
-INLINE vi scale_pair(const tile_type d, const char *w, const int v, const int p) {
-    vi two = vi_pairs_from_u8(w + 2 * TILE_ROWS * (1 + d.mins + p) + 2 * VL * v);
-    return d.scales == SCALES_NIBBLE ? two & 0x000f000f : d.scales == SCALES_I8 ? vi_pairs_from_i8(two) : two;
-}
-INLINE vi doubled(vi two, const int side) { return side ? (two >> 16 & 0xffff) | (two & (int32_t)0xffff0000) : (two & 0xffff) | two << 16; }
-
 INLINE void spread_scales(const tile_type d, const char *w, const int v, char *to) {      // of a block of 256
     const int pairs = 128 / d.sub;
     char *scale = to + (1 + d.mins) * LINE, *less = scale + 2 * pairs * LINE;
     EACH(p, pairs) {
         const vi two = scale_pair(d, w, v, p);
         EACH(side, 2) vi_store(scale + (2 * p + side) * LINE, doubled(two, side));
-        const char *mins = w + 2 * TILE_ROWS * (2 + (d.scales == SCALES_NIBBLE ? p : pairs + p)) + 2 * VL * v;
-        vi low = d.mins ? vi_pairs_from_u8(mins) : (vi)(-(vi_pairs)two << spread_zero(d));
-        if (d.scales == SCALES_NIBBLE) low = low >> 4 & 0x000f000f;
-        vi_store(less + p * LINE, low);
+        vi_store(less + p * LINE, d.mins ? min_pair(d, w, v, p) : shifted(two, spread_zero(d)));
     }
 }
 

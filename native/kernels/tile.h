@@ -12,7 +12,8 @@ typedef void streams_fn(const char *w, int64_t apart, const char *a, int64_t k, 
 
 // A pass computes `vecs` vectors of rows x `cols` columns in registers; a tile is as many passes as it takes.
 // AVX-512: the whole tile; 16 registers and fewer lanes: all rows of a column or two, or a vector of rows of four columns; of floats, all
-// rows of up to six.
+// rows of up to six. Sums of 16 bits (AVX2) wait for theirs of 32 in memory: all rows of four columns, or a vector of rows of more, which are
+// then unpacked once; nibbles of Q4_0 and Q4_1 take so little that fewer broadcasts are worth more.
 // On Intel's processors vpdpbusd shares its two ports with everything else on 512 bits (a core's loop of products alone: 416 GMAC/s, with
 // an `and` beside every other one 308, beside each one 243), so unpacking and scaling cost as much as products: of eight columns Q8_0 has
 // 64 products and 33 others a block, Q4_0 37, Q4_K 61 on 128, Q6_K 65 on 64, which leaves 66, 63, 68 and 50 % of the peak at most.
@@ -38,7 +39,7 @@ enum { PASS_ACC = 1, FLOAT_ACC = 1, FLOAT_VECS = 1, FLOAT_PHASES = 1 };
 #define SPECIALIZED static __attribute__((noinline))
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 #else
-enum { PASS_ACC = VL == 16 ? SMALL_COLS : 4, FLOAT_ACC = VL == 8 ? 2 * FLOAT_COLS : 8, FLOAT_VECS = VL == 8 ? 2 : 1, FLOAT_PHASES = VL == 16 ? 2 : 1 };
+enum { PASS_ACC = VL == 16 || SPREADS ? SMALL_COLS : 4, FLOAT_ACC = VL == 8 ? 2 * FLOAT_COLS : 8, FLOAT_VECS = VL == 8 ? 2 : 1, FLOAT_PHASES = VL == 16 ? 2 : 1 };
 #define SPECIALIZED INLINE
 #define EACH(i, n) UNROLL(16) for (int i = 0; i < (n); i++)
 #endif
@@ -96,8 +97,8 @@ INLINE int in_two_sums(const tile_type d, const pass_shape s, const int quads) {
 }
 
 // Weights that fill the byte are stored plus 128 (see S8_BIAS), the others are small unsigned numbers.
-// c[v * cols + n] += lines of quads `first` .. `first + quads` of 32 weights x their activations.
-INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, const int quads, const char *planes, const char *q, vi *c) {
+// c[v * cols + n] += lines of quads `first` .. `first + quads` of 32 weights x their activations; factor: see mac_close, NULL: one.
+INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, const int quads, const char *planes, const char *q, const vi *factor, vi *c) {
     const int steps = d.zero == 7 ? 1 : least_int(quads, mac_steps(d.bits)), both = quads == 8 && d.bits != 8;
     const int apart = in_two_sums(d, s, quads), in_place = apart && d.bits == 4 && !d.codebook;      // in place: 16 times the upper nibbles
     vi sum[PASS_ACC], rest[PASS_ACC], nibbles[PASS_VECS];
@@ -117,7 +118,7 @@ INLINE void dot_lines(const tile_type d, const pass_shape s, const int first, co
                 if (apart && i & 1) rest[j] = mac(rest[j], x[v], y);
                 else if (d.zero == 7) c[j] = vi_dot_s8(c[j], x[v], y);
                 else sum[j] = mac(i % steps == 0 ? mac_open(c[j]) : sum[j], x[v], y);
-                if (d.zero != 7 && (i + 1) % steps == 0) c[j] = mac_close(c[j], sum[j]);
+                if (d.zero != 7 && (i + 1) % steps == 0) c[j] = mac_close(c[j], sum[j], factor ? factor[v] : PAIR_OF_ONES);
             }
         }
     }
@@ -145,7 +146,7 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
         }
         fetch_ahead(s, ahead, w, tile_block_bytes(d));
         const char *planes = w + header_bytes(d), *q = a + 12 * N;
-        dot_lines(d, s, 0, 8, planes, q, c);
+        dot_lines(d, s, 0, 8, planes, q, NULL, c);
         EACH(v, vecs) {
             vf scale = scale_32(d, block_of(s, w, v), vector_of(s, v));
             EACH(n, cols) f[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale * vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
@@ -159,29 +160,53 @@ INLINE void pass_32(const tile_type d, const pass_shape s, const char *w, const 
 }
 
 // ---- blocks of 256 x ACT_A256 -----------------------------------------------------------------------------------------------------
-// Where the sums of two sub-blocks fit in 16 bits they meet both integer scales in one product. Others become floats first: a product of
-// whole lanes takes twice the time, and as floats, too, nearly all sums of a block are exact.
+// Scales of sub-blocks 2p and 2p + 1 as bytes in the halves of a lane, their mins, and the scales as numbers.
+INLINE vi scale_bytes(const tile_type d, const char *w, const int v, const int p) { return vi_pairs_from_u8(w + 2 * TILE_ROWS * (1 + d.mins + p) + 2 * VL * v); }
+INLINE vi min_pair(const tile_type d, const char *w, const int v, const int p) {
+    return d.scales == SCALES_NIBBLE ? scale_bytes(d, w, v, p) >> 4 & 0x000f000f : scale_bytes(d, w, v, 128 / d.sub + p);
+}
+INLINE vi scale_pair(const tile_type d, const char *w, const int v, const int p) {
+    const vi two = scale_bytes(d, w, v, p);
+    return d.scales == SCALES_NIBBLE ? two & 0x000f000f : d.scales == SCALES_I8 ? vi_pairs_from_i8(two) : two;
+}
+INLINE vi doubled(vi two, const int side) { return side ? (two >> 16 & 0xffff) | (two & (int32_t)0xffff0000) : (two & 0xffff) | two << 16; }
+INLINE vi shifted(vi two, const int zero) { return (vi)(-(vi_pairs)two << zero); }      // what a zero point takes off for each sum of activations
+
+// Where sums are closed by a product, the scale is its factor. Else where the sums of two sub-blocks fit in 16 bits they meet both integer
+// scales in one product. Others become floats first: a product of whole lanes takes twice the time, and as floats, too, nearly all sums of
+// a block are exact.
+INLINE int scales_close(const tile_type d) { return SPREADS && !d.codebook; }
 INLINE int sums_fit_i16(const tile_type d) { return !d.codebook && (127 << (d.zero ? d.zero : d.bits)) * d.sub <= INT16_MAX; }
 INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int N = s.N, vecs = s.vecs, cols = s.cols;
     const fetch_plan ahead = {w, next, k / 256 * tile_block_bytes(d)};
-    const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub, pair_line = 2 * TILE_ROWS;
+    const int half = TILE_ROWS * 2, lane = VL * 2, pairs = 128 / d.sub;
     const int quads = d.sub / 4;                             // per sub-block
     const int share = (tile_block_bytes(d) / LINE + pairs - 1) / pairs * LINE;      // of a block, to fetch ahead with each pair
     vf f[PASS_ACC];
     EACH(i, vecs * cols) f[i] = vf_set(0);
     for (int64_t b = 0; b < k / 256; b++, w += tile_block_bytes(d), a += ACT_LAYOUT[ACT_A256].column_bytes * N) {
-        const char *scales = w + half * (1 + d.mins), *mins = scales + pairs * pair_line, *planes = w + header_bytes(d), *q = a + 4 * 29 * N;
+        const char *planes = w + header_bytes(d), *q = a + 4 * 29 * N, *sums = a + 4 * (d.sub == 32 ? 25 : 17) * N + 4 * s.n0;
         vi pair[PASS_ACC];
         vf sum[PASS_ACC];
         EACH(i, vecs * cols) pair[i] = vi_set(0), sum[i] = vf_set(0);
         UNROLL(1) for (int p = 0; p < pairs; p++) {
-            vi first[PASS_ACC];
+            vi first[PASS_ACC], scales[PASS_VECS];
             fetch_ahead(s, ahead, w + p * share, share);
+            if (scales_close(d)) EACH(v, vecs) scales[v] = scale_pair(d, block_of(s, w, v), vector_of(s, v), p);
+            if (scales_close(d) && d.zero) EACH(n, cols) {
+                const vi two = vi_set4(sums + 4 * (p * N + n));
+                EACH(v, vecs) pair[v * cols + n] = vi_dot_i16(pair[v * cols + n], shifted(scales[v], d.zero), two);
+            }
             EACH(side, 2) {                                     // the two sub-blocks whose scales lie side by side
                 const char *lines = planes + (d.sub == 32 ? 2 * p + side : p) * planes_bytes(d);
                 const char *quad = q + (2 * p + side) * quads * 4 * N;
-                vi c[PASS_ACC];
+                vi c[PASS_ACC], factor[PASS_VECS];
+                if (scales_close(d)) {
+                    EACH(v, vecs) factor[v] = doubled(scales[v], side);
+                    dot_lines(d, s, d.sub == 32 ? 0 : 4 * side, quads, lines, quad, factor, pair);
+                    continue;
+                }
                 EACH(n, cols) {
                     vi start = vi_set(0);
                     if (needs_start(d)) {
@@ -191,16 +216,15 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
                     }
                     EACH(v, vecs) c[v * cols + n] = start;
                 }
-                dot_lines(d, s, d.sub == 32 ? 0 : 4 * side, quads, lines, quad, c);
+                dot_lines(d, s, d.sub == 32 ? 0 : 4 * side, quads, lines, quad, NULL, c);
                 if (sums_fit_i16(d) && !side) EACH(i, vecs * cols) first[i] = c[i] & 0xffff;
                 else EACH(v, vecs) {
-                    vi two = vi_pairs_from_u8(block_of(s, scales, v) + p * pair_line + lane * vector_of(s, v));
-                    if (d.scales == SCALES_NIBBLE) two &= 0x000f000f;
                     if (sums_fit_i16(d)) {
-                        if (d.scales == SCALES_I8) two = vi_pairs_from_i8(two);
+                        const vi two = scale_pair(d, block_of(s, w, v), vector_of(s, v), p);
                         EACH(n, cols) pair[v * cols + n] = vi_dot_i16(pair[v * cols + n], two, first[v * cols + n] | c[v * cols + n] << 16);
                         continue;
                     }
+                    const vi two = scale_bytes(d, block_of(s, w, v), vector_of(s, v), p);
                     const vf scale = vf_from_i(d.scales == SCALES_I8 ? (side ? two << 8 : two << 24) >> 24 : side ? two >> 16 : two & 0xff);
                     EACH(n, cols) sum[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale, sum[v * cols + n]);
                 }
@@ -209,15 +233,10 @@ INLINE void pass_256(const tile_type d, const pass_shape s, const char *w, const
         EACH(v, vecs) {
             vf scale = vf_from_f16(block_of(s, w, v) + lane * vector_of(s, v));
             EACH(n, cols) {
-                vf y = (sums_fit_i16(d) ? vf_from_i(pair[v * cols + n]) : sum[v * cols + n]) * scale;
+                vf y = (scales_close(d) || sums_fit_i16(d) ? vf_from_i(pair[v * cols + n]) : sum[v * cols + n]) * scale;
                 if (d.mins) {
-                    const char *sums = a + 4 * (d.sub == 32 ? 25 : 17) * N + 4 * (s.n0 + n);
                     vi m = vi_set(0);
-                    EACH(p, pairs) {
-                        vi two = d.scales == SCALES_NIBBLE ? vi_pairs_from_u8(block_of(s, scales, v) + p * pair_line + lane * vector_of(s, v)) >> 4 & 0x000f000f
-                                                           : vi_pairs_from_u8(block_of(s, mins, v) + p * pair_line + lane * vector_of(s, v));
-                        m = vi_dot_i16(m, two, vi_set4(sums + 4 * p * N));
-                    }
+                    EACH(p, pairs) m = vi_dot_i16(m, min_pair(d, block_of(s, w, v), vector_of(s, v), p), vi_set4(sums + 4 * (p * N + n)));
                     y = vf_fma(-vf_from_i(m), vf_from_f16(block_of(s, w, v) + half + lane * vector_of(s, v)), y);
                 }
                 f[v * cols + n] = vf_fma(y, vf_set(((const float *)a)[s.n0 + n]), f[v * cols + n]);
@@ -247,7 +266,7 @@ INLINE void pass_codes(const tile_type d, const pass_shape s, const char *w, con
                 }
                 EACH(v, vecs) c[v * cols + n] = start;
             }
-            dot_lines(d, s, 4 * h, 4, w + header_bytes(d) + g * planes_bytes(d), quad, c);
+            dot_lines(d, s, 4 * h, 4, w + header_bytes(d) + g * planes_bytes(d), quad, NULL, c);
             EACH(v, vecs) {
                 vf scale = vf_load((const float *)w + (2 * g + h) * TILE_ROWS + VL * (s.v0 + v));
                 EACH(n, cols) sum[v * cols + n] = vf_fma(vf_from_i(c[v * cols + n]), scale, sum[v * cols + n]);
@@ -299,7 +318,8 @@ INLINE void pass(const tile_type d, const pass_shape s, const char *w, const cha
     else pass_256(d, s, w, a, k, out, next);
 }
 INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out, const char *next) {
-    const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC, wide = d.block == 1 ? FLOAT_VECS : 1;
+    const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
+    const int wide = d.block == 1 ? FLOAT_VECS : SPREADS && d.block == 32 && d.bits == 4 && !d.codebook ? TILE_VECS : 1;
     const int vecs = N * TILE_VECS <= acc ? TILE_VECS : wide, across = (N * vecs + acc - 1) / acc, cols = acc == 1 ? 1 : (N + across - 1) / across;
     const int rest = N % cols, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {

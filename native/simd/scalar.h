@@ -99,7 +99,7 @@ enum { MAC_WHOLE_BYTES = 0 };
 static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
-static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
+static inline vi mac_close(vi c, vi sum, vi factor) { (void)c, (void)factor; return sum; }
 
 // ---- lanes repeated and swapped, for attention (see x86.h) -----------------------------------------------------------------------
 enum { VREGS = 16 };

@@ -195,7 +195,8 @@ INLINE matrix_sums columns_at(float *c, int64_t line) {             // 32 rows o
     float *next = (float *)((char *)c + MATRIX_SIDE * line);
     return (matrix_sums){{{c, c + MATRIX_SIDE}, {next, next + MATRIX_SIDE}}, line};
 }
-#ifndef SPREADS                            // 1: tiles are spread for large batches, see kernels/spread.h
+#define PAIR_OF_ONES vi_set(0x00010001)    // a factor for mac_close
+#ifndef SPREADS                            // 1: sums of products are of 16 bits, and tiles are spread for large batches, see kernels/spread.h
 #define SPREADS 0
 #endif
 #ifndef MATRIX_UNIT

@@ -59,7 +59,7 @@ enum { MAC_WHOLE_BYTES = 1 };                       // and w may be any unsigned
 static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
-static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
+static inline vi mac_close(vi c, vi sum, vi factor) { (void)c, (void)factor; return sum; }
 static inline vi vi_pairs_from_u8(const void *p) { return (vi)_mm512_cvtepu8_epi16(_mm256_loadu_si256(p)); }
 static inline vi vi_lookup(const int8_t table[16], vi index) {
     return (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), (__m512i)index);
@@ -119,7 +119,7 @@ static inline vi vi_dot_i16(vi acc, vi w, vi a) { return (vi)DPWSSD((__m256i)acc
 static inline int mac_steps(int bits) { (void)bits; return 8; }
 static inline vi mac_open(vi c) { return c; }
 static inline vi mac(vi sum, vi w, vi a) { return vi_dot_u7(sum, w, a); }
-static inline vi mac_close(vi c, vi sum) { (void)c; return sum; }
+static inline vi mac_close(vi c, vi sum, vi factor) { (void)c, (void)factor; return sum; }
 #else
 enum { S8_BIAS = 0, MAC_WHOLE_BYTES = 0 };
 #define SPREADS 1
@@ -133,7 +133,7 @@ static inline vi vi_dot_s8(vi acc, vi w, vi a) {
 }
 static inline vi vi_dot_i16(vi acc, vi w, vi a) { return acc + (vi)_mm256_madd_epi16((__m256i)w, (__m256i)a); }
 // A sum of byte products in the making, for w below 2^bits: open, up to mac_steps times mac, close. It stays in 16 bits as long as
-// 2 * 127 * (2^bits - 1) * steps fits.
+// 2 * 127 * (2^bits - 1) * steps fits, and what widens it is a product anyway: by a factor, the same in both halves of a lane.
 static inline int mac_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
 static inline vi mac_open(vi c) { (void)c; return (vi)_mm256_setzero_si256(); }
 static inline vi mac_first(vi w, vi a) { return (vi)_mm256_maddubs_epi16((__m256i)w, (__m256i)a); }
@@ -142,7 +142,7 @@ static inline vi mac(vi sum, vi w, vi a) {
     IN_REGISTER(sum);
     return sum;
 }
-static inline vi mac_close(vi c, vi sum) { return c + (vi)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+static inline vi mac_close(vi c, vi sum, vi factor) { return vi_dot_i16(c, sum, factor); }
 #endif
 // ---- for packed matmuls: bytes in, bytes out ------------------------------------------------------------------------------
 static inline __attribute__((always_inline)) vi vi_set4_shift(const void *p, const int n) {
