@@ -43,8 +43,8 @@ static const act_layout_row ACT_LAYOUT[] = {
 };
 enum { A32_SHIFT = 3, A256_SHIFT = 5 };            // zero points that `minus` is for, as powers of two
 enum { FLOAT_COLS = VL == 8 ? 6 : SMALL_COLS };    // of a tile in a large batch: with two vectors of rows, six columns of sums fill 16 registers best
-enum { WIDE_COLS = PYG_WIDE_COLS };                // up to this many columns the matrix unit does not pay for the unpacking
-                                                   // (measured: it breaks even between 24, Q6_K, and 46, Q4_K)
+enum { WIDE_COLS = SPREADS ? 15 : PYG_WIDE_COLS };  // up to this many columns spreading tiles or the matrix unit do not pay for the unpacking
+                                                   // (measured: the unit breaks even between 24, Q6_K, and 46, Q4_K)
 
 // The layout that `format` takes for this many columns, and whether it meets spread tiles.
 static int act_layout(int format, int64_t cols) {
@@ -240,7 +240,9 @@ static act_norm norm_of(const worker *w, const pyg_step *s, int norm_source) {
 }
 
 // Columns of a (T, K) or (T, U, K) view, numbered in order.
-static inline const char *column_at(const pyg_view *x, int64_t c) { return row_at(x, c % x->ne[1], c / x->ne[1], 0); }
+static inline const char *column_at(const pyg_view *x, int64_t c) {
+    return x->ne[2] == 1 ? row_at(x, c, 0, 0) : row_at(x, c % x->ne[1], c / x->ne[1], 0);      // no division where there is nothing to divide
+}
 
 static void act_view_tile(int layout, const pyg_view *x, act_norm norm, int64_t cols, int64_t tile, char *dst) {
     const char *columns[MATRIX_SIDE];

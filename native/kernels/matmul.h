@@ -13,7 +13,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 enum { COLUMN_BLOCK = 8 };                       // column tiles in a chunk: 64 columns of activations stay in the L2 cache
-enum { SPREAD_BLOCK = 16 };                      // ... of spread tiles: spreading takes the time of two or three columns
+enum { SPREAD_BLOCK = 16 };                      // ... of spread tiles: spreading takes the time of one or two columns
 enum { CHUNK_BYTES = 128 << 10, CHUNK_MIN_BYTES = 16 << 10 };      // of weights: worth a claim; small enough to balance
 enum { STREAM_BYTES = 512 << 10 };               // for a few columns, where weights come from memory: a stream is slow to start
 enum { RUN_TILES = 8 };                          // tiles of one matrix before the other's: likewise
@@ -160,13 +160,14 @@ INLINE void finish(const epilogue *e, const float *a, const float *b, int64_t ro
 
 // Columns of the result: where column c is stored, and what is added to it. map: which column of dst is meant, or NULL.
 typedef struct { const pyg_view *dst, *residual; const int32_t *map; } target;
-typedef struct { float *to[2 * MATRIX_SIDE]; const float *residual[2 * MATRIX_SIDE]; } landing;     // first rows of some columns
+enum { LANDING = MATRIX_UNIT ? 2 * MATRIX_SIDE : SMALL_COLS };
+typedef struct { float *to[LANDING]; const float *residual[LANDING]; } landing;     // first rows of some columns
 
 static landing landing_of(const target *to, int64_t column, int N) {
-    landing l = {0};
+    landing l;
     for (int n = 0; n < N; n++) {
         l.to[n] = (float *)column_at(to->dst, to->map ? to->map[column + n] : column + n);
-        if (to->residual) l.residual[n] = (const float *)column_at(to->residual, column + n);
+        l.residual[n] = to->residual ? (const float *)column_at(to->residual, column + n) : NULL;
     }
     return l;
 }
@@ -299,9 +300,8 @@ static void spread_one(const matrix *m, int64_t t, int layout, const char *acts,
         const int64_t depth = least(SPREAD_DEPTH, m->k - start), skip = start / act->block * act->column_bytes * SMALL_COLS;
         SPREAD_KERNELS[m->tile].spread(tile + start / d.block * tile_block_bytes(d), depth, at->spread);
         for (int64_t c = first; c < whole; c++) {
-            const char *a = acts + c * SMALL_COLS * column_bytes + skip, *next = a + SMALL_COLS * column_bytes;
-            if (c + 1 < whole) for (int64_t i = 0; i < depth / act->block * act->column_bytes * SMALL_COLS; i += LINE) __builtin_prefetch(next + i);
-            SPREAD_KERNELS[m->tile].columns(at->spread, a, depth, sums + (c - first) * SMALL_COLS * TILE_ROWS);
+            const char *a = acts + c * SMALL_COLS * column_bytes + skip;
+            SPREAD_KERNELS[m->tile].columns(at->spread, a, depth, act_tile_cols(layout, cols, c), sums + (c - first) * SMALL_COLS * TILE_ROWS);
         }
     }
     if (whole < last) m->kernels[cols % SMALL_COLS - 1](tile, acts + whole * SMALL_COLS * column_bytes, m->k, sums + (whole - first) * SMALL_COLS * TILE_ROWS, NULL);
@@ -312,6 +312,11 @@ static void run_spread(worker *w, const job *j, int64_t first_tile, int64_t last
         if (j->m[i].packed) pack_tiles(&j->m[i], first_tile, last_tile);
     for (int64_t t = first_tile; t < last_tile; t++) {
         spread_memory at;
+        for (int64_t c = first; c < last; c++) {                     // the results' lines are there when the sums are
+            const int N = act_tile_cols(j->layout, cols, c);
+            const landing to = landing_of(&j->to, c * SMALL_COLS, N);
+            for (int n = 0; n < N; n++) __builtin_prefetch(to.to[n] + t * TILE_ROWS, 1);
+        }
         for (int i = 0; i < j->matrices; i++) {
             at = spread_layout(w->scratch, &j->m[i]);
             spread_one(&j->m[i], t, j->layout, acts, cols, first, last, &at, at.sums[i]);

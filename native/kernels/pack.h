@@ -70,6 +70,7 @@ INLINE int header_bytes(const tile_type d) {
     return TILE_ROWS * (2 + 2 * d.mins + per_row);
 }
 INLINE int in_pairs(const tile_type d) { return d.zero == 7 && !d.reach; }           // weights fill the byte: see spread.h
+INLINE int nibbles_alone(const tile_type d) { return d.block == 32 && d.bits == 4 && !d.codebook; }      // hardly anything to take apart
 INLINE int planes_bytes(const tile_type d) { return d.bits * LINE; }                 // of 32 weights
 INLINE int tile_block_bytes(const tile_type d) {
     return d.block == 1 ? TILE_ROWS * d.bytes : header_bytes(d) + d.block / 32 * planes_bytes(d);
@@ -102,6 +103,7 @@ static int act_format(int type, int packed, int exact, int fixed) {
     const int few = packed || fixed ? ACT_LAYOUT[rows[type]].interleaved : rows[type];
     if (fixed || type == TYPE_f32 || !(MATRIX_UNIT || (SPREADS && few))) return few;
     const tile_type *tile = &TILE_TYPES[type];
+    if (SPREADS && nibbles_alone(*tile)) return few;
     if (SPREADS) return few + ACT_WIDE * (!in_pairs(*tile) ? ACT_LAYOUT[few].interleaved : tile->block == 256 ? ACT_PAIRS256 : ACT_PAIRS32);
     return few + ACT_WIDE * (type == TYPE_f16 ? ACT_BF16X2 : ACT_BF16);
 }

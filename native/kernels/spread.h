@@ -21,7 +21,10 @@
 #pragma once
 
 enum { SPREAD_DEPTH = 256 };            // weights along k that are spread at a time
-typedef struct { void (*spread)(const char *w, int64_t k, char *to); void (*columns)(const char *w, const char *a, int64_t k, float *out); } spread_kernel;
+typedef struct {
+    void (*spread)(const char *w, int64_t k, char *to);
+    void (*columns)(const char *w, const char *a, int64_t k, int cols, float *out);
+} spread_kernel;
 #if SPREADS
 
 // The zero point and the bits of a spread tile's bytes.
@@ -215,9 +218,9 @@ INLINE void spread_pairs(const tile_type d, const char *w, const char *a, const 
     }
 }
 
-// out[column][16] += a spread tile x eight columns
-INLINE void spread_columns(const tile_type d, const char *w, const char *a, int64_t k, float *out) {
-    UNROLL(1) for (int n = 0; n < SMALL_COLS; n += SPREAD_COLS, a += 4 * SPREAD_COLS, out += TILE_ROWS * SPREAD_COLS) {
+// out[column][16] += a spread tile x the first `cols` of eight columns, and as many more as fill a pass
+INLINE void spread_columns(const tile_type d, const char *w, const char *a, int64_t k, int cols, float *out) {
+    UNROLL(1) for (int n = 0; n < cols; n += SPREAD_COLS, a += 4 * SPREAD_COLS, out += TILE_ROWS * SPREAD_COLS) {
         if (in_pairs(d)) spread_pairs(d, w, a, a + 8 * SMALL_COLS + 4 * n, k / d.block, out);
         else if (d.scales == SCALES_F32) spread_codes(d, w, a, k / d.block, out);
         else if (d.block == 32) spread_32(d, w, a, k / 32, out);
@@ -228,7 +231,7 @@ INLINE void spread_columns(const tile_type d, const char *w, const char *a, int6
 #define SPREAD_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #define T(name, ...) \
     static void spread_##name(const char *w, int64_t k, char *to) { spread_tile(TILE_TYPES[TYPE_##name], w, k, to); } \
-    static void spread_columns_##name(const char *w, const char *a, int64_t k, float *out) { spread_columns(TILE_TYPES[TYPE_##name], w, a, k, out); }
+    static void spread_columns_##name(const char *w, const char *a, int64_t k, int cols, float *out) { spread_columns(TILE_TYPES[TYPE_##name], w, a, k, cols, out); }
 SPREAD_TILES(T)
 #undef T
 static const spread_kernel SPREAD_KERNELS[N_TILES] = {

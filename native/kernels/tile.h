@@ -319,7 +319,7 @@ INLINE void pass(const tile_type d, const pass_shape s, const char *w, const cha
 }
 INLINE void passes(const tile_type d, const int N, const char *w, const char *a, int64_t k, float *out, const char *next) {
     const int acc = d.block == 1 ? FLOAT_ACC : PASS_ACC;
-    const int wide = d.block == 1 ? FLOAT_VECS : SPREADS && d.block == 32 && d.bits == 4 && !d.codebook ? TILE_VECS : 1;
+    const int wide = d.block == 1 ? FLOAT_VECS : SPREADS && nibbles_alone(d) ? TILE_VECS : 1;
     const int vecs = N * TILE_VECS <= acc ? TILE_VECS : wide, across = (N * vecs + acc - 1) / acc, cols = acc == 1 ? 1 : (N + across - 1) / across;
     const int rest = N % cols, count = TILE_VECS / vecs * across;
     UNROLL(1) for (int v = 0; v < TILE_VECS; v += vecs) {
