@@ -2,7 +2,12 @@
 // has: weights in registers, activations broadcast from the first-level cache.
 enum { PEAK_SUMS = VREGS == 32 ? 16 : 8, PEAK_ROUNDS = 2048, PEAK_WORDS = 256 };
 
-#define PEAK_USE(sums) UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) __asm__ volatile("" : : "m"(sums[i]))      // what is computed is wanted
+// What is computed is wanted: a copy, for what an assembler may look at in memory would be kept there all along.
+#define PEAK_USE(sums)                                         \
+    UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) {           \
+        const __typeof__(sums[0]) last = sums[i];              \
+        __asm__ volatile("" : : "m"(last));                    \
+    }
 
 static void peak_int8(const char *x) {               // weights of four bits, of which AVX2 has sums of eight products in 16 bits
     enum { STEPS = 8 };
@@ -11,11 +16,11 @@ static void peak_int8(const char *x) {               // weights of four bits, of
         const char *y = x + 4 * PEAK_SUMS * (r % (PEAK_WORDS / PEAK_SUMS));
         const vi w = vi_load(y) & 0x0f0f0f0f;
         UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) part[i] = mac_open(sum[i]);
-        UNROLL(8) for (int t = 0; t < STEPS; t++)
-            UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) part[i] = mac(part[i], w, vi_set4(y + 4 * i));
+        UNROLL(8) for (int t = 0; t < STEPS; t++)              // other bytes each time: equal products would be made once
+            UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) part[i] = mac(part[i], w, vi_set4(y + 4 * (t * PEAK_SUMS + i)));
         UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = mac_close(sum[i], part[i], PAIR_OF_ONES);
     }
-    PEAK_USE(sum);
+    PEAK_USE(sum)
 }
 static void peak_float(const char *x) {
     vf sum[PEAK_SUMS] = {{0}};
@@ -24,7 +29,7 @@ static void peak_float(const char *x) {
         const vf w = vf_load(y);
         UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = vf_fma(w, vf_set(((const float *)y)[i]), sum[i]);
     }
-    PEAK_USE(sum);
+    PEAK_USE(sum)
 }
 // Four streams at once, as fetch_ahead has them; each begins at another place of its page, or all would end their pages together, where
 // a core's own prefetch stops (measured on Sapphire Rapids: 34.1 instead of 31.8 GB/s). Returns how many bytes were read.
@@ -38,7 +43,7 @@ static int64_t peak_read(const char *x, int64_t bytes) {
             if (fetch_streams) __builtin_prefetch(line + AHEAD_BYTES);
             UNROLL(16) for (int i = 0; i < LINE / (4 * VL); i++) sum[stream] ^= vi_load(line + 4 * VL * i);
         }
-    PEAK_USE(sum);
+    PEAK_USE(sum)
     return PEAK_STREAMS * part;
 }
 
@@ -49,7 +54,7 @@ static void peak_pairs(const char *x) {
         const vf w = vf_load(y);
         UNROLL(16) for (int i = 0; i < PEAK_SUMS; i++) sum[i] = vf_dot_bf16(sum[i], w, vf_set(((const float *)y)[i]));
     }
-    PEAK_USE(sum);
+    PEAK_USE(sum)
 }
 static void peak_matrix(char *memory) {            // all squares in the first-level cache
     const char *a[2] = {memory, memory + 4 * MATRIX_SQUARE}, *b[2] = {memory + 8 * MATRIX_SQUARE, memory + 12 * MATRIX_SQUARE};
