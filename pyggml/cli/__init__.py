@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # so that nothing fails again when Python flushes at exit
         return CLOSED_PIPE
     except OSError as error:
-        from pyggml.formats.values import printable
-
-        return _fail(name, printable(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error))
+        return _fail(name, str(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error))
     except MemoryError:
         return _fail(name, "there is not enough memory; use a smaller context (-c) or a smaller model")
     except KeyboardInterrupt:
@@ -122,5 +120,8 @@ def _dispatch(name: str, argv: list[str]) -> int:
 
 
 def _fail(name: str, message: str) -> int:
-    print(f"pyggml {name}: {message}", file=sys.stderr)
+    """One line, whatever a name in it holds."""
+    from pyggml.formats.values import printable
+
+    print(f"pyggml {name}: {printable(message)}", file=sys.stderr)
     return 1

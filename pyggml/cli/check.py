@@ -57,7 +57,7 @@ def check(path: str, level: str) -> dict[str, Any]:
             report[kind].append(f"{printable(path)}: {placed(file, finding.text)}")
         report["summary"] = f"{file.format}, {len(file.kv)} keys, {len(file.tensors)} tensors, {show.amount(file.nbytes)}"
     except PyggmlError as error:
-        report["errors"].append(str(error))
+        report["errors"].append(printable(error))
     return report
 
 
@@ -69,7 +69,7 @@ def reproduce(report: dict[str, Any], source: str | None, imatrix: str | None) -
     try:
         found = again(report["path"], source, imatrix)
     except PyggmlError as error:
-        report["errors"].append(str(error))
+        report["errors"].append(printable(error))
         return
     if found.same:
         report["notes"].append(f"{path}: reproduced: {found.recipe} of {printable(found.source)} gives the same {found.n_tensors} tensors")

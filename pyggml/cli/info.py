@@ -134,6 +134,7 @@ def metadata(file: TensorFile, full: bool) -> str:
     limits = (1 << 62, 1 << 62) if full else (show.SHOWN_ITEMS, show.SHOWN_TEXT)
     rows = []
     for key in file.kv:
-        value, kind = file.kv[key], file.kv.type(key)
-        rows.append((printable(key), f"{kind[:-1]}{len(value)}]" if kind.endswith("[]") else kind, show.text(value, *limits)))
+        typed = file.kv.typed_value(key)
+        kind = typed.type
+        rows.append((printable(key), f"{kind[:-1]}{len(typed.value)}]" if kind.endswith("[]") else kind, show.text(typed.value, *limits)))
     return show.columns(rows)

@@ -107,8 +107,7 @@ def _is_text(value: str) -> bool:
 def metadata(file: TensorFile) -> Iterator[Finding]:
     """Known keys with a wrong type or a value that makes no sense; what every program needs and is not there."""
     for key in file.kv:
-        problem = keys.problem(key, file.kv.typed_value(key))
-        if problem:
+        if keys.known(key) and (problem := keys.problem(key, file.kv.typed_value(key))):
             yield Finding("load", problem)
     arch = _text(file, "general.architecture")
     if not arch and file.tensors:
@@ -265,13 +264,16 @@ def _shape_text(t: Tensor, expected: tuple[Any, ...]) -> str:
 
 
 def values(file: TensorFile) -> Iterator[Finding]:
-    """NaN and infinity among weights and scales: the first of each tensor. Tensors are read side by side."""
-    found, left = {}, iter(file.tensors.values())
+    """NaN and infinity among weights and scales: the first of each tensor. Tensors are read side by side, small ones many at once."""
+    found, left = {}, iter(list(numbers.runs(file.tensors.values())))
 
     def take(_: int) -> None:
-        for t in left:
-            if (bad := numbers.first_bad(t)) is not None:
-                found[t.name] = bad
+        for run in left:
+            if len(run) > 1 and numbers.first_bad(numbers.span(run)) is None:
+                continue
+            for t in run:
+                if (bad := numbers.first_bad(t)) is not None:
+                    found[t.name] = bad
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:

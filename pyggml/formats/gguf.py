@@ -13,6 +13,7 @@ the file, rows divide into blocks, tensors do not overlap, names are unique text
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -76,14 +77,16 @@ class _NeedMore(Exception):
 
 
 class _Cursor:
-    """A checked walk over the start of a file. `where` says what is being read, for errors: a text, or kind and name of an entry."""
+    """A checked walk over the start of a file. `where` says what is being read, for errors: a text, or kind and name of an entry, or its
+    kind and number when it has no name yet (of `total`)."""
 
     def __init__(self, source: Source, buffer: Any, limits: Limits) -> None:
         self.name, self.size, self.buffer, self.limits = printable(source.name), source.size, buffer, limits
         self.have = len(buffer)
         self.sure = min(self.have, self.size, limits.header)        # what ends before needs no further look
         self.pos = 0
-        self.where: str | tuple[str, str] = "header"
+        self.where: str | tuple[str, str | int] = "header"
+        self.total = 0
         self.nested = 0                     # arrays within arrays so far
         self.set_format("<", 3)
 
@@ -94,7 +97,10 @@ class _Cursor:
         self._count = struct.Struct(order + ("I" if version == 1 else "Q")).unpack_from
 
     def fail(self, text: str, pos: int | None = None) -> NoReturn:
-        where = self.where if isinstance(self.where, str) else f'{self.where[0]} "{printable(self.where[1][:SHOWN_NAME])}"'
+        where = self.where
+        if not isinstance(where, str):
+            kind, name = where
+            where = f"{kind} {name} of {self.total}" if isinstance(name, int) else f'{kind} "{printable(name[:SHOWN_NAME])}"'
         raise GGUFError(f"{self.name}: offset 0x{self.pos if pos is None else pos:x}: {where}: {text}")
 
     def need(self, count: int, each: int, what: str) -> int:
@@ -137,21 +143,24 @@ class _Cursor:
 
     def text(self, what: str, limit: int) -> str:
         """A key or a tensor name: not empty, UTF-8, without NUL."""
-        start, length = self.pos, self.count(f"length of the {what}")
-        end = self.pos + length
+        start = self.pos
+        text_at = start + self.prefix
+        length = self._count(self.buffer, start)[0] if text_at <= self.sure else limit + 1
+        end = text_at + length
         if length > limit or end > self.sure:               # name it, or ask for more of the file
-            self.pos = start
-            self.capped(f"length of the {what}", limit, 1)
-            self.need(length, 1, what)
-        data = bytes(self.buffer[self.pos:end])
-        if not data:
-            self.fail(f"the {what} is empty", start)
-        if 0 in data:
-            self.fail(f"the {what} contains a NUL byte", self.pos + data.index(0))
+            length = self.capped(f"length of the {what}", limit, 1)
+            end = self.need(length, 1, what)
         try:
-            value = data.decode()
+            value = str(self.buffer[text_at:end], "utf-8")
         except UnicodeDecodeError as error:
-            self.fail(f"the {what} is not UTF-8 (byte 0x{data[error.start]:02x})", self.pos + error.start)
+            value, wrong = "", error.start
+        if not value or "\0" in value:
+            data = bytes(self.buffer[text_at:end])
+            if not data:
+                self.fail(f"the {what} is empty", start)
+            if 0 in data:
+                self.fail(f"the {what} contains a NUL byte", text_at + data.index(0))
+            self.fail(f"the {what} is not UTF-8 (byte 0x{data[wrong]:02x})", text_at + wrong)
         self.pos = end
         return value
 
@@ -269,8 +278,9 @@ def prove(head: bytes, size: int, name: str) -> None:
 def _read(c: _Cursor, source: Source) -> TensorFile:
     n_tensors, n_kv = _read_header(c)
     entries: dict[str, Entry] = {}
+    c.total = n_kv
     for i in range(n_kv):
-        c.where, start = f"key {i} of {n_kv}", c.pos
+        c.where, start = ("key", i), c.pos
         key = c.text("key", c.limits.key)
         c.where = "key", key
         if key in entries:
@@ -336,56 +346,67 @@ class _Info(NamedTuple):
 
 def _read_infos(c: _Cursor, n_tensors: int) -> dict[str, _Info]:
     infos: dict[str, _Info] = {}
-    offset_of = struct.Struct(c.order + "Q").unpack_from
+    c.total = n_tensors
+    # behind the number of dimensions: those, type and offset
+    rests = [struct.Struct(f"{c.order}{n}{'I' if c.version == 1 else 'Q'}IQ") for n in range(c.limits.dims + 1)]
+    most = c.limits.type_id
     for i in range(n_tensors):
-        c.where, at = f"tensor {i} of {n_tensors}", c.pos
+        c.where, at = ("tensor", i), c.pos
         name = c.text("tensor name", c.limits.name)
         c.where = "tensor", name
         if name in infos:
             c.fail("the tensor appears twice", at)
-        start, n_dims = c.pos, c.u32("n_dims")
-        if n_dims > c.limits.dims:
-            c.fail(f"n_dims is {n_dims} (limit {c.limits.dims})", start)
-        dims_at, dims, elements = c.pos, [], 1
-        for k in range(n_dims):
-            dims.append(c.count(f"dimension {k}"))
-            elements *= max(1, dims[-1])
-            if elements >= MAX_WEIGHTS:
-                c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^60)", dims_at)
-        start, kind = c.pos, c.u32("type")
-        if kind > c.limits.type_id and kind not in BY_ID:
-            c.fail(f"type is {kind} (limit {c.limits.type_id})", start)
-        if c.pos + 8 > c.sure:
+        n_dims = c.u32("n_dims")
+        dims_at = c.pos
+        if n_dims >= len(rests):
+            c.fail(f"n_dims is {n_dims} (limit {c.limits.dims})", dims_at - 4)
+        rest = rests[n_dims]
+        end = dims_at + rest.size
+        if end > c.sure:                        # name the field that is cut, or ask for more of the file
+            for k in range(n_dims):
+                c.count(f"dimension {k}")
+            c.u32("type")
             c.need(1, 8, "offset")
-        infos[name] = _Info(name, tuple(dims), kind, offset_of(c.buffer, c.pos)[0], dims_at, c.pos)
-        c.pos += 8
+        *dims, kind, offset = rest.unpack_from(c.buffer, dims_at)
+        elements = 1
+        for n in dims:
+            elements *= n or 1
+        if elements >= MAX_WEIGHTS:
+            c.fail(f"dimensions {dims} multiply to {elements} weights (limit 2^60)", dims_at)
+        if kind > most and kind not in BY_ID:
+            c.fail(f"type is {kind} (limit {most})", end - 12)
+        infos[name] = _Info(name, tuple(dims), kind, offset, dims_at, end - 8)
+        c.pos = end
     return infos
 
 
 def _place(c: _Cursor, source: Source, infos: dict[str, _Info], data: int, alignment: int, warnings: list[str]) -> dict[str, Tensor]:
     """Tensors with their place in the file: aligned, inside it, apart from each other."""
     room = max(0, source.size - data)           # the data may start past the end of a file that has none
-    sizes = {info.name: _bytes_of(c, info) for info in infos.values()}
-    order = sorted(infos.values(), key=lambda info: (info.offset, sizes[info.name] or 0))
-    tensors, covered, owner = {}, 0, ""
-    for k, info in enumerate(order):
-        c.where, c.pos = ("tensor", info.name), info.offset_at
-        type = BY_ID.get(info.type) or OpaqueType(info.type, info.offset_at - 4)
-        size = sizes[info.name]
+    sizes = [_bytes_of(c, info) for info in infos.values()]
+    order = sorted(zip(infos.values(), sizes, strict=True), key=lambda entry: (entry[0].offset, entry[1] or 0))
+    tensors: dict[str, Any] = dict.fromkeys(infos)          # in the order of the table
+    covered, owner = 0, ""
+    swapped = c.order == ">"
+    for k, (info, size) in enumerate(order):
+        name, dims, number, offset, _, offset_at = info
+        type = BY_ID.get(number) or OpaqueType(number, offset_at - 4)
+        c.where, c.pos = ("tensor", name), offset_at
         if size is None:                        # the bytes up to the next tensor; without knowing the type there is no better bound
-            size = max(0, (order[k + 1].offset if k + 1 < len(order) else room) - info.offset)
-            warnings.append(f'tensor "{printable(info.name)}": {OpaqueType(info.type).why()}')
-        if info.offset % alignment:
-            c.fail(f"offset {info.offset} is not a multiple of the alignment {alignment}")
-        if info.offset + size > (room if size else -(-room // alignment) * alignment):
-            c.fail(f"offset {info.offset} with {size} bytes of data ends {data + info.offset + size - source.size} bytes past the end "
+            size = max(0, (order[k + 1][0].offset if k + 1 < len(order) else room) - offset)
+            warnings.append(f'tensor "{printable(name)}": {OpaqueType(number).why()}')
+        if offset % alignment:
+            c.fail(f"offset {offset} is not a multiple of the alignment {alignment}")
+        end = offset + size
+        if end > (room if size else -(-room // alignment) * alignment):
+            c.fail(f"offset {offset} with {size} bytes of data ends {data + end - source.size} bytes past the end "
                    "of the file; the download is incomplete, or the entry is damaged")
-        if size and info.offset < covered:
-            c.fail(f'offset {info.offset} overlaps tensor "{printable(owner)}", which ends at {covered}')
-        if info.offset + size > covered:
-            covered, owner = info.offset + size, info.name
-        tensors[info.name] = Tensor(source, info.name, type, info.dims[::-1], data + info.offset, size, swapped=c.order == ">")
-    return {name: tensors[name] for name in infos}
+        if size and offset < covered:
+            c.fail(f'offset {offset} overlaps tensor "{printable(owner)}", which ends at {covered}')
+        if end > covered:
+            covered, owner = end, name
+        tensors[name] = Tensor(source, name, type, dims[::-1], data + offset, size, swapped)
+    return tensors
 
 
 def _bytes_of(c: _Cursor, info: _Info) -> int | None:
@@ -393,11 +414,9 @@ def _bytes_of(c: _Cursor, info: _Info) -> int | None:
     t = BY_ID.get(info.type)
     if t is None:
         return None
-    row = info.dims[0] if info.dims else 1
-    if row % t.block:
+    row, *rest = info.dims or (1,)
+    blocks, left = divmod(row, t.block)
+    if left:
         c.where = "tensor", info.name
         c.fail(f"rows of {row} weights do not divide into {t.name} blocks of {t.block}", info.dims_at)
-    size = t.row_bytes(row)
-    for n in info.dims[1:]:
-        size *= n
-    return size
+    return math.prod(rest, start=blocks * t.bytes)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyggml.formats.tensorfile import OpaqueType, Tensor
+from pyggml.formats.tensorfile import PIECE, OpaqueType, Tensor
 from pyggml.native import ffi
 from pyggml.types import TensorType
 
@@ -58,6 +58,31 @@ class Bad(NamedTuple):
     block: int          # index of the block in the tensor (of the weight, for unblocked types)
     field: str          # "" for a plain number
     value: str          # "NaN" or "infinity"
+
+
+def runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in lists: together those of one type of plain numbers that lie one behind the other in a piece of a file, others alone."""
+    run: list[Tensor] = []
+    for t in tensors:
+        if run:
+            first, before = run[0], run[-1]
+            apart = t.offset - before.offset - before.nbytes
+            if (t.type is not first.type or t.source is not first.source or type(t) is not Tensor or type(first) is not Tensor
+                    or isinstance(first.type, OpaqueType) or first.type.block > 1 or not t.nbytes or not 0 <= apart < PIECE
+                    or t.offset + t.nbytes - first.offset > PIECE or (t.offset - first.offset) % first.type.bytes):
+                yield run
+                run = []
+        run.append(t)
+    if run:
+        yield run
+
+
+def span(run: list[Tensor]) -> Tensor:
+    """The bytes from the first tensor of a run to its last, what lies between included, as a tensor."""
+    first, last = run[0], run[-1]
+    assert not isinstance(first.type, OpaqueType)           # such a tensor is a run of its own
+    n = last.offset + last.nbytes - first.offset
+    return Tensor(first.source, first.name, first.type, (n // first.type.bytes,), first.offset, n, first.swapped)
 
 
 def first_bad(tensor: Tensor) -> Bad | None:

@@ -31,11 +31,14 @@ def text(value: Any, items: int = SHOWN_ITEMS, length: int = SHOWN_TEXT) -> str:
     """A metadata value on one line; arrays after `items` elements and text after `length` characters end in how much is left out."""
     if isinstance(value, Typed):
         value = value.value
-    if isinstance(value, str):
+    kind = type(value)
+    if kind is str:
         return f"({len(value)} blanks)" if len(value) > 1 and not value.strip(" ") else _shorten(value, length)
-    if isinstance(value, bool | np.bool_):
+    if kind is int:
+        return str(value)
+    if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
-    if isinstance(value, float | np.floating):
+    if isinstance(value, (float, np.floating)):
         return f"{value:.7g}"
     if not hasattr(value, "__len__"):
         return str(value)
@@ -48,7 +51,7 @@ def text(value: Any, items: int = SHOWN_ITEMS, length: int = SHOWN_TEXT) -> str:
 def quoted(value: Any) -> str:
     """A metadata value in a sentence: text in quotes; long text and arrays are cut short."""
     short = not hasattr(value, "__len__") or isinstance(value, str) and len(value) <= SHOWN_TEXT
-    return repr(value) if short else f'"{text(value)}"' if isinstance(value, str) else text(value)
+    return repr(value) if short else f'"{text(value)}"' if isinstance(value, str) else text(value, length=SHOWN_TEXT // SHOWN_ITEMS)
 
 
 def _shorten(value: str, length: int) -> str:

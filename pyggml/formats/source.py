@@ -160,16 +160,13 @@ class PlainFile(_LocalFile):
 
     def __init__(self, path: str | os.PathLike[str], fd: int | None = None) -> None:
         super().__init__(path, fd)
-        self._head = np.empty(0, np.uint8)
+        self._head = b""
 
     def head(self, n: int) -> Any:
         have, n = len(self._head), min(n, self.size)
         if have < n:
-            longer = np.empty(n, np.uint8)
-            longer[:have] = self._head
-            self._read(longer[have:], have)
-            self._head = longer
-        return self._head.data
+            self._head = b"".join((self._head, self.array(have, n - have).data))     # bytes: a slice of them costs the least
+        return self._head
 
     def array(self, offset: int, n: int) -> np.ndarray:
         data = np.empty(n, np.uint8)

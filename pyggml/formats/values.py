@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -27,7 +28,7 @@ class ValueType:
     name: str
     code: str = ""
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes of a value; 0 for strings and arrays."""
         return struct.calcsize("<" + self.code) if self.code else 0
@@ -68,7 +69,8 @@ def _escape(match: re.Match[str]) -> str:
 
 def printable(text: object) -> str:
     """`text` with control, bidirectional and undecodable characters escaped: safe to show on a terminal, on one line."""
-    return _UNPRINTABLE.sub(_escape, str(text))
+    text = str(text)
+    return text if text.isprintable() else _UNPRINTABLE.sub(_escape, text)      # most texts are, which is soon seen
 
 
 @dataclass(frozen=True)

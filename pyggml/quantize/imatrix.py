@@ -18,15 +18,18 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pyggml import formats
-from pyggml.errors import PyggmlError
-from pyggml.formats import Typed, show
+from pyggml.errors import GGUFError, PyggmlError
+from pyggml.formats import Typed, show, sniff
 from pyggml.formats.atomic import replacing
+from pyggml.formats.gguf import MAGIC
+from pyggml.formats.source import local
+from pyggml.formats.tensorfile import PIECE
+from pyggml.formats.values import printable
 
 SUMS, MAXIMA = ("in_sum2", "in_sum", "in_abs"), ("in_absmax",)
 STATISTICS = (*SUMS, *MAXIMA)
@@ -104,9 +107,21 @@ class Imatrix:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Imatrix:
         """Read either format. GGUFError or PyggmlError says what is wrong with the file."""
-        data = _read(path)
-        imatrix = _from_gguf(path) if data[:4] == b"GGUF" else _from_legacy(os.fspath(path), data)
-        imatrix.path, imatrix.sha256 = os.fspath(path), hashlib.sha256(data).hexdigest()
+        source, digest = local(path), hashlib.sha256()
+        head = bytes(source.head(64)[:64])
+        if head.startswith(MAGIC):
+            imatrix = _from_gguf(path)
+        else:
+            try:
+                imatrix = _from_legacy(printable(source.name), source.head(source.size))
+            except GGUFError:               # not before: the number of entries, which comes first, can be any bytes
+                if what := sniff.foreign(head, source.size):
+                    raise GGUFError(f"{printable(source.name)}: offset 0x0: this is {what}") from None
+                raise
+        for start in range(0, source.size, PIECE):
+            digest.update(source.array(start, min(PIECE, source.size - start)))
+        source.verify()
+        imatrix.path, imatrix.sha256 = os.fspath(path), digest.hexdigest()
         return imatrix
 
     def save(self, path: str | os.PathLike[str], format: str = "gguf") -> None:
@@ -140,13 +155,6 @@ class Imatrix:
         return b"".join(parts) + struct.pack("<ii", self.n_chunks, len(text)) + text
 
 
-def _read(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise PyggmlError(f"{os.fspath(path)}: cannot read: {error.strerror}") from None
-
-
 def _from_gguf(path: str | os.PathLike[str]) -> Imatrix:
     file = formats.open(path, use_mmap=False)
     kind = file.kv.get("general.type")
@@ -178,21 +186,24 @@ def _floats(file: Any, name: str) -> np.ndarray:
     if tensor.type.name != "F32":
         raise PyggmlError(f'{file.path}: the tensor "{name}" is {tensor.type}; an importance matrix holds F32')
     values = tensor.numpy().astype(np.float64)
-    if not np.isfinite(values).all():
-        raise PyggmlError(f'{file.path}: the tensor "{name}" holds {values[~np.isfinite(values)][0]}; collect the importance matrix again')
+    wrong = np.flatnonzero(~np.isfinite(values) | (values < 0 if not name.endswith(".in_sum") else False))
+    if len(wrong):
+        raise GGUFError(f'{printable(file.path)}: offset 0x{tensor.offset + 4 * int(wrong[0]):x}: the tensor "{printable(name)}" holds '
+                        f"{values.reshape(-1)[wrong[0]]}; collect the importance matrix again")
     return values
 
 
-def _from_legacy(path: str, data: bytes) -> Imatrix:
+def _from_legacy(path: str, data: Any) -> Imatrix:
+    """path: as it is shown; data: a buffer with all of the file, of which only what is needed is looked at."""
     at = 0
 
     def integer(what: str, low: int, high: int) -> int:
         nonlocal at
         if len(data) - at < 4:
-            raise PyggmlError(f"{path}: offset {at}: the file ends before the {what}; it is cut short, or not an importance matrix")
+            raise GGUFError(f"{path}: offset 0x{at:x}: the file ends before the {what}; it is cut short, or not an importance matrix")
         value = struct.unpack_from("<i", data, at)[0]
         if not low <= value <= high:
-            raise PyggmlError(f"{path}: offset {at}: the {what} is {value}; the file is damaged, or not an importance matrix")
+            raise GGUFError(f"{path}: offset 0x{at:x}: the {what} is {value}; the file is damaged, or not an importance matrix")
         at += 4
         return value
 
@@ -201,12 +212,15 @@ def _from_legacy(path: str, data: bytes) -> Imatrix:
         size = integer("length of a name", 1, len(data) - at - 4)
         name = data[at:at + size].decode("utf-8", "surrogateescape")
         at += size
-        calls = integer(f'number of calls of "{name}"', 0, (1 << 31) - 1)
-        n = integer(f'number of values of "{name}"', 1, (len(data) - at - 4) // 4)
+        shown = printable(name)
+        calls = integer(f'number of calls of "{shown}"', 0, (1 << 31) - 1)
+        n = integer(f'number of values of "{shown}"', 1, (len(data) - at - 4) // 4)
         values = np.frombuffer(data, "<f4", n, at).astype(np.float64)
+        wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+        if len(wrong):
+            raise GGUFError(f'{path}: offset 0x{at + 4 * int(wrong[0]):x}: "{shown}" holds {values[wrong[0]]}, which no mean of squares is; '
+                            "collect the importance matrix again")
         at += 4 * n
-        if not np.isfinite(values).all():
-            raise PyggmlError(f'{path}: "{name}" holds {values[~np.isfinite(values)][0]}; collect the importance matrix again')
         entries[name] = Entry(np.array([float(max(1, calls))]), {"in_sum2": values[None]})
     imatrix = Imatrix(entries)
     if at < len(data):

@@ -7,6 +7,7 @@ llama.cpp gives them: where it simplifies one (cases of non-ASCII letters, say),
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -147,9 +148,9 @@ def pre_tokenizer(name: Any) -> PreTokenizer:
     """The row for a file's `tokenizer.ggml.pre`; a file without one (None) gets "default", as in llama.cpp. ModelError for anything else."""
     row = PRE_TOKENIZERS.get(name or "default") if name is None or isinstance(name, str) else None
     if row is None:
-        known = ", ".join(sorted(PRE_TOKENIZERS))
-        shown = repr(name) if isinstance(name, str) else show.text(name)
-        raise ModelError(f"tokenizer.ggml.pre is {shown}, a pre-tokenizer that pyggml does not know; it knows {known}")
+        near = difflib.get_close_matches(name[:show.SHOWN_TEXT], PRE_TOKENIZERS, 3, 0) if isinstance(name, str) else ()
+        raise ModelError(f"tokenizer.ggml.pre is {show.quoted(name)}, none of the {len(PRE_TOKENIZERS)} pre-tokenizers that pyggml knows"
+                         f"{'; most like it: ' if near else ''}{', '.join(near)}; if the model has one of them, name it with `pyggml edit`")
     return row
 
 

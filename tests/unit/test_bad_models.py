@@ -84,7 +84,7 @@ def refused(capsys, argv, says):
     lines = capsys.readouterr().err.splitlines()
     assert says in lines[-1] and lines[-1].startswith(f"pyggml {argv[0]}: ")
     assert all(line.startswith("perplexity: ") for line in lines[:-1])
-    assert "Traceback" not in lines[-1]
+    assert "Traceback" not in lines[-1] and lines[-1].isprintable() and len(lines[-1]) < 800
 
 
 def u32(value):
@@ -155,11 +155,15 @@ MODELS = {
     "bias of another length": ({}, {"blk.0.attn_q.bias": np.zeros(3, np.float32)}, '"blk.0.attn_q.bias" has shape [3]'),
     "a norm of q without one of k": ({}, {"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}, '"blk.0.attn_k_norm.weight" is missing'),
 }
+BPE = {"tokenizer.ggml.model": Typed("str", "gpt2"), "tokenizer.ggml.merges": Typed("str[]", ["a b"])}
 VOCABULARIES = {
     "no tokenizer": ({"tokenizer.ggml.model": None}, "the file has no tokenizer"),
     "unknown tokenizer": ({"tokenizer.ggml.model": Typed("str", "frob")}, "'frob'"),
     "tokenizer of another type": ({"tokenizer.ggml.model": u32(3)}, "tokenizer.ggml.model is 3"),
     "flag as an array": ({"tokenizer.ggml.add_bos_token": Typed("i8[]", np.zeros(300, np.int8))}, "292 more], not true or false"),
+    "unknown cut into words": (BPE | {"tokenizer.ggml.pre": Typed("str", "llama-bpf")}, "most like it: llama-bpe, "),
+    "endless cut into words": (BPE | {"tokenizer.ggml.pre": Typed("str", "frob\n" * 9999)}, "(49995 characters)"),
+    "flag as endless texts": ({"tokenizer.ggml.add_bos_token": Typed("str[]", ["frob" * 9999] * 300)}, "292 more], not true or false"),
     "endless kind of tokenizer": ({"tokenizer.ggml.model": Typed("str", "frob" * 9999)}, "(39996 characters)"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "the file has no vocabulary"),
     "tokens are numbers": ({"tokenizer.ggml.tokens": Typed("u32[]", np.arange(len(TOKENS), dtype=np.uint32))}, "not a list of texts"),
@@ -183,6 +187,16 @@ def test_a_model_that_cannot_run(case, tmp_path, capsys, text):
         Llama(path)([1], max_tokens=1)
     for command in ("info", "tokenize"):
         assert cli.main(arguments(command, path, text)) == 0
+
+
+def test_a_file_name_that_would_move_the_cursor(tmp_path, capsys, text):
+    """No command prints it as it is, whichever part of the program refuses the file."""
+    path = write(tmp_path / "a\n\x1b[31m\u202e.gguf", {"general.architecture": None, "tokenizer.ggml.model": None})
+    for command in ("run", "bench", "perplexity", "tokenize"):
+        refused(capsys, arguments(command, path, text), r"a\n\x1b[31m\u202e.gguf: ")
+    for argv in (["imatrix", "--in-file", path, "-o", str(tmp_path / "o")], ["quantize", path, path, "q8_0"], ["info", path, "--key", "x"],
+                 ["edit", path, "--remove", "x"], ["hash", path, "-c", path]):
+        refused(capsys, argv, r"a\n\x1b[31m\u202e.gguf")
 
 
 @pytest.mark.parametrize("case", VOCABULARIES)

@@ -190,6 +190,28 @@ def test_the_first_of_many_pieces_is_named(tmp_path, monkeypatch):
     assert numbers.first_bad(tensor) == numbers.Bad(70 * 32 + 3, "", "NaN")
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_small_tensors_are_looked_at_together_and_named_apart(tmp_path, capsys, order):
+    """One NaN of many tensors is found in its own; bytes between two tensors are nobody's numbers."""
+    path, n = tmp_path / "m.gguf", 40
+    sound = {f"t{i}": np.ones(5, np.float16 if i % 4 == 3 else np.float32) for i in range(n)} | {"empty": np.ones((0, 4), np.float32)}
+    formats.write(path, {}, sound, order=order)
+    file = formats.open(path)
+    assert 1 < max(map(len, numbers.runs(file.tensors.values()))) < 4
+    assert sum(map(len, numbers.runs(file.tensors.values()))) == n + 1
+    places, data = {t.name: t.offset for t in file.tensors.values()}, path.read_bytes()
+    between = bytearray(data)
+    for at in places.values():
+        between[at + 20:at + 32] = b"\xff" * 12
+    path.write_bytes(between[:len(data)])
+    assert run(path) == 0 and not capsys.readouterr().err
+    for i in range(0, n, 3):
+        at = places[f"t{i}"]
+        path.write_bytes(data[:at] + b"\xff" * 4 + data[at + 4:])
+        assert run(path) == 1
+        assert f'offset 0x{at:x}: tensor "t{i}": row 0, weight 0 is NaN' in capsys.readouterr().err
+
+
 def test_space_and_text_are_notes(tmp_path, capsys):
     path = tmp_path / "m.gguf"
     formats.write(path, {"bad": Typed("str", b"\xff")}, {"a": np.zeros(8, np.float32)})

@@ -1,5 +1,7 @@
 """Importance matrices: both file formats, merging, what is collected, the command."""
 
+import os
+import re
 import struct
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import models
 from pyggml import cli, formats
 from pyggml.context import Context
-from pyggml.errors import PyggmlError
+from pyggml.errors import GGUFError, PyggmlError
 from pyggml.formats.edit import Edits, edit
 from pyggml.model import Model
 from pyggml.quantize.calibrate import REDUCTIONS, Collector, collect
@@ -78,6 +80,40 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, value):
         bad.save(tmp_path / "i", format)
         with pytest.raises(PyggmlError, match="collect"):
             Imatrix.load(tmp_path / "i")
+
+
+@pytest.mark.parametrize(("name", "index"), [("in_sum2", 1), ("in_absmax", 3), ("counts", 0)])
+def test_values_that_cannot_be_negative_are_refused_with_their_place(tmp_path, name, index):
+    bad = made()
+    entry = bad.entries["blk.0.b.weight"]
+    (entry.counts if name == "counts" else entry.stats[name]).flat[index] = -1
+    bad.save(tmp_path / "i.gguf")
+    tensor = formats.open(tmp_path / "i.gguf")[f"blk.0.b.weight.{name}"]
+    with pytest.raises(GGUFError, match=f'i.gguf: offset 0x{tensor.offset + 4 * index:x}: the tensor "blk.0.b.weight.{name}" holds -1.0; collect'):
+        Imatrix.load(tmp_path / "i.gguf")
+
+
+@pytest.mark.parametrize(("start", "says"), [
+    (b"PK\x03\x04" + bytes(60), "ZIP archive"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"\n<html>", "HTML page"),
+    (b"", "empty"), (b"\x05\0\0\0" + bytes(40), "the length of a name is 0")], ids=lambda value: str(value)[:12])
+def test_another_file_is_named_with_the_place(tmp_path, start, says):
+    (tmp_path / "i.dat").write_bytes(start)
+    with pytest.raises(GGUFError, match=rf"i\.dat: offset 0x[04]: .*{re.escape(says)}"):
+        Imatrix.load(tmp_path / "i.dat")
+
+
+def test_a_number_of_entries_that_looks_like_another_format(tmp_path):
+    many = Imatrix({f"blk.{i}.w": Entry(np.ones(1), {"in_sum2": np.ones((1, 1))}) for i in range(0x7B)})
+    many.save(tmp_path / "i.dat", "dat")
+    assert (tmp_path / "i.dat").read_bytes().startswith(b"{")          # as JSON does
+    assert len(Imatrix.load(tmp_path / "i.dat").entries) == 0x7B
+
+
+def test_what_is_no_regular_file_is_refused_without_reading_it(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", "/dev/zero", tmp_path):
+        with pytest.raises(PyggmlError, match="regular file|directory"):
+            Imatrix.load(path)
 
 
 @pytest.mark.parametrize("key, value", [("imatrix.datasets", 5), ("imatrix.datasets", [1, 2]), ("imatrix.chunk_count", "x"),
