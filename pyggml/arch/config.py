@@ -14,6 +14,8 @@ from pyggml.formats.show import quoted
 
 REQUIRED = object()
 _FACTORS = 1e-6, 1e9          # of rope scaling: beyond, the angles of a position are no numbers
+_TURNS = 1e-6, 1e9            # in the trained context, that YaRN tells pairs apart by
+_SHARES = 1e6                 # of YaRN's mixture and of attention, either sign: beyond, cosines overflow
 
 
 class Keys:
@@ -42,11 +44,13 @@ class Keys:
             raise self._bad(key, value, f"a whole number from {low} to {high}")
         return int(value)
 
-    def number(self, key: str, default: Any = REQUIRED, *, low: float = -math.inf, above: float = -math.inf) -> float:
-        """A finite number, at least `low` and more than `above`."""
+    def number(self, key: str, default: Any = REQUIRED, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> float:
+        """A finite number, at least `low`, more than `above` and at most `high`."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not (math.isfinite(value) and value >= low and value > above):
-            wanted = f" from {low:g} on" if low > -math.inf else f" above {above:g}" if above > -math.inf else ""
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not (
+                math.isfinite(value) and low <= value <= high and value > above):
+            end = f" to {high:g}" if high < math.inf else " on"
+            wanted = f" from {low:g}{end}" if low > -math.inf else f" above {above:g}" if above > -math.inf else ""
             raise self._bad(key, value, f"a finite number{wanted}")
         return float(value)
 
@@ -183,9 +187,10 @@ class Config:
             rope=RopeConfig(
                 n_rot=n_rot, base=keys.number("rope.freq_base", 10000.0, above=1), scaling=scaling, factor=factor,
                 n_ctx_orig=keys.integer("rope.scaling.original_context_length", n_ctx, high=1 << 31),
-                attn_factor=keys.number("rope.scaling.attn_factor", 1.0), ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0),
-                beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, above=0),
-                beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, above=0)),
+                attn_factor=keys.number("rope.scaling.attn_factor", 1.0, low=-_SHARES, high=_SHARES),
+                ext_factor=keys.number("rope.scaling.yarn_ext_factor", 1.0, low=-_SHARES, high=_SHARES),
+                beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0, low=_TURNS[0], high=_TURNS[1]),
+                beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0, low=_TURNS[0], high=_TURNS[1])),
             n_expert=n_expert, n_expert_used=keys.integer("expert_used_count", low=1, high=n_expert) if n_expert else 0,
             n_ff_expert=n_ff_expert,
             n_ff_shared=keys.integer("expert_shared_feed_forward_length", n_ff[0]))

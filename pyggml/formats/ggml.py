@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pyggml.errors import GGUFError
+from pyggml.formats import show
 from pyggml.formats.source import Source, is_address
 from pyggml.formats.tensorfile import OpaqueType, Tensor, TensorFile, metadata
 from pyggml.formats.values import Typed, printable
@@ -307,7 +308,7 @@ def _read_tensor(w: _Walk, kind: str, version: int) -> tuple[str, Tensor | None]
     number, type_at = w.u32("type"), w.pos - 4
     dims = [w.u32(f"dimension {i}", 1) for i in range(n_dims)]
     name = w.take(length, "name").decode("utf-8", "replace")
-    w.where = f'tensor "{printable(name)}"'
+    w.where = f'tensor "{show.text(name)}"'
     new_name = gguf_name(name)
     if new_name is None:
         raise w.fail("no llama model has such a tensor, and only llama models can be read from files older than GGUF")

@@ -119,7 +119,7 @@ class Imatrix:
                     raise GGUFError(f"{printable(source.name)}: offset 0x0: this is {what}") from None
                 raise
         for start in range(0, source.size, PIECE):
-            digest.update(source.array(start, min(PIECE, source.size - start)))
+            digest.update(source.array(start, min(PIECE, source.size - start)).data)
         source.verify()
         imatrix.path, imatrix.sha256 = os.fspath(path), digest.hexdigest()
         return imatrix
@@ -181,11 +181,16 @@ def _value(file: formats.TensorFile, key: str, kinds: tuple[str, ...], default: 
     return file.kv.get(key, default)
 
 
+def _as_f64(values: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):         # NaN is told of by its place
+        return values.astype(np.float64)
+
+
 def _floats(file: Any, name: str) -> np.ndarray:
     tensor = file[name]
     if tensor.type.name != "F32":
         raise PyggmlError(f'{file.path}: the tensor "{name}" is {tensor.type}; an importance matrix holds F32')
-    values = tensor.numpy().astype(np.float64)
+    values = _as_f64(tensor.numpy())
     wrong = np.flatnonzero(~np.isfinite(values) | (values < 0 if not name.endswith(".in_sum") else False))
     if len(wrong):
         raise GGUFError(f'{printable(file.path)}: offset 0x{tensor.offset + 4 * int(wrong[0]):x}: the tensor "{printable(name)}" holds '
@@ -212,10 +217,10 @@ def _from_legacy(path: str, data: Any) -> Imatrix:
         size = integer("length of a name", 1, len(data) - at - 4)
         name = data[at:at + size].decode("utf-8", "surrogateescape")
         at += size
-        shown = printable(name)
+        shown = show.text(name)
         calls = integer(f'number of calls of "{shown}"', 0, (1 << 31) - 1)
         n = integer(f'number of values of "{shown}"', 1, (len(data) - at - 4) // 4)
-        values = np.frombuffer(data, "<f4", n, at).astype(np.float64)
+        values = _as_f64(np.frombuffer(data, "<f4", n, at))
         wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
         if len(wrong):
             raise GGUFError(f'{path}: offset 0x{at + 4 * int(wrong[0]):x}: "{shown}" holds {values[wrong[0]]}, which no mean of squares is; '

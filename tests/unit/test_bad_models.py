@@ -138,7 +138,10 @@ MODELS = {
     "rope factor that no position survives": ({"llama.rope.scaling.factor": f32(1e-45)}, {}, "it must be 0 or a number from 1e-06"),
     "unknown rope scaling": ({"llama.rope.scaling.type": Typed("str", "frob")}, {}, "known are none, linear, yarn"),
     "rope factor below 0": (YARN | {"llama.rope.scaling.factor": f32(-4.0)}, {}, '"llama.rope.scaling.factor" is -4.0'),
-    "yarn turns 0": (YARN | {"llama.rope.scaling.yarn_beta_fast": f32(0.0)}, {}, "yarn_beta_fast"),
+    **{f"yarn turns {turns}": (YARN | {"llama.rope.scaling.yarn_beta_fast": Typed("f64", turns)}, {}, "a finite number from 1e-06 to 1e+09")
+       for turns in (0.0, 5e-324, 1e-30, 1e300)},
+    **{f"yarn share {share}": (YARN | {"llama.rope.scaling.yarn_ext_factor": Typed("f64", share)}, {}, "a finite number from -1e+06 to 1e+06")
+       for share in (1e300, -1e300)},
     "more experts used than there are": ({"llama.expert_count": u32(4), "llama.expert_used_count": u32(5)}, {}, "expert_used_count"),
     "rope factors 0": ({}, {"rope_freqs.weight": np.zeros(8, np.float32)}, '"rope_freqs.weight" must hold positive numbers'),
     "rope factors of another length": ({}, {"rope_freqs.weight": np.ones(3, np.float32)}, "has shape [3]"),

@@ -82,6 +82,17 @@ def test_values_that_are_no_numbers_are_refused(tmp_path, value):
             Imatrix.load(tmp_path / "i")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("format", ["gguf", "dat"])
+def test_a_signalling_nan_is_refused_without_a_warning(tmp_path, format):
+    only = Imatrix({"a": Entry(np.ones(1), {"in_sum2": np.full((1, 3), 12345.0)})})
+    only.save(tmp_path / "i", format)
+    data = (tmp_path / "i").read_bytes()
+    (tmp_path / "i").write_bytes(data.replace(np.float32(12345).tobytes(), bytes.fromhex("0100807f"), 1))
+    with pytest.raises(GGUFError, match=f"offset 0x{data.index(np.float32(12345).tobytes()):x}: .*nan"):
+        Imatrix.load(tmp_path / "i")
+
+
 @pytest.mark.parametrize(("name", "index"), [("in_sum2", 1), ("in_absmax", 3), ("counts", 0)])
 def test_values_that_cannot_be_negative_are_refused_with_their_place(tmp_path, name, index):
     bad = made()
@@ -100,6 +111,15 @@ def test_another_file_is_named_with_the_place(tmp_path, start, says):
     (tmp_path / "i.dat").write_bytes(start)
     with pytest.raises(GGUFError, match=rf"i\.dat: offset 0x[04]: .*{re.escape(says)}"):
         Imatrix.load(tmp_path / "i.dat")
+
+
+def test_a_name_of_a_wrong_length_does_not_fill_the_screen(tmp_path):
+    made().save(tmp_path / "i.dat", "dat")
+    data = (tmp_path / "i.dat").read_bytes()
+    (tmp_path / "i.dat").write_bytes(data[:4] + (40_000).to_bytes(4, "little") + data[8:] + b"\xff" * 90_000)
+    with pytest.raises(GGUFError, match=r'offset 0x9c48: the number of calls of "blk.0.a.weight.*\.\.\. \(40000 characters\)" is ') as caught:
+        Imatrix.load(tmp_path / "i.dat")
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_number_of_entries_that_looks_like_another_format(tmp_path):

@@ -45,6 +45,7 @@ def test_swapped_parts_are_refused(parts):
 
 @pytest.mark.parametrize("key, value, says", [
     ("split.no", [1, 1], r'"split.no" is \[1, 1\], by the file name it should be 1'),
+    ("split.no", True, '"split.no" is true, by the file name it should be 1'),
     ("split.no", "1\x1b", r'"split.no" is 1\\x1b, by the file name it should be 1'),
     ("split.count", [3, 3], r'"split.count" is \[3, 3\], by the file name it should be 3'),
 ])
