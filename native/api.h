@@ -76,7 +76,7 @@ int64_t pyg_act_bytes(int format, int64_t k, int64_t cols);// bytes of `cols` pr
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 form of a weight; 0: this type has none
 
 // ---- Codecs: rows of one type, n weights (a multiple of the block); 0 done, 1 this type has no such kernel -------------------
-// checked: 1 looks at the weights first, and 2 is returned when one is not finite (rows after it are not written then)
+// checked: 1 looks at the weights, and 2 is returned when one is not finite (what is written then is worth nothing)
 int pyg_dequantize(int type, int64_t n, const void *src, float *dst);
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked);
 int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result);

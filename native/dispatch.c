@@ -21,7 +21,7 @@ static const kernel_table *const tables[] = {
 #undef X
 };
 const kernel_table *kernels = &kernels_scalar;
-int fetch_streams, slow_bf16;
+int fetch_streams, slow_bf16, fetch_stores = 1;
 
 // AMX with bf16: CPUID says what the processor has; Linux gives a process the tile registers when it asks for them.
 static int matrix_unit(void) {
@@ -66,7 +66,7 @@ int pyg_isa_supported(int isa) { return supported(tables[isa]->isa); }
 void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
-    slow_bf16 = __builtin_cpu_is("intel") != 0;
+    slow_bf16 = fetch_stores = __builtin_cpu_is("intel") != 0;
     fetch_streams = slow_bf16 || !__builtin_cpu_supports("avx512f");
 #endif
 }
@@ -91,15 +91,18 @@ int     pyg_attends_in_bf16(int64_t tokens, int fixed) { return kernels->attends
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
 
-enum { STRIP = 512 };           // floats that are decoded at once: whole blocks of every type
+enum { STRIP = 512 };           // floats between two looks ahead: whole blocks of every type
 
-// Where memory is the limit, a store that finds its line is a fifth faster.
 static inline void fetch_to_write(const char *to, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(to + i, 1);
 }
 
 int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
     if (!kernels->dequantize[type]) return 1;
+    if (!fetch_stores) {
+        kernels->dequantize[type](n, src, dst);
+        return 0;
+    }
     int64_t bytes = kernels->row_bytes(type, STRIP);
     const char *from = src;
     for (; n > 0; n -= STRIP, from += bytes, dst += STRIP) {
@@ -117,21 +120,31 @@ static int64_t rows_of_a_piece(int64_t n_per_row) {
     return rows * n_per_row <= PIECE ? rows : PIECE > n_per_row ? PIECE / n_per_row : 1;
 }
 
-// Types without a search, whose blocks know nothing of rows.
+// Blocks that a formula makes know nothing of rows, and can be made of any floats: those are looked at when they have just come.
 static int quantize_strips(int type, int64_t n, const float *src, char *dst, int checked) {
+    if (!fetch_stores && !checked) {
+        kernels->quantize[type](n, src, dst, NULL);
+        return 0;
+    }
     int64_t bytes = kernels->row_bytes(type, STRIP);
     for (; n > 0; n -= STRIP, src += STRIP, dst += bytes) {
         int64_t strip = n < STRIP ? n : STRIP;
-        if (checked && !kernels->finite(strip, src)) return 2;
-        if (n >= 2 * STRIP) fetch_to_write(dst + bytes, bytes);
+        if (fetch_stores && n >= 2 * STRIP) fetch_to_write(dst + bytes, bytes);
+        if (checked && kernels->quantize_finite[type]) {
+            if (!kernels->quantize_finite[type](strip, src, dst)) return 2;
+            continue;
+        }
         kernels->quantize[type](strip, src, dst, NULL);
+        if (checked && !kernels->finite(strip, src)) return 2;
     }
     return 0;
 }
 
 // 0; 1: no such encoder, 2: a weight is not finite, 3: no memory for a codebook
 int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked) {
-    if (!kernels->encode[type]) return kernels->quantize[type] ? quantize_strips(type, n_rows * n_per_row, src, dst, checked) : 1;
+    if (!kernels->quantize[type]) return 1;
+    int formula = !kernels->encode[type] || (kernels->formula[type] && !search && !importance);
+    if (formula) return quantize_strips(type, n_rows * n_per_row, src, dst, checked);
     int64_t row_bytes = kernels->row_bytes(type, n_per_row), step = rows_of_a_piece(n_per_row);
     for (int64_t done = 0; done < n_rows; done += step) {
         int64_t rows = n_rows - done < step ? n_rows - done : step;

@@ -120,7 +120,9 @@ typedef struct {
     // many rows at once; search: for the least error that is found, otherwise ggml's choice of scales, which is what `quantize` gives;
     // 1 when there is no memory for a codebook
     int (*encode[N_TYPES])(int64_t rows, int64_t n, const float *src, void *dst, const float *importance, int search);
+    char formula[N_TYPES];              // 1: `quantize` is a formula, which takes NaN and infinity too
     int (*finite)(int64_t n, const float *x);
+    int (*quantize_finite[N_TYPES])(int64_t n, const float *src, void *dst);      // both at once
     float (*dot[N_TYPES])(int64_t n, const void *weights, const void *activations);   // activations in the type's activation type
     int64_t (*row_bytes)(int type, int64_t n);
     int     (*act_format)(int type, int packed, int exact, int fixed);
@@ -134,7 +136,9 @@ extern const kernel_table *kernels;     // the selected ISA's
 // once (see kernels/tile.h): a core of Intel's reads 1.7 times as fast so (Sapphire Rapids), and models decode 7 to 20 % faster on AMD's before
 // AVX-512 (Zen 3); Zen 4 reads at full speed by itself.
 // slow_bf16: a vector's dot products of bf16 take longer than the same in floats (five times an FMA on Sapphire Rapids, once on Zen 4).
-extern int fetch_streams, slow_bf16;
+// fetch_stores: a store that finds its line in the first cache is a fifth faster where memory is the limit (Intel); on a Zen 3 asking for the
+// line costs up to a fifth.
+extern int fetch_streams, slow_bf16, fetch_stores;
 
 // Whether a worker claims its next chunk before it begins with one, to fetch from there at its end: where there are plenty to share out.
 static inline int claims_early(const worker *w, int64_t chunks) { return fetch_streams && chunks >= 4 * w->nth; }

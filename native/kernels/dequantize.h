@@ -39,7 +39,13 @@ BLOCK_TYPES(X)
         const char *p = src;                                                                            \
         int64_t k = 0;                                                                                  \
         if (id == TYPE_f16 || id == TYPE_bf16)      /* the compiler does not take these in vectors by itself */ \
-            for (; k + VL <= n; k += VL, p += VL * sizeof(ctype)) vf_store(dst + k, id == TYPE_f16 ? vf_from_f16(p) : vf_from_bf16(p)); \
+            UNROLL(2) for (; k + 2 * VL <= n; k += 2 * VL, p += 2 * VL * sizeof(ctype)) {               \
+                vf v[2];                                                                                \
+                if (id == TYPE_bf16) vf2_from_bf16(p, v);                                               \
+                else v[0] = vf_from_f16(p), v[1] = vf_from_f16(p + VL * sizeof(ctype));                 \
+                vf_store(dst + k, v[0]);                                                                \
+                vf_store(dst + k + VL, v[1]);                                                           \
+            }                                                                                           \
         for (; k < n; k++, p += sizeof(ctype)) {                                                        \
             ctype v;                                                                                    \
             memcpy(&v, p, sizeof v);                                                                    \

@@ -21,18 +21,26 @@ INLINE float signed_max(int n, const float *x) {
     for (int i = 0; high && i < n; i++) if (fabsf(x[i]) == high) return x[i];
     return 0;
 }
-// Whether none of n floats is infinite or NaN: what is not finite leaves a NaN when it is taken from itself.
+// Whether none of n floats is infinite or NaN: nothing times those is NaN, and times all others a zero of either sign.
 static int finite_floats(int64_t n, const float *x) {
-    vf sum = {0};
+    vi bits = {0}, more = {0};                             // two, as each `or` waits for the one before
     int64_t k = 0;
-    for (; k + VL <= n; k += VL) sum += vf_load(x + k) - vf_load(x + k);
+    UNROLL(4) for (; k + 2 * VL <= n; k += 2 * VL) {
+        bits |= (vi)(vf_load(x + k) * vf_set(0));
+        more |= (vi)(vf_load(x + k + VL) * vf_set(0));
+    }
     float rest = 0;
-    for (; k < n; k++) rest += x[k] - x[k];
-    return vf_sum(sum) + rest == 0;
+    for (; k < n; k++) rest += x[k] * 0;
+    return !vi_sum((bits | more) << 1 != 0) && rest == 0;
 }
 INLINE float inverse(float d) { return d != 0 ? 1.0f / d : 0.0f; }
 INLINE void codes_roundf(int n, const float *x, float factor, int8_t *codes) {
     for (int i = 0; i < n; i += VL) vi_to_i8(codes + i, vi_roundf(vf_load(x + i) * factor));
+}
+INLINE void codes_roundf_32(const float *x, float factor, int8_t *codes) {
+    vi v[32 / VL];
+    UNROLL(8) for (int i = 0; i < 32 / VL; i++) v[i] = vi_roundf(vf_load(x + VL * i) * factor);
+    vi_to_i8x32(codes, v);
 }
 INLINE void pack_nibbles(const int8_t *codes, uint8_t *qs) {       // 32 codes: 0..15 low, 16..31 high
     for (int j = 0; j < 16; j++) qs[j] = (codes[j] & 15) | (codes[j + 16] & 15) << 4;
@@ -56,11 +64,15 @@ INLINE vf vf_hmax_each(vf v[VL]) {              // lane l: the largest lane of v
 }
 #undef HALVE
 INLINE vf vf_inverse(vf d) { return vf_select(d != 0, 1.0f / d, vf_set(0)); }
-INLINE vf abs_max_each(const float *x) {
+// Of integers, as which magnitudes have the same order, infinity is beyond every number and NaN beyond that; `largest` collects.
+enum { INFINITE = 0x7f800000 };
+INLINE vf abs_max_each(const float *x, vi *largest) {
     vf m[VL];
     EACH_BLOCK(l) {
-        m[l] = vf_abs(vf_load(x + 32 * l));
-        for (int i = VL; i < 32; i += VL) m[l] = vf_max(m[l], vf_abs(vf_load(x + 32 * l + i)));
+        vi most = vi_load(x + 32 * l) & 0x7fffffff;
+        for (int i = VL; i < 32; i += VL) most = vi_max(most, vi_load(x + 32 * l + i) & 0x7fffffff);
+        *largest = vi_max(*largest, most);
+        m[l] = (vf)most;
     }
     return vf_hmax_each(m);
 }
@@ -106,14 +118,14 @@ INLINE void put_five_bits(const float *x, float base, float factor, float offset
 
 // ---- 8 bits: weights and activations -------------------------------------------------------------------------------------------------
 // A formula of two parts: `prepare` gives d (the scale) and m (a minimum, where there is one) of a slab x, lane l for block l;
-// `put` writes block `to` from its floats y with base (m), factor (1 / d), and minimum (m as it is stored).
+// `put` writes block `to` from its floats y with base (m), factor (1 / d), and minimum (m as it is stored). Returns `largest`, where it is kept.
 #define QUANTIZE_SLABS(name, prepare, put)                                                              \
-    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
-        (void)importance;                                                                               \
+    static vi slabs_##name(int64_t n, const float *x, void *dst) {                                      \
         block_##name *b = dst;                                                                          \
-        float rest[SLAB] = {0};                                                                         \
+        vi largest = {0};                                                                               \
+        float rest[SLAB];                                                                               \
         for (; n > 0; n -= SLAB, x += SLAB, b += VL) {                                                  \
-            if (n < SLAB) x = memcpy(rest, x, n * sizeof(float));                                       \
+            if (n < SLAB) x = memcpy(memset(rest, 0, sizeof rest), x, n * sizeof(float));               \
             vf d, m = {0};                                                                              \
             prepare;                                                                                    \
             float factors[VL], bases[VL];                                                               \
@@ -131,8 +143,14 @@ INLINE void put_five_bits(const float *x, float base, float factor, float offset
                 put;                                                                                    \
             }                                                                                           \
         }                                                                                               \
+        return largest;                                                                                 \
+    }                                                                                                   \
+    static void quantize_##name(int64_t n, const float *x, void *dst, const float *importance) {        \
+        (void)importance;                                                                               \
+        slabs_##name(n, x, dst);                                                                        \
     }
-QUANTIZE_SLABS(q8_0, d = abs_max_each(x) / 127, codes_roundf(32, y, factor, to->qs))
+QUANTIZE_SLABS(q8_0, d = abs_max_each(x, &largest) / 127, codes_roundf_32(y, factor, to->qs))
+static int quantize_finite_q8_0(int64_t n, const float *x, void *dst) { return !vi_sum(slabs_q8_0(n, x, dst) >= INFINITE); }
 // Sums of four codes each: lane i of codes 4i .. 4i + 3.
 INLINE i32x8 code_sums(const int8_t *codes) {
     i8x32 q;
@@ -144,7 +162,7 @@ static void quantize_q8_1(int64_t n, const float *x, void *dst, const float *imp
     block_q8_1 *b = dst;
     for (int64_t k = 0; k < n; k += 32, b++) {
         float d = abs_max(32, x + k) / 127;
-        codes_roundf(32, x + k, inverse(d), b->qs);
+        codes_roundf_32(x + k, inverse(d), b->qs);
         b->d = f32_to_f16(d);
         b->s = f32_to_f16(f32x8_sum(f32x8_from_i(code_sums(b->qs))) * d);      // small integers: exact
     }
@@ -303,14 +321,15 @@ static void quantize_f16(int64_t n, const float *x, void *dst, const float *impo
     (void)importance;
     f16 *y = dst;
     int64_t k = 0;
-    for (; k + VL <= n; k += VL) vf_to_f16(y + k, vf_load(x + k));
+    UNROLL(4) for (; k + VL <= n; k += VL) vf_to_f16(y + k, vf_load(x + k));
     for (; k < n; k++) y[k] = f32_to_f16(x[k]);
 }
 static void quantize_bf16(int64_t n, const float *x, void *dst, const float *importance) {
     (void)importance;
     bf16 *y = dst;
     int64_t k = 0;
-    for (; k + VL <= n; k += VL) vf_to_bf16(y + k, vf_load(x + k));
+    UNROLL(2) for (; k + 2 * VL <= n; k += 2 * VL)
+        vi_upper_to_u16(y + k, vi_round_or_nan_bf16(vf_load(x + k)), vi_round_or_nan_bf16(vf_load(x + k + VL)));
     for (; k < n; k++) y[k] = f32_to_bf16(x[k]);
 }
 
@@ -337,5 +356,8 @@ FITTED_TYPES(X)
 #define QUANTIZE_ENTRY(name) [TYPE_##name] = quantize_##name,
 #define QUANTIZE_TABLE {QUANTIZE_ENTRY(f32) QUANTIZE_ENTRY(f16) QUANTIZE_ENTRY(bf16) QUANTIZE_ENTRY(q8_1) QUANTIZE_ENTRY(q8_K) \
     FORMULA_TYPES(QUANTIZE_ENTRY) FITTED_TYPES(QUANTIZE_ENTRY)}
+#define FINITE_TABLE {[TYPE_q8_0] = quantize_finite_q8_0}
+#define FORMULA_ENTRY(name) [TYPE_##name] = 1,
+#define FORMULA_TABLE {FORMULA_TYPES(FORMULA_ENTRY)}
 #define ENCODE_ENTRY(name) [TYPE_##name] = encode_##name,
 #define ENCODE_TABLE {FORMULA_TYPES(ENCODE_ENTRY) FITTED_TYPES(ENCODE_ENTRY)}

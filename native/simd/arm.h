@@ -27,6 +27,7 @@ static inline vi vi_from_i16(const void *p) { int16x4_t b; memcpy(&b, p, 8); ret
 static inline void vi_to_i8(void *p, vi v) { int16x4_t h = vmovn_s32((int32x4_t)v); int8x8_t b = vmovn_s16(vcombine_s16(h, h)); memcpy(p, &b, 4); }
 static inline void vi_to_u8(void *p, vi v) { vi_to_i8(p, v); }
 static inline vi vi_min(vi a, vi b) { return (vi)vminq_s32((int32x4_t)a, (int32x4_t)b); }
+static inline vi vi_max(vi a, vi b) { return (vi)vmaxq_s32((int32x4_t)a, (int32x4_t)b); }
 static inline uint32_t vi_signs(vi v) { return vaddvq_u32(vshlq_u32(vshrq_n_u32((uint32x4_t)v, 31), (int32x4_t){0, 1, 2, 3})); }      // bit i: lane i is negative
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)a); }
 static inline vi vi_dot_s8(vi acc, vi w, vi a) { return vi_dot_u7(acc, (vi)veorq_u8((uint8x16_t)w, vdupq_n_u8(0x80)), a); }

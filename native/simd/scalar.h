@@ -47,6 +47,7 @@ static inline vi vi_from_i16(const void *p) { int16_t b[4]; memcpy(b, p, 8); ret
 static inline void vi_to_i8(void *p, vi v) { int8_t *b = p; for (int i = 0; i < VL; i++) b[i] = v[i]; }
 static inline void vi_to_u8(void *p, vi v) { uint8_t *b = p; for (int i = 0; i < VL; i++) b[i] = v[i]; }
 static inline vi vi_min(vi a, vi b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }
+static inline vi vi_max(vi a, vi b) { for (int i = 0; i < VL; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
 static inline uint32_t vi_signs(vi v) { uint32_t r = 0; for (int i = 0; i < VL; i++) r |= (uint32_t)(v[i] < 0) << i; return r; }      // bit i: lane i is negative
 
 // acc[lane] += sum over the lane's 4 bytes of w * a.  _u7: w in 0..127;  _s8: w is a signed byte stored plus 128 (see S8_BIAS)

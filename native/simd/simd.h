@@ -157,12 +157,26 @@ INLINE vi vi_round_bf16(vf v) {                 // to nearest even, as an int32 
     return u + 0x7fff + ((u >> 16) & 1);
 }
 typedef int16_t vi_half __attribute__((vector_size(2 * VL)));
-INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p; a NaN stays one
-    vi u = vi_round_bf16(v), nan = v != v;
-    u = (u & ~nan) | (((vi)v | 0x400000) & nan);
-    vi_half h = __builtin_convertvector(u >> 16, vi_half);
+INLINE vi vi_round_or_nan_bf16(vf v) {          // the same, but a NaN stays one
+    vi nan = v != v;
+    return (vi_round_bf16(v) & ~nan) | (((vi)v | 0x400000) & nan);
+}
+INLINE void vf_to_bf16(void *p, vf v) {         // VL bf16 at p
+    vi_half h = __builtin_convertvector(vi_round_or_nan_bf16(v) >> 16, vi_half);
     memcpy(p, &h, sizeof h);
 }
+#if !PACKS_MANY
+INLINE void vi_to_i8x32(void *p, const vi v[32 / VL]) { UNROLL(8) for (int i = 0; i < 32 / VL; i++) vi_to_i8((char *)p + VL * i, v[i]); }
+INLINE void vi_upper_to_u16(void *p, vi a, vi b) {
+    vi_half low = __builtin_convertvector(a >> 16, vi_half), high = __builtin_convertvector(b >> 16, vi_half);
+    memcpy(p, &low, sizeof low);
+    memcpy((char *)p + sizeof low, &high, sizeof high);
+}
+INLINE void vf2_from_bf16(const void *p, vf v[2]) {
+    v[0] = vf_from_bf16(p);
+    v[1] = vf_from_bf16((const char *)p + 2 * VL);
+}
+#endif
 #ifndef NATIVE_BF16
 enum { NATIVE_BF16 = 0 };
 INLINE vf vf_pair_bf16(vf even, vf odd) {       // lane i: even[i] and odd[i]

@@ -42,6 +42,7 @@ static inline vi vi_from_i16(const void *p) { return (vi)_mm512_cvtepi16_epi32(_
 static inline void vi_to_i8(void *p, vi v) { _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline void vi_to_u8(void *p, vi v) { vi_to_i8(p, v); }
 static inline vi vi_min(vi a, vi b) { return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+static inline vi vi_max(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 static inline uint32_t vi_signs(vi v) { return _mm512_movepi32_mask((__m512i)v); }      // bit i: lane i is negative
 // vpdpbusd takes unsigned x signed, so a biased signed byte needs no repair: the caller starts acc at -128 * sum(a)
 static inline vi vi_dot_u7(vi acc, vi w, vi a) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
@@ -109,7 +110,24 @@ static inline void vi_to_u8(void *p, vi v) {
     __m128i h = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
     _mm_storel_epi64(p, _mm_packus_epi16(h, h));
 }
+// many at once cost half the instructions of one vector after the other
+#define PACKS_MANY 1
+static inline void vi_to_i8x32(void *p, const vi v[4]) {
+    __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]), high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);            // packing works on halves of a register
+    _mm256_storeu_si256(p, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+}
+static inline void vi_upper_to_u16(void *p, vi a, vi b) {       // the upper halves of the lanes
+    __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32((__m256i)a, 16), _mm256_srli_epi32((__m256i)b, 16));
+    _mm256_storeu_si256(p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+static inline void vf2_from_bf16(const void *p, vf v[2]) {
+    __m256i x = _mm256_permute4x64_epi64(_mm256_loadu_si256(p), 0xd8), zero = _mm256_setzero_si256();
+    v[0] = (vf)_mm256_unpacklo_epi16(zero, x);
+    v[1] = (vf)_mm256_unpackhi_epi16(zero, x);
+}
 static inline vi vi_min(vi a, vi b) { return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+static inline vi vi_max(vi a, vi b) { return (vi)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 static inline uint32_t vi_signs(vi v) { return _mm256_movemask_ps((__m256)v); }
 #if defined DPBUSD
 enum { S8_BIAS = 128, MAC_WHOLE_BYTES = 1 };

@@ -33,7 +33,8 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        return float(np.exp(self.nll.mean()))
+        with np.errstate(over="ignore"):                # of a damaged model: infinity
+            return float(np.exp(self.nll.mean()))
 
     @property
     def error(self) -> float:

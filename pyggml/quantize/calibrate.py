@@ -49,7 +49,8 @@ class Collector:
         names = [name for name in site.weights if self.wants(name)]
         if not names:
             return
-        found = _reduce(x, ids, self.file[names[0]].shape)
+        with np.errstate(all="ignore"):                 # what overflows is told of
+            found = _reduce(x, ids, self.file[names[0]].shape)
         if not np.isfinite(found.stats["in_sum2"]).all():
             raise PyggmlError(f'{self.file.path}: the inputs of "{names[0]}" are not finite; the model is damaged, or its activations overflow')
         for name in names:

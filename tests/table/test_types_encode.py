@@ -63,10 +63,10 @@ def test_any_number_of_blocks_and_blocks_that_are_odd(row, isa):  # noqa: F811
         assert (quants.quantize(x[35 - n:].reshape(1, -1), row).reshape(n, -1) == want[35 - n:]).all(), n
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", BLOCKED, ids=str)
 def test_what_is_not_finite_is_refused_wherever_it_is(row, bad):
-    for at in (0, row.block - 1, 300 * row.block - 1):
+    for at in (0, row.block - 1, 17 * row.block + 5, 300 * row.block - 1):
         x = np.zeros(300 * row.block, np.float32)
         x[at] = bad
         shape = (3, 100 * row.block)

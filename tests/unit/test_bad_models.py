@@ -221,6 +221,15 @@ def test_a_vocabulary_of_another_size_than_the_token_table(size, tmp_path, capsy
         refused(capsys, arguments(command, path, text), f'has {size} tokens and the tensor "token_embd.weight" {len(TOKENS)} rows')
 
 
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_overflow_are_no_warnings(tmp_path, capsys, text):
+    path = write(tmp_path / "m.gguf", {}, {"blk.0.attn_norm.weight": lambda a: a * np.float32(1e38)})
+    refused(capsys, ["imatrix", path, "-f", text, "-c", "16", "-o", str(tmp_path / "i")], 'the inputs of "blk.')
+    path = write(tmp_path / "m.gguf", {}, {"output.weight": lambda a: a * np.float32(1e6)})
+    assert cli.main(["imatrix", path, "-f", text, "-c", "16", "-o", str(tmp_path / "i")]) == 0
+    assert "PPL = inf" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["blk.1.attn_q.weight", "blk.0.ffn_down.weight", "output.weight"])
 def test_numbers_that_are_not_finite(name, value, tmp_path, capsys, text):
