@@ -9,7 +9,7 @@ from typing import Any
 import pyggml.formats as formats
 from pyggml.errors import PyggmlError
 from pyggml.formats import show
-from pyggml.formats.check import LEVELS, NO_TOKENIZER, NOTE, Finding, placed
+from pyggml.formats.check import LEVELS, NO_TOKENIZER, NOTE, Finding, placer
 from pyggml.formats.check import check as findings
 from pyggml.formats.values import printable
 
@@ -52,9 +52,10 @@ def check(path: str, level: str) -> dict[str, Any]:
         found = findings(file, level)
         if level == "load" and file.tensors and not any(finding.is_error(level) for finding in found):
             found += engine(file)
+        placed, shown = placer(file), printable(path)
         for finding in found:
             kind = "errors" if finding.is_error(level) else "notes" if finding.level == NOTE else "warnings"
-            report[kind].append(f"{printable(path)}: {placed(file, finding.text)}")
+            report[kind].append(f"{shown}: {placed(finding.text)}")
         report["summary"] = f"{file.format}, {len(file.kv)} keys, {len(file.tensors)} tensors, {show.amount(file.nbytes)}"
     except PyggmlError as error:
         report["errors"].append(printable(error))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -43,18 +43,25 @@ def check(file: TensorFile, level: str = "validate") -> list[Finding]:
 _NAMED = re.compile(r'(key|tensor) "([^"]*)"')
 
 
-def placed(file: TensorFile, text: str) -> str:
-    """A sentence about a key or tensor of a GGUF file with its place before it; for a missing one, that is where the keys end."""
-    if text.startswith("offset ") or not file.format.startswith("GGUF"):
-        return text
+def placer(file: TensorFile) -> Callable[[str], str]:
+    """A function that puts before a sentence about a key or tensor of a GGUF file its place; for a missing one, that is where the keys end."""
+    if not file.format.startswith("GGUF"):
+        return lambda text: text
     keys_at = {printable(key): file.kv.entry(key).start for key in file.kv}
+    tensors_at = {printable(t.name): t.offset for t in file.tensors.values()}
     end = max((file.kv.entry(key).end for key in file.kv), default=0)
-    match = _NAMED.search(text)
-    if match and match[1] == "tensor":
-        at: int | None = next((t.offset for t in file.tensors.values() if printable(t.name) == match[2]), end)
-    else:
-        at = keys_at.get(match[2], end) if match else next((keys_at[key] for key in sorted(keys_at, key=len, reverse=True) if key in text), None)
-    return text if at is None else f"offset 0x{at:x}: {text}"
+
+    def placed(text: str) -> str:
+        if text.startswith("offset "):
+            return text
+        match = _NAMED.search(text)
+        if match:
+            at = (tensors_at if match[1] == "tensor" else keys_at).get(match[2], end)
+            return f"offset 0x{at:x}: {text}"
+        named = max((key for key in keys_at if key in text), key=len, default=None)
+        return text if named is None else f"offset 0x{keys_at[named]:x}: {text}"
+
+    return placed
 
 
 def structure(file: TensorFile) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 
 import numpy as np
 import pytest
@@ -210,6 +211,19 @@ def test_small_tensors_are_looked_at_together_and_named_apart(tmp_path, capsys, 
         path.write_bytes(data[:at] + b"\xff" * 4 + data[at + 4:])
         assert run(path) == 1
         assert f'offset 0x{at:x}: tensor "t{i}": row 0, weight 0 is NaN' in capsys.readouterr().err
+
+
+def test_many_findings_take_no_longer_than_many_keys(tmp_path, capsys):
+    """Ten times as many findings take about ten times as long: each is placed without looking through all keys again."""
+    def seconds(n):
+        formats.write(tmp_path / "m.gguf", {f"key.{i}": Typed("str", b"\xff") for i in range(n)}, {})
+        start = time.process_time()
+        assert run(tmp_path / "m.gguf", "--json") == 0
+        assert len(json.loads(capsys.readouterr().out)["files"][0]["notes"]) == n
+        return time.process_time() - start
+
+    few = min(seconds(500) for _ in range(3))
+    assert seconds(5000) < 40 * few
 
 
 def test_space_and_text_are_notes(tmp_path, capsys):
