@@ -45,12 +45,14 @@ def print_text(keys: list[KeyChange], changes: list[TensorChange], total: int, a
         for sign, value in (("-", key.a), ("+", key.b)):
             if value is not None:
                 print(f"{sign} {printable(key.key)} = {describe(value)}")
-    lists = [c for c in changes if c.a is None or c.b is None or c.a.shape != c.b.shape]
+    lists: list[TensorChange] = []
+    measured: list[TensorChange] = []
+    for c in changes:
+        (lists if c.a is None or c.b is None or c.a.shape != c.b.shape else measured).append(c)
     for c in lists:
         for sign, t in (("-", c.a), ("+", c.b)):
             if t is not None:
                 print(f"{sign} tensor {printable(c.name)}: {t.type} {show.shape(t)}")
-    measured = [c for c in changes if c not in lists]
     if measured:
         rows: list[tuple[str, ...]] = [("tensor", "types", "rmse", "relative", "cosine", "max error")]
         for c in measured[:args.n or None]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 
 import numpy as np
 import pytest
@@ -87,6 +88,19 @@ def test_diff_of_equal_models(model, tmp_path, capsys):
     for other in (model, tmp_path / "big.gguf"):
         status, lines, _ = run(capsys, "diff", model, other)
         assert (status, lines) == (0, ["no difference"])
+
+
+def test_diff_of_many_tensors_takes_no_longer_than_reading_them(tmp_path, capsys):
+    def seconds(n):
+        for name in "ab":
+            formats.write(tmp_path / name, {}, {f"{name}{i}": np.zeros(2, np.float32) for i in range(n)})
+        start = time.process_time()
+        status, lines, _ = run(capsys, "diff", tmp_path / "a", tmp_path / "b")
+        assert status == 1 and len(lines) == 2 * n + 2
+        return time.process_time() - start
+
+    few = min(seconds(200) for _ in range(3))
+    assert seconds(4000) < 60 * few
 
 
 def test_diff_measures(model, tmp_path, capsys):
