@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyggml.errors import PyggmlError
-from pyggml.formats.show import quoted
+from pyggml.formats import show
 from pyggml.quantize import recipes
 from pyggml.quantize.recipes import Recipe, Site
 from pyggml.types import TensorType, tensor_type
@@ -73,8 +73,8 @@ def _number(kv: Mapping[str, Any], key: str, default: int = 0) -> int:
         value = value[0] if len(value) else default
     try:
         return int(value)
-    except (TypeError, ValueError):
-        raise PyggmlError(f'the key "{key}" is {quoted(value)}; it must be a number') from None
+    except (TypeError, ValueError, OverflowError):
+        raise PyggmlError(f'the key "{show.text(key)}" is {show.quoted(value)}; it must be a whole number') from None
 
 
 def site(kv: Mapping[str, Any], *, imatrix: bool) -> tuple[Site, int]:

@@ -221,6 +221,15 @@ def test_a_vocabulary_of_another_size_than_the_token_table(size, tmp_path, capsy
         refused(capsys, arguments(command, path, text), f'has {size} tokens and the tensor "token_embd.weight" {len(TOKENS)} rows')
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, "x" * 9999])
+def test_a_count_that_is_no_number_cannot_choose_types(value, tmp_path, capsys):
+    typed = Typed("str", value) if isinstance(value, str) else Typed("f64", value)
+    for key in ("expert_count", "attention.head_count_kv"):
+        path = write(tmp_path / "m.gguf", {f"llama.{key}": typed})
+        refused(capsys, ["quantize", path, str(tmp_path / "q.gguf"), "q4_k_m"], f'the key "llama.{key}" is ')
+        assert os.listdir(tmp_path) == ["m.gguf"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_numbers_that_overflow_are_no_warnings(tmp_path, capsys, text):
     path = write(tmp_path / "m.gguf", {}, {"blk.0.attn_norm.weight": lambda a: a * np.float32(1e38)})
