@@ -110,7 +110,7 @@ def huge_model(path, source):
     ("Q9_9", {}, "recipe 'Q9_9' is unknown"),
     ("Q4_0", {"tensor_types": (("attn_q", "q8_1"),)}, "Q8_1 is not a type for weights"),
     ("Q4_0", {"tensor_types": (("attn_q", "q8_x"),)}, "tensor type 'q8_x' is unknown"),
-    ("Q4_0", {"imatrix": "nothing.gguf"}, "nothing.gguf: cannot read"),
+    ("Q4_0", {"imatrix": "nothing.gguf"}, "nothing.gguf: cannot open"),
     ("Q4_0", {"prune_layers": (9,)}, "--prune-layers 9"),
     ("Q4_0", {"include_weights": ("a",), "exclude_weights": ("b",), "imatrix": Imatrix({"a": Entry(np.ones(1), {"in_sum2": np.ones((1, 4))})})},
      "cannot be used together"),
