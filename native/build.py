@@ -25,7 +25,8 @@ AVX512BF16 = [*AVX512, "-mavx512bf16"]
 # PYGGML_EVEX_AVXVNNI=1 builds the same source with the other encoding.
 EVEX_AVXVNNI = bool(os.environ.get("PYGGML_EVEX_AVXVNNI"))
 AVXVNNI = [*AVX2, *(["-mavx512vnni", "-mavx512vl"] if EVEX_AVXVNNI else ["-mavxvnni"])]
-SCALAR = ["-O1", "-Wno-maybe-uninitialized"]       # half the time to compile of what hardly a processor runs where there are others; that warning needs more
+# half the time to compile of what hardly a processor runs where there are others; the warning needs more analysis than that
+SCALAR = ["-O1", "-Wno-maybe-uninitialized"]
 ISAS = {        # rising order of preference
     "x86_64": {"scalar": SCALAR, "avx2": AVX2, "avxvnni": AVXVNNI, "avx512": AVX512, "avx512bf16": AVX512BF16,
                "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]},
