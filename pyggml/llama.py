@@ -226,7 +226,7 @@ class Llama:
         """A token from the newest logits, or from row `idx` of `scores`. The same arguments go on with the same random numbers."""
         params = self._sampling(**sampling)
         if self._sampler is None or self._sampler.params != params:
-            self._sampler = Sampler(params)
+            self._sampler = Sampler(params, self.model_path)
         self._sampler.forget()
         self._sampler.accept(*self.eval_tokens)
         row = self._newest() if idx is None else self.scores[idx]
@@ -238,7 +238,7 @@ class Llama:
 
         What the cache has in common with `tokens` is not computed again. reset=False appends to the cache instead.
         """
-        sampler = Sampler(self._sampling(**sampling))
+        sampler = Sampler(self._sampling(**sampling), self.model_path)
         return self._generate(list(tokens), reset, sampler, one_callable(logits_processor, LogitsProcessorList),
                               one_callable(stopping_criteria, StoppingCriteriaList))
 
@@ -334,7 +334,7 @@ class Llama:
             raise ContextOverflow(f"the prompt of {len(tokens)} tokens leaves no room in the context of {self.n_ctx()}; make it larger with n_ctx")
         if logprobs is not None and not 0 <= whole("logprobs", logprobs) <= self.n_vocab():
             raise ParameterError(f"logprobs={logprobs} is out of range; use 0 to {self.n_vocab()}")
-        generator = self._generate(tokens, True, Sampler(sampling), one_callable(processor, LogitsProcessorList),
+        generator = self._generate(tokens, True, Sampler(sampling, self.model_path), one_callable(processor, LogitsProcessorList),
                                    one_callable(criteria, StoppingCriteriaList))
         generated = completion.parts(((token, self._newest()) for token in generator), self._pieces, self._tokenizer.eog,
                                      completion.stop_strings(stop), min(room, most) if most > 0 else room,

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from pyggml.sampling import Sampler
 
     timing = Timing()
-    _options.model_path(args)
+    path = _options.model_path(args)
     text = _options.prompt_text(args)
     if args.prompt is None:
         text = text.removesuffix("\n")              # a file's last line ends, the text goes on; so does llama.cpp
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("the prompt is empty, and the vocabulary has no token to begin with; give it some text")
     if len(tokens) > context.n_ctx:
         raise ContextOverflow(f"the prompt of {len(tokens)} tokens does not fit into the context of {context.n_ctx}; use a larger one (-c)")
-    sampler = Sampler(_options.sampling_params(args, logit_bias=dict.fromkeys(tokenizer.eog, float("-inf")) if args.ignore_eos else {}))
+    sampler = Sampler(_options.sampling_params(args, logit_bias=dict.fromkeys(tokenizer.eog, float("-inf")) if args.ignore_eos else {}), path)
     timing.load = timing.lap()
     if args.verbose:
         tell(args, model, context, sampler, tokens)

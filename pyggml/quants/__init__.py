@@ -22,14 +22,15 @@ __all__ = ["CODECS", "Codec", "codec", "dequantize", "quantize", "register"]
 _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 _FLOATS = ffi.typeof("float[]")
 _CHUNK = 1 << 19         # weights handed to one worker at a time
+_WORTH_DECODING = 1 << 21       # up to so many weights are decoded before a helper wakes (measured: two threads break even at three million)
 _pool: list[ThreadPoolExecutor] = []        # the helpers of _in_chunks, once there were any; gone after a fork, as threads are
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
 
 
-def _is_one_call(weights: int, threads: int | None) -> bool:
+def _is_one_call(weights: int, threads: int | None, most: int = _CHUNK) -> bool:
     """Whether a C call does it all: looked at first, as after megabytes of weights every line of Python comes from memory again."""
-    return threads == 1 or weights <= _CHUNK
+    return threads == 1 or weights <= most
 
 
 def _in_chunks(rows: int, per_row: int, threads: int | None, work: Callable[[int, int], int]) -> int:
@@ -82,7 +83,7 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, out: np.ndar
         return out
     if lib is not None and not row.user_defined:
         src, dst = ffi.from_buffer(raw), ffi.from_buffer(_FLOATS, out)
-        if _is_one_call(out.size, threads):
+        if _is_one_call(out.size, threads, _WORTH_DECODING):
             lib.pyg_dequantize(row.id, out.size, src, dst)
         else:
             _in_chunks(out.size // per_row, per_row, threads, lambda first, last: lib.pyg_dequantize(

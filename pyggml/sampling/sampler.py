@@ -21,8 +21,9 @@ class Sampler:
 
     params: SamplingParams
 
-    def __init__(self, params: SamplingParams | None = None) -> None:
-        self.params = params or SamplingParams()
+    def __init__(self, params: SamplingParams | None = None, path: str = "") -> None:
+        """path: of the model whose logits these are, for errors."""
+        self.params, self._path = params or SamplingParams(), path
         self._plain, self._usual, self._unmoved = self.params.plain, self.params.usual, self.params.unmoved
         self.reset()
 
@@ -88,7 +89,7 @@ class Sampler:
         c = Candidates(self._biased(logits) if p.logit_bias else logits)
         peak = float(c.logits.max())
         if not math.isfinite(peak):
-            raise PyggmlError(_unusable(c.logits))
+            raise PyggmlError(_unusable(c.logits, self._path))
         if p.temp == 0.0 or p.mirostat:
             c = temperature(SAMPLERS["penalties"](c, p, self.counts), p.temp)
             return mirostat_v2(c, self.mu) if p.mirostat and p.temp else c
@@ -105,9 +106,10 @@ class Sampler:
         return logits
 
 
-def _unusable(logits: np.ndarray) -> str:
+def _unusable(logits: np.ndarray, path: str) -> str:
     """Why no token can be drawn from logits whose largest is not finite."""
     n_nan, n_inf = int(np.isnan(logits).sum()), int(np.isposinf(logits).sum())
     if n_nan or n_inf:
-        return f"{n_nan} of {logits.size} logits are NaN and {n_inf} are infinite: the model file is damaged, or its numbers overflow"
+        where = f"{path}: " if path else ""
+        return f"{where}{n_nan} of {logits.size} logits are NaN and {n_inf} are infinite: the model file is damaged, or its numbers overflow"
     return "every token is forbidden (all logits are -inf); loosen the logit bias or the logits processor"

@@ -73,3 +73,12 @@ def test_decodes_random_bytes_as_ggml(row, isa):  # noqa: F811
 def test_every_blocked_type_has_golden_vectors():
     activations = {"Q8_1", "Q8_K"}
     assert all(golden(t.name) or f"{t.name}_blocks" in golden("more") for t in BLOCKED if t.name not in activations)
+
+
+@every_type
+def test_weights_do_not_depend_on_threads(row, monkeypatch):
+    blocks = random_blocks(row, 12 * max(1, 256 // row.block)).reshape(12, -1)
+    want = quants.dequantize(blocks, row, threads=1)
+    monkeypatch.setattr(quants, "_CHUNK", 512)
+    monkeypatch.setattr(quants, "_WORTH_DECODING", 0)
+    assert_same_floats(quants.dequantize(blocks, row, threads=3), want)
