@@ -50,8 +50,8 @@ def join(opened: TensorFile, open_one: Callable[[str], TensorFile]) -> TensorFil
         for key, expected in ((COUNT, len(paths)), (NUMBER, i)):
             value = file.kv.get(key)
             if type(value) is not int or value != expected:         # true is an int, too
-                at = file.kv.entry(key).start if key in file.kv else file.table_end
-                raise GGUFError(f'{printable(file.path)}: offset 0x{at:x}: key "{key}" is {show.text(value)}, by the file name it should be '
+                at, found = (file.kv.entry(key).start, show.text(value)) if key in file.kv else (file.table_end, "missing")
+                raise GGUFError(f'{printable(file.path)}: offset 0x{at:x}: key "{key}" is {found}, by the file name it should be '
                                 f'{expected}; was the file renamed?')
         for name, tensor in file.tensors.items():
             if name in tensors:

@@ -48,9 +48,10 @@ def test_swapped_parts_are_refused(parts):
     ("split.no", True, '"split.no" is true, by the file name it should be 1'),
     ("split.no", "1\x1b", r'"split.no" is 1\\x1b, by the file name it should be 1'),
     ("split.count", [3, 3], r'"split.count" is \[3, 3\], by the file name it should be 3'),
+    ("split.count", None, r'"split.count" is missing, by the file name it should be 3'),
 ])
 def test_keys_of_a_part_that_are_no_numbers(parts, key, value, says):
-    kv = {"split.no": Typed("u16", 1), "split.count": Typed("u16", 3)} | {key: value}
+    kv = {k: v for k, v in ({"split.no": Typed("u16", 1), "split.count": Typed("u16", 3)} | {key: value}).items() if v is not None}
     formats.write(parts[1], kv, {"t1": np.full(4, 1, np.float32)})
     with pytest.raises(GGUFError, match=says):
         formats.open(parts[0])
