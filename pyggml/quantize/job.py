@@ -81,7 +81,7 @@ def plan(file: Any, options: Options, *, dry_run: bool = False) -> Job:
     imatrix = _imatrix(options)
     sources = _pruned(file.tensors, options.prune_layers)
     wishes = Wishes(options.output_tensor_type, options.token_embedding_type, options.tensor_types, options.leave_output_tensor, options.pure)
-    choices = select(sources, file.kv, recipe, wishes, imatrix=imatrix is not None)
+    choices = select(sources, file.kv, recipe, wishes, imatrix=imatrix is not None, path=file.path)
     if options.keep_split and len(file.sources) > 1:
         part = {id(s): i for i, s in enumerate(file.sources)}
         choices.sort(key=lambda c: (part[id(sources[c.name].source)], sources[c.name].offset))

@@ -74,16 +74,19 @@ def _number(kv: Mapping[str, Any], key: str, default: int = 0) -> int:
     try:
         return int(value)
     except (TypeError, ValueError, OverflowError):
-        raise PyggmlError(f'the key "{show.text(key)}" is {show.quoted(value)}; it must be a whole number') from None
+        raise PyggmlError(f'key "{show.text(key)}" is {show.quoted(value)}; it must be a whole number') from None
 
 
-def site(kv: Mapping[str, Any], *, imatrix: bool) -> tuple[Site, int]:
-    """What rules may ask about a model, and its number of layers."""
+def site(kv: Mapping[str, Any], path: str = "", *, imatrix: bool) -> tuple[Site, int]:
+    """What rules may ask about a model, and its number of layers. path: of its file, for errors."""
     arch = str(kv.get("general.architecture", ""))
-    heads = _number(kv, f"{arch}.attention.head_count")
-    kv_heads = _number(kv, f"{arch}.attention.head_count_kv", heads)
-    facts = Site(arch, heads // kv_heads if kv_heads else 0, _number(kv, f"{arch}.expert_count"), imatrix)
-    return facts, _number(kv, f"{arch}.block_count")
+    try:
+        heads = _number(kv, f"{arch}.attention.head_count")
+        kv_heads = _number(kv, f"{arch}.attention.head_count_kv", heads)
+        facts = Site(arch, heads // kv_heads if kv_heads else 0, _number(kv, f"{arch}.expert_count"), imatrix)
+        return facts, _number(kv, f"{arch}.block_count")
+    except PyggmlError as error:
+        raise PyggmlError(f"{path}: {error}" if path else str(error)) from None
 
 
 def kept(name: str, shape: Sequence[int], arch: str, wishes: Wishes) -> bool:
@@ -111,14 +114,15 @@ class _Places:
 
 
 def select(tensors: Mapping[str, Any], kv: Mapping[str, Any], recipe: Recipe, wishes: Wishes | None = None, *,
-           imatrix: bool = False) -> list[Choice]:
+           imatrix: bool = False, path: str = "") -> list[Choice]:
     """The type of every tensor, in the order llama.cpp would write them.
 
-    tensors: name -> anything with `type` and `shape` (numpy order). PyggmlError for an unknown type or a bad pattern.
+    tensors: name -> anything with `type` and `shape` (numpy order). path: of the file, for errors. PyggmlError for an unknown type, a bad
+    pattern, or a key that must be a number and is not.
     """
     wishes = wishes or Wishes()
     names = order(tensors)
-    facts, n_layers = site(kv, imatrix=imatrix)
+    facts, n_layers = site(kv, path, imatrix=imatrix)
     places = _Places(names, n_layers, facts.n_expert)
     tied = recipes.OUTPUT not in tensors
     patterns = [(_pattern(p), tensor_type(t)) for p, t in wishes.tensor_types]

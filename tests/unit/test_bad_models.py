@@ -226,7 +226,7 @@ def test_a_count_that_is_no_number_cannot_choose_types(value, tmp_path, capsys):
     typed = Typed("str", value) if isinstance(value, str) else Typed("f64", value)
     for key in ("expert_count", "attention.head_count_kv"):
         path = write(tmp_path / "m.gguf", {f"llama.{key}": typed})
-        refused(capsys, ["quantize", path, str(tmp_path / "q.gguf"), "q4_k_m"], f'the key "llama.{key}" is ')
+        refused(capsys, ["quantize", path, str(tmp_path / "q.gguf"), "q4_k_m"], f'{path}: key "llama.{key}" is ')
         assert os.listdir(tmp_path) == ["m.gguf"]
 
 
