@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from models import as_f16
 from pyggml import cli, formats
 from pyggml.formats import hashing, new_tensor, split
+from pyggml.formats.diff import TensorChange
 from pyggml.quants import dequantize, quantize
 
 RNG = np.random.default_rng(5)
@@ -90,17 +90,16 @@ def test_diff_of_equal_models(model, tmp_path, capsys):
         assert (status, lines) == (0, ["no difference"])
 
 
-def test_diff_of_many_tensors_takes_no_longer_than_reading_them(tmp_path, capsys):
-    def seconds(n):
-        for name in "ab":
-            formats.write(tmp_path / name, {}, {f"{name}{i}": np.zeros(2, np.float32) for i in range(n)})
-        start = time.process_time()
-        status, lines, _ = run(capsys, "diff", tmp_path / "a", tmp_path / "b")
-        assert status == 1 and len(lines) == 2 * n + 2
-        return time.process_time() - start
+def test_diff_compares_no_change_with_the_others(tmp_path, capsys, monkeypatch):
+    """Two lists of many tensors would take the square of that."""
+    def compared(*_):
+        raise AssertionError("a change was compared with another")
 
-    few = min(seconds(200) for _ in range(3))
-    assert seconds(4000) < 60 * few
+    for name in "ab":
+        formats.write(tmp_path / name, {}, {f"{name}{i}": np.zeros(2, np.float32) for i in range(3)})
+    monkeypatch.setattr(TensorChange, "__eq__", compared)
+    status, lines, _ = run(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    assert status == 1 and len(lines) == 8
 
 
 def test_diff_measures(model, tmp_path, capsys):
