@@ -22,7 +22,7 @@ __all__ = ["CODECS", "Codec", "codec", "dequantize", "quantize", "register"]
 _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 _FLOATS = ffi.typeof("float[]")
 _CHUNK = 1 << 19         # weights handed to one worker at a time
-_WORTH_DECODING = 1 << 21       # up to so many weights are decoded before a helper wakes (measured: two threads break even at three million)
+_QUICK = 1 << 21         # up to so many weights are decoded, or become plain numbers, before a helper wakes (measured: two threads break even at three million)
 _pool: list[ThreadPoolExecutor] = []        # the helpers of _in_chunks, once there were any; gone after a fork, as threads are
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
@@ -83,7 +83,7 @@ def dequantize(blocks: np.ndarray, type: int | str | TensorType, *, out: np.ndar
         return out
     if lib is not None and not row.user_defined:
         src, dst = ffi.from_buffer(raw), ffi.from_buffer(_FLOATS, out)
-        if _is_one_call(out.size, threads, _WORTH_DECODING):
+        if _is_one_call(out.size, threads, _QUICK):
             lib.pyg_dequantize(row.id, out.size, src, dst)
         else:
             _in_chunks(out.size // per_row, per_row, threads, lambda first, last: lib.pyg_dequantize(
@@ -154,7 +154,7 @@ def quantize_rows(x: np.ndarray, row: TensorType, w: np.ndarray | None, out: np.
     if lib is not None and not row.user_defined:
         importance = ffi.NULL if w is None else ffi.from_buffer(_FLOATS, w)
         src, dst = ffi.from_buffer(_FLOATS, x), ffi.from_buffer(out)
-        if _is_one_call(x.size, threads):
+        if _is_one_call(x.size, threads, _CHUNK if row.quantized else _QUICK):
             status = lib.pyg_quantize(row.id, x.size // n, n, src, dst, importance, search, row.quantized)
         else:
             status = _in_chunks(x.size // n, n, threads, lambda first, last: lib.pyg_quantize(

@@ -80,5 +80,5 @@ def test_weights_do_not_depend_on_threads(row, monkeypatch):
     blocks = random_blocks(row, 12 * max(1, 256 // row.block)).reshape(12, -1)
     want = quants.dequantize(blocks, row, threads=1)
     monkeypatch.setattr(quants, "_CHUNK", 512)
-    monkeypatch.setattr(quants, "_WORTH_DECODING", 0)
+    monkeypatch.setattr(quants, "_QUICK", 0)
     assert_same_floats(quants.dequantize(blocks, row, threads=3), want)
