@@ -22,7 +22,8 @@ __all__ = ["CODECS", "Codec", "codec", "dequantize", "quantize", "register"]
 _FLOAT, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 _FLOATS = ffi.typeof("float[]")
 _CHUNK = 1 << 19         # weights handed to one worker at a time
-_QUICK = 1 << 21         # up to so many weights are decoded, or become plain numbers, before a helper wakes (measured: two threads break even at three million)
+# up to so many weights are decoded, or become plain numbers, before a helper wakes (measured: two threads break even at three million)
+_QUICK = 1 << 21
 _pool: list[ThreadPoolExecutor] = []        # the helpers of _in_chunks, once there were any; gone after a fork, as threads are
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.clear)
