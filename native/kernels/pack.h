@@ -35,10 +35,11 @@ typedef struct {
 
 // T(name, ...): everything a kernel must know about a packed type; the packer is r16_<name> below
 #define FLOAT_TILES(T) T(f32, .bytes = 4) T(f16, .bytes = 2) T(bf16, .bytes = 2)
-#define BLOCK32_TILES(T) \
-    T(q4_0, .bits = 4, .zero = 3) T(q4_1, .bits = 4, .mins = 1) T(q5_0, .bits = 5, .zero = 4) T(q5_1, .bits = 5, .mins = 1) \
-    T(q8_0, .bits = 8, .zero = 7) T(iq4_nl, .bits = 4, .zero = 7, .codebook = iq4_values) \
+#define NIBBLE_TILES(T) T(q4_0, .bits = 4, .zero = 3) T(q4_1, .bits = 4, .mins = 1)
+#define OTHER32_TILES(T) \
+    T(q5_0, .bits = 5, .zero = 4) T(q5_1, .bits = 5, .mins = 1) T(q8_0, .bits = 8, .zero = 7) T(iq4_nl, .bits = 4, .zero = 7, .codebook = iq4_values) \
     T(mxfp4, .bits = 4, .zero = 7, .reach = 4, .scales = SCALES_E8M0, .codebook = fp4_values)
+#define BLOCK32_TILES(T) NIBBLE_TILES(T) OTHER32_TILES(T)
 #define BLOCK256_TILES(T) \
     T(q2_K, .bits = 2, .sub = 16, .mins = 1, .scales = SCALES_NIBBLE) T(q3_K, .bits = 3, .zero = 2, .sub = 16, .scales = SCALES_I8) \
     T(q4_K, .bits = 4, .sub = 32, .mins = 1, .scales = SCALES_U6) T(q5_K, .bits = 5, .sub = 32, .mins = 1, .scales = SCALES_U6) \

@@ -228,7 +228,7 @@ INLINE void spread_columns(const tile_type d, const char *w, const char *a, int6
     }
 }
 
-#define SPREAD_TILES(T) BLOCK32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
+#define SPREAD_TILES(T) OTHER32_TILES(T) BLOCK256_TILES(T) CODES32_TILES(T) CODES256_TILES(T)
 #define T(name, ...) \
     static void spread_##name(const char *w, int64_t k, char *to) { spread_tile(TILE_TYPES[TYPE_##name], w, k, to); } \
     static void spread_columns_##name(const char *w, const char *a, int64_t k, int cols, float *out) { spread_columns(TILE_TYPES[TYPE_##name], w, a, k, cols, out); }
