@@ -77,8 +77,11 @@ int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k); // bytes of the R16 f
 
 // ---- Codecs: rows of one type, n weights (a multiple of the block); 0 done, 1 this type has no such kernel -------------------
 // checked: 1 looks at the weights, and 2 is returned when one is not finite (what is written then is worth nothing)
-int pyg_dequantize(int type, int64_t n, const void *src, float *dst);
-int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked);
+// stream: 1 writes past the caches what those would not hold, where the processor gains by it (pyg_streams_stores)
+int pyg_dequantize(int type, int64_t n, const void *src, float *dst, int stream);
+int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked,
+                 int stream);
+int pyg_streams_stores(void);
 int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result);
 
 // ---- Text to tokens (tokenize.c): a table of texts, and merging by score (SPM) or by rank (BPE) -------------------------------

@@ -21,7 +21,7 @@ static const kernel_table *const tables[] = {
 #undef X
 };
 const kernel_table *kernels = &kernels_scalar;
-int fetch_streams, slow_bf16, fetch_stores = 1;
+int fetch_streams, slow_bf16, fetch_stores = 1, stream_stores;
 
 // AMX with bf16: CPUID says what the processor has; Linux gives a process the tile registers when it asks for them.
 static int matrix_unit(void) {
@@ -67,6 +67,7 @@ void pyg_isa_select(int isa) {
     kernels = tables[isa];
 #if defined __x86_64__
     slow_bf16 = fetch_stores = __builtin_cpu_is("intel") != 0;
+    stream_stores = __builtin_cpu_is("amd") != 0;
     fetch_streams = slow_bf16 || !__builtin_cpu_supports("avx512f");
 #endif
 }
@@ -90,71 +91,6 @@ int     pyg_act_format(int type, int packed, int exact, int fixed) { return kern
 int     pyg_attends_in_bf16(int64_t tokens, int fixed) { return kernels->attends_in_bf16(tokens, fixed); }
 int64_t pyg_act_bytes(int format, int64_t k, int64_t cols) { return kernels->act_bytes(format, k, cols); }
 int64_t pyg_pack_bytes(int type, int64_t rows, int64_t k) { return kernels->pack_bytes(type, rows, k); }
-
-enum { STRIP = 512 };           // floats between two looks ahead: whole blocks of every type
-
-static inline void fetch_to_write(const char *to, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(to + i, 1);
-}
-
-int pyg_dequantize(int type, int64_t n, const void *src, float *dst) {
-    if (!kernels->dequantize[type]) return 1;
-    if (!fetch_stores) {
-        kernels->dequantize[type](n, src, dst);
-        return 0;
-    }
-    int64_t bytes = kernels->row_bytes(type, STRIP);
-    const char *from = src;
-    for (; n > 0; n -= STRIP, from += bytes, dst += STRIP) {
-        if (n > 3 * STRIP) fetch_to_write((const char *)(dst + 2 * STRIP), STRIP * sizeof *dst);
-        kernels->dequantize[type](n < STRIP ? n : STRIP, from, dst);
-    }
-    return 0;
-}
-
-// Floats that are looked at and then encoded stay in a core's cache between the two. LANES of them, from whole rows, fill every lane of every
-// encoder and lie in the first cache; where it takes more than PIECE to make whole rows of that, a piece has so many.
-enum { LANES = 1 << 12, PIECE = 1 << 16 };
-static int64_t rows_of_a_piece(int64_t n_per_row) {
-    int64_t power = n_per_row & -n_per_row, rows = power < LANES ? LANES / power : 1;      // the fewest whose floats are a multiple of LANES
-    return rows * n_per_row <= PIECE ? rows : PIECE > n_per_row ? PIECE / n_per_row : 1;
-}
-
-// Blocks that a formula makes know nothing of rows, and can be made of any floats: those are looked at when they have just come.
-static int quantize_strips(int type, int64_t n, const float *src, char *dst, int checked) {
-    if (!fetch_stores && !checked) {
-        kernels->quantize[type](n, src, dst, NULL);
-        return 0;
-    }
-    int64_t bytes = kernels->row_bytes(type, STRIP);
-    for (; n > 0; n -= STRIP, src += STRIP, dst += bytes) {
-        int64_t strip = n < STRIP ? n : STRIP;
-        if (fetch_stores && n >= 2 * STRIP) fetch_to_write(dst + bytes, bytes);
-        if (checked && kernels->quantize_finite[type]) {
-            if (!kernels->quantize_finite[type](strip, src, dst)) return 2;
-            continue;
-        }
-        kernels->quantize[type](strip, src, dst, NULL);
-        if (checked && !kernels->finite(strip, src)) return 2;
-    }
-    return 0;
-}
-
-// 0; 1: no such encoder, 2: a weight is not finite, 3: no memory for a codebook
-int pyg_quantize(int type, int64_t n_rows, int64_t n_per_row, const float *src, void *dst, const float *importance, int search, int checked) {
-    if (!kernels->quantize[type]) return 1;
-    int formula = !kernels->encode[type] || (kernels->formula[type] && !search && !importance);
-    if (formula) return quantize_strips(type, n_rows * n_per_row, src, dst, checked);
-    int64_t row_bytes = kernels->row_bytes(type, n_per_row), step = rows_of_a_piece(n_per_row);
-    for (int64_t done = 0; done < n_rows; done += step) {
-        int64_t rows = n_rows - done < step ? n_rows - done : step;
-        const float *x = src + done * n_per_row;
-        char *to = (char *)dst + done * row_bytes;
-        if (checked && !kernels->finite(rows * n_per_row, x)) return 2;
-        if (kernels->encode[type](rows, n_per_row, x, to, importance, search)) return 3;
-    }
-    return 0;
-}
 
 int pyg_dot(int type, int64_t n, const void *weights, const void *activations, float *result) {
     if (!kernels->dot[type]) return 1;

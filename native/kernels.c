@@ -40,6 +40,7 @@ const kernel_table CAT(kernels, ISA) = {
     .finite = finite_floats,
     .quantize_finite = FINITE_TABLE,
     .dot = DOT_TABLE,
+    .stream = stream_lines,
     .row_bytes = row_bytes,
     .act_format = act_format,
     .attends_in_bf16 = attends_in_bf16,

@@ -104,7 +104,7 @@ def mount(folder: Path) -> int:
             continue
         image, point = folder / f"{name}.img", folder / name
         with open(image, "wb") as f:
-            f.truncate(512 << 20)
+            f.truncate(2 << 30)
         point.mkdir()
         subprocess.run([f"mkfs.{name}", "-q", force, image], check=True)
         subprocess.run(["mount", "-o", "loop", image, point], check=True)

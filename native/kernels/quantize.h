@@ -21,6 +21,9 @@ INLINE float signed_max(int n, const float *x) {
     for (int i = 0; high && i < n; i++) if (fabsf(x[i]) == high) return x[i];
     return 0;
 }
+static void stream_lines(int64_t bytes, const char *src, char *dst) {
+    UNROLL(4) for (int64_t i = 0; i < bytes; i += sizeof(vf)) vf_stream(dst + i, vf_load(src + i));
+}
 // Whether none of n floats is infinite or NaN: nothing times those is NaN, and times all others a zero of either sign.
 static int finite_floats(int64_t n, const float *x) {
     vi bits = {0}, more = {0};                             // two, as each `or` waits for the one before

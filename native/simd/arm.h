@@ -8,6 +8,7 @@ static inline float f16_to_f32(f16 h) { __fp16 x; memcpy(&x, &h, 2); return x; }
 static inline f16 f32_to_f16(float f) { __fp16 x = f; f16 h; memcpy(&h, &x, 2); return h; }
 static inline vf vf_from_f16(const void *p) { float16x4_t h; memcpy(&h, p, 8); return (vf)vcvt_f32_f16(h); }
 static inline void vf_to_f16(void *p, vf v) { float16x4_t h = vcvt_f16_f32((float32x4_t)v); memcpy(p, &h, 8); }
+static inline void vf_stream(void *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf vf_from_bf16(const void *p) { uint16x4_t h; memcpy(&h, p, 8); return (vf)vshll_n_u16(h, 16); }
 static inline vf vf_max(vf a, vf b) { return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 static inline vf vf_min(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b); }

@@ -28,6 +28,7 @@ static inline f16 f32_to_f16(float f) {       // round to nearest, ties to even
 }
 static inline vf vf_from_f16(const void *p) { const f16 *h = p; return (vf){f16_to_f32(h[0]), f16_to_f32(h[1]), f16_to_f32(h[2]), f16_to_f32(h[3])}; }
 static inline void vf_to_f16(void *p, vf v) { f16 *h = p; for (int i = 0; i < VL; i++) h[i] = f32_to_f16(v[i]); }
+static inline void vf_stream(void *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf vf_from_bf16(const void *p) { uint16_t h[4]; memcpy(h, p, 8); return (vf)(vi){h[0] << 16, h[1] << 16, h[2] << 16, (int32_t)((uint32_t)h[3] << 16)}; }
 static inline vf vf_max(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
 static inline vf vf_min(vf a, vf b) { for (int i = 0; i < VL; i++) a[i] = a[i] < b[i] ? a[i] : b[i]; return a; }

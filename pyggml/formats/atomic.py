@@ -87,7 +87,8 @@ class Output:
         os.pwrite(self.fd, data, offset)
 
     def copy(self, fd: int, offset: int) -> None:
-        """Append the file behind `fd` from `offset` to its end: shared blocks where the file system can, copied by the kernel otherwise."""
+        """Append the file behind `fd` from `offset` to its end: shared blocks where the file system can, copied by the kernel otherwise.
+        PyggmlError before anything is copied when there is no room."""
         self.flush()
         left = os.fstat(fd).st_size - offset
         if left > BLOCK and (self._done - offset) % BLOCK == 0:
@@ -100,6 +101,7 @@ class Output:
                 os.lseek(self.fd, self._done, os.SEEK_SET)
                 return
             offset, left = offset + before, left - before
+        check_room(self.path, left)
         self._copy(fd, offset, left)
 
     def _copy(self, fd: int, offset: int, n: int) -> None:
@@ -159,10 +161,12 @@ def _start_writing(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Output], None] | None = None, resume: str = "") -> Iterator[Output]:
+def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Output], None] | None = None, resume: str = "",
+              copied: int = 0) -> Iterator[Output]:
     """Write a new version of `path` (or a new file): the body writes to the Output; leaving it normally puts the file in place.
 
     size: bytes that will be written, where known: too little room is reported before anything is written.
+    copied: of those, what Output.copy appends, which needs no room on a file system that shares blocks.
     check: called with the flushed file before the rename; raises when what it reads back is not what was written.
     resume: a key of hexadecimal digits that stands for all that goes into the file. A run that is killed or cancelled then leaves its
     part behind, and the next run with the same key finds it: `tell` is where it ended (see Output.restart). Bytes written before
@@ -178,7 +182,7 @@ def replacing(path: str | os.PathLike[str], size: int = 0, check: Callable[[Outp
             unique = f"{resume}.{_boot()}.part" if resume else f"{os.getpid()}.{os.urandom(4).hex()}.tmp"
             temporary = os.path.join(folder, f".{name}.{unique}")
             there = os.stat(temporary).st_blocks * 512 if resume and os.path.exists(temporary) else 0
-            check_room(target, size - there)
+            check_room(target, size - there - copied)
             _remove_parts(folder, name, resume)
             new = 0 if resume else os.O_EXCL
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | new | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666 if old is None else 0o600)

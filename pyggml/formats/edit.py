@@ -254,7 +254,7 @@ def _rewrite(source: PlainFile, file: TensorFile, edits: Edits, output: str | os
         if out.tell() != len(head) + rest or out.read(0, len(head)) != head:
             raise PyggmlError(f"{out.path}: the header read back is not what was written; the disk or its file system is damaged")
 
-    with atomic.replacing(target, len(head) + rest, check) as out:
+    with atomic.replacing(target, len(head) + rest, check, copied=rest) as out:
         out.write(head)
         if rest:
             out.copy(source.fd, file.data_offset)

@@ -24,13 +24,13 @@ def test_c_knows_the_same_sizes(row):
     """A decoder given n weights writes n floats, and an encoder writes exactly the row's bytes."""
     n = 2 * row.block
     floats, blocks = np.full(n + 1, 7, np.float32), np.zeros(2 * row.bytes, np.uint8)
-    assert lib.pyg_dequantize(row.id, n, ffi.cast("void *", blocks.ctypes.data), ffi.cast("float *", floats.ctypes.data)) == 0
+    assert lib.pyg_dequantize(row.id, n, ffi.cast("void *", blocks.ctypes.data), ffi.cast("float *", floats.ctypes.data), 0) == 0
     assert not floats[:n].any() or row.name == "Q1_0"
     assert floats[n] == 7
     written = [np.full(2 * row.bytes + 8, canary, np.uint8) for canary in (0, 255)]
     x = np.linspace(-1, 1, n, dtype=np.float32)
     source = ffi.cast("float *", x.ctypes.data)
-    statuses = [lib.pyg_quantize(row.id, 1, n, source, ffi.cast("void *", w.ctypes.data), ffi.NULL, 0, 0) for w in written]
+    statuses = [lib.pyg_quantize(row.id, 1, n, source, ffi.cast("void *", w.ctypes.data), ffi.NULL, 0, 0, 0) for w in written]
     if statuses == [1, 1]:
         assert not row.quantized
         return
@@ -82,3 +82,17 @@ def test_weights_do_not_depend_on_threads(row, monkeypatch):
     monkeypatch.setattr(quants, "_CHUNK", 512)
     monkeypatch.setattr(quants, "_QUICK", 0)
     assert_same_floats(quants.dequantize(blocks, row, threads=3), want)
+
+
+@every_isa
+@every_type
+@pytest.mark.parametrize("weights", [1, 512, 513, 5000])
+def test_floats_past_the_caches_are_the_same(row, isa, weights):  # noqa: F811
+    blocks = random_blocks(row, -(-weights // row.block))
+    want = quants.dequantize(blocks, row).reshape(-1)
+    for at in (0, 3, 16, 31):
+        room = np.full(want.size + 64, 7, np.float32)
+        target = ffi.from_buffer("float[]", room[at:])
+        assert lib.pyg_dequantize(row.id, want.size, ffi.from_buffer(blocks), target, 1) == 0
+        assert_same_floats(room[at : at + want.size], want)
+        assert (room[:at] == 7).all() and (room[at + want.size :] == 7).all()

@@ -226,6 +226,19 @@ def test_bytes_do_not_depend_on_threads(row):
         quants._CHUNK = before
 
 
+@every_isa
+@pytest.mark.parametrize("row", [t for t in TYPES if t.name in FORMULA], ids=str)
+@pytest.mark.parametrize("weights", [256, 512, 768, 5120])
+def test_blocks_past_the_caches_are_the_same(row, isa, weights):  # noqa: F811
+    x = np.random.default_rng(0).normal(size=(1, weights)).astype(np.float32)
+    want = quants.quantize(x, row)
+    for at in (0, 1, 16, 63):
+        room = np.full((1, want.size + 64), 7, np.uint8)
+        assert quants.quantize_rows(x, row, None, room[:, at : at + want.size], search=False, threads=1, stream=True)
+        assert (room[:, at : at + want.size] == want).all()
+        assert (room[:, :at] == 7).all() and (room[:, at + want.size :] == 7).all()
+
+
 @pytest.mark.parametrize("row", BLOCKED, ids=str)
 def test_hostile_but_finite_rows_stay_finite(row):
     rows = np.zeros((6, 256), np.float32)

@@ -1,5 +1,6 @@
 """A file is replaced whole or not at all, whatever fails on the way."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -246,6 +247,28 @@ def test_the_rest_of_a_file_is_shared_or_copied(tmp_path, monkeypatch, clones, h
         out.write(b"end")
     assert path.read_bytes() == b"h" * head + data[offset:] + b"end"
     assert bool(shared) == (clones and (head - offset) % 4096 == 0)
+
+
+@pytest.mark.parametrize("clones", [True, False], ids=["shares", "copies"])
+def test_shared_blocks_need_no_room(tmp_path, monkeypatch, clones):
+    old, path = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(os.urandom(8 * 4096))
+    path.write_bytes(b"old!")
+
+    def ioctl(fd, request, argument):
+        if not clones:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        os.pwrite(fd, old.read_bytes()[4096:], 4096)
+
+    class Full:
+        f_bavail, f_frsize = 2, 4096
+    monkeypatch.setattr(atomic.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(os, "statvfs", lambda folder: Full)
+    outcome = contextlib.nullcontext() if clones else pytest.raises(PyggmlError, match="28672 bytes needed, 8192 free")
+    with open(old, "rb") as f, outcome, atomic.replacing(path, 8 * 4096, copied=7 * 4096) as out:
+        out.write(b"h" * 4096)
+        out.copy(f.fileno(), 4096)
+    assert path.read_bytes() == (b"h" * 4096 + old.read_bytes()[4096:] if clones else b"old!") and len(list(tmp_path.iterdir())) == 2
 
 
 def test_disk_full_in_a_limited_process(tmp_path):

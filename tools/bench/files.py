@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where to write the model (default: the folder for temporary files)")
     parser.add_argument("--ggml", type=Path, metavar="FOLDER", help="where ggml's shared libraries are")
     parser.add_argument("--only", choices=("files", "data", "codecs"))
-    parser.add_argument("--rows", type=int, default=512, metavar="N", help=f"rows of {COLUMNS} weights that codecs take (default: %(default)s, 8 MB)")
+    parser.add_argument("--rows", type=int, default=4096, metavar="N", help=f"rows of {COLUMNS} weights that codecs take (default: %(default)s)")
     parser.add_argument("--types", type=lambda text: text.upper().split(","), default=[], metavar="NAME,...", help="codecs to measure (default: all)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
