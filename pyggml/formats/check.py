@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pyggml.formats import keys, numbers, render, show
-from pyggml.formats.tensorfile import OpaqueType, Tensor, TensorFile
+from pyggml.formats.tensorfile import PIECE, OpaqueType, Tensor, TensorFile
 from pyggml.formats.values import StringArray, printable
 
 LEVELS = ("parse", "validate", "load")
@@ -271,23 +271,24 @@ def _shape_text(t: Tensor, expected: tuple[Any, ...]) -> str:
 
 
 def values(file: TensorFile) -> Iterator[Finding]:
-    """NaN and infinity among weights and scales: the first of each tensor. Tensors are read side by side, small ones many at once."""
-    found, left = {}, iter(list(numbers.runs(file.tensors.values())))
+    """NaN and infinity among weights and scales: the first of each tensor. Large tensors are read side by side, small ones many at once."""
+    runs = list(numbers.runs(file.tensors.values()))
+    found, large = {}, iter([run[0] for run in runs if run[0].nbytes > PIECE])
 
     def take(_: int) -> None:
-        for run in left:
-            if len(run) > 1 and numbers.first_bad(numbers.span(run)) is None:
-                continue
-            for t in run:
-                if (bad := numbers.first_bad(t)) is not None:
-                    found[t.name] = bad
+        for t in large:
+            if (bad := numbers.first_bad(t)) is not None:
+                found[t.name] = bad
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         try:
             list(pool.map(take, range(threads)))
         finally:
-            list(left)                  # an error or Ctrl-C leaves nothing for the other threads
+            list(large)                 # an error or Ctrl-C leaves nothing for the other threads
+    for run in runs:                    # in this thread: the others would only wait for the interpreter
+        if run[0].nbytes <= PIECE:
+            found.update((t.name, bad) for t, bad in numbers.bad_ones(run))
     for t in file.tensors.values():
         if (bad := found.get(t.name)) is None or isinstance(t.type, OpaqueType):
             continue

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyggml.formats.tensorfile import PIECE, OpaqueType, Tensor
+from pyggml.formats.tensorfile import PIECE, OpaqueType, Tensor, swap
 from pyggml.native import ffi
 from pyggml.types import TensorType
 
@@ -61,28 +61,41 @@ class Bad(NamedTuple):
 
 
 def runs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in lists: together those of one type of plain numbers that lie one behind the other in a piece of a file, others alone."""
+    """The tensors in lists: together small ones of one type and size that lie at equal distances in a piece of a file, others alone."""
     run: list[Tensor] = []
     for t in tensors:
-        if run:
-            first, before = run[0], run[-1]
-            apart = t.offset - before.offset - before.nbytes
-            if (t.type is not first.type or t.source is not first.source or type(t) is not Tensor or type(first) is not Tensor
-                    or isinstance(first.type, OpaqueType) or first.type.block > 1 or not t.nbytes or not 0 <= apart < PIECE
-                    or t.offset + t.nbytes - first.offset > PIECE or (t.offset - first.offset) % first.type.bytes):
-                yield run
-                run = []
+        if run and not _continues(run, t):
+            yield run
+            run = []
         run.append(t)
     if run:
         yield run
 
 
-def span(run: list[Tensor]) -> Tensor:
-    """The bytes from the first tensor of a run to its last, what lies between included, as a tensor."""
-    first, last = run[0], run[-1]
-    assert not isinstance(first.type, OpaqueType)           # such a tensor is a run of its own
-    n = last.offset + last.nbytes - first.offset
-    return Tensor(first.source, first.name, first.type, (n // first.type.bytes,), first.offset, n, first.swapped)
+def _continues(run: list[Tensor], t: Tensor) -> bool:
+    first = run[0]
+    step = (run[1] if len(run) > 1 else t).offset - first.offset
+    return (t.type is first.type and t.nbytes == first.nbytes and t.source is first.source and type(t) is type(first) is Tensor
+            and not isinstance(t.type, OpaqueType) and t.offset == first.offset + step * len(run)
+            and 0 < t.nbytes <= step and t.offset + t.nbytes <= first.offset + PIECE)
+
+
+def bad_ones(run: list[Tensor]) -> Iterator[tuple[Tensor, Bad]]:
+    """Those of a run that hold a number that is not finite, each with its first."""
+    first = run[0]
+    if isinstance(first.type, OpaqueType):
+        return
+    if len(run) == 1:
+        bad = first_bad(first)
+        if bad is not None:
+            yield first, bad
+        return
+    step = run[1].offset - first.offset
+    data = first.source.array(first.offset, step * (len(run) - 1) + first.nbytes)
+    blocks = np.ascontiguousarray(np.lib.stride_tricks.as_strided(data, (len(run), first.nbytes), (step, 1))).reshape(-1)
+    found = _first_of_each(first.type, swap(first.type, blocks) if first.swapped else blocks, len(run))
+    for i in sorted(found):
+        yield run[i], found[i]
 
 
 def first_bad(tensor: Tensor) -> Bad | None:
@@ -91,10 +104,9 @@ def first_bad(tensor: Tensor) -> Bad | None:
         return None
     row, start = tensor.type, 0
     for piece in tensor.pieces():
-        found = [bad for bad in (_in_piece(row, piece, scale) for scale in _fields(row)) if bad]
+        found = _first_of_each(row, piece, 1)
         if found:
-            bad = min(found, key=lambda b: b.block)
-            return bad._replace(block=start + bad.block)
+            return found[0]._replace(block=start + found[0].block)
         start += piece.nbytes // row.bytes
     return None
 
@@ -104,22 +116,31 @@ def _fields(row: TensorType) -> tuple[Scale, ...]:
     return (Scale("scales", "spread", 0, 1),) if row.name == "IQ1_M" else scales(row)
 
 
-def _in_piece(row: TensorType, piece: np.ndarray, scale: Scale) -> Bad | None:
-    kind = scale.kind
-    if kind == "spread":
-        words = piece.view(row.layout)["scales"].view("<u2")
-        bits = (words[:, 0] >> 12) | (words[:, 1] >> 8 & 0x00F0) | (words[:, 2] >> 4 & 0x0F00) | (words[:, 3] & 0xF000)
-        kind = "f16"
-    else:
-        dtype = np.dtype(_EXPONENT[kind][0])
-        n = piece.nbytes // row.bytes
-        bits = np.ndarray((n, scale.width), dtype, piece, scale.offset, (row.bytes, dtype.itemsize))
-        if row.bytes == dtype.itemsize:
-            bits = bits.reshape(-1)
-    mask = bits.dtype.type(_EXPONENT[kind][1])
-    suspect = (bits & mask) == mask
-    if not suspect.any():
-        return None
-    first = int(np.argmax(suspect))
-    value = int(np.ravel(bits)[first])
-    return Bad(first // scale.width, scale.name, "NaN" if value & _MANTISSA[kind] else "infinity")
+def _first_of_each(row: TensorType, blocks: np.ndarray, parts: int) -> dict[int, Bad]:
+    """Of equal parts of `blocks`, uint8, the first block of each that has a number that is not finite."""
+    found: dict[int, Bad] = {}
+    for scale in _fields(row):
+        bits, kind = _bits(row, blocks, scale)
+        mask = bits.dtype.type(_EXPONENT[kind][1])
+        suspect = (bits & mask) == mask
+        if not suspect.any():
+            continue
+        suspect = suspect.reshape(parts, -1)
+        firsts = suspect.argmax(1)
+        for i in np.flatnonzero(suspect[np.arange(parts), firsts]).tolist():
+            first = int(firsts[i])
+            value = int(bits.flat[i * suspect.shape[1] + first])
+            bad = Bad(first // scale.width, scale.name, "NaN" if value & _MANTISSA[kind] else "infinity")
+            if i not in found or bad.block < found[i].block:
+                found[i] = bad
+    return found
+
+
+def _bits(row: TensorType, blocks: np.ndarray, scale: Scale) -> tuple[np.ndarray, str]:
+    """A field of all blocks as integers, and the C type of its numbers."""
+    if scale.kind == "spread":
+        words = blocks.view(row.layout)["scales"].view("<u2")
+        return (words[:, 0] >> 12) | (words[:, 1] >> 8 & 0x00F0) | (words[:, 2] >> 4 & 0x0F00) | (words[:, 3] & 0xF000), "f16"
+    dtype = np.dtype(_EXPONENT[scale.kind][0])
+    bits = np.ndarray((blocks.nbytes // row.bytes, scale.width), dtype, blocks, scale.offset, (row.bytes, dtype.itemsize))
+    return bits.reshape(-1) if row.bytes == dtype.itemsize else bits, scale.kind
