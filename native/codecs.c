@@ -3,7 +3,8 @@
 // past the caches.
 #include "engine.h"
 
-enum { STRIP = 512, AHEAD = 2048 };     // floats: whole blocks of every type, and at least a line of their bytes; bytes to read ahead of a strip
+// floats: whole blocks of every type, whose bytes are a line at least and no more than the floats'; bytes to read ahead of a strip
+enum { STRIP = 512, AHEAD = 2048 };
 
 // Asks for `bytes` to be read or, with 1, to be written.
 #define FETCH(from, bytes, write) \

@@ -138,7 +138,7 @@ extern const kernel_table *kernels;     // the selected ISA's
 // AVX-512 (Zen 3); Zen 4 reads at full speed by itself.
 // slow_bf16: a vector's dot products of bf16 take longer than the same in floats (five times an FMA on Sapphire Rapids, once on Zen 4).
 // fetch_stores: a store that finds its line in the first cache is a fifth faster where memory is the limit (Intel); on a Zen 3 asking for the
-// line costs up to a fifth, and there stream_stores writes what no cache holds 1.4 to 1.6 times as fast.
+// line costs up to a fifth, and there stream_stores writes what no cache holds 1.25 to 1.7 times as fast.
 extern int fetch_streams, slow_bf16, fetch_stores, stream_stores;
 
 // Whether a worker claims its next chunk before it begins with one, to fetch from there at its end: where there are plenty to share out.
