@@ -12,12 +12,12 @@ enum { STRIP = 512, AHEAD = 2048 };
 
 // ---- results that leave past the caches --------------------------------------------------------------------------------------------
 
-// Strips are made in `strip`, aligned as vectors like it, and go to `to` in whole lines of memory, which is not read before it is written so;
-// bytes that do not fill a line wait before the next strip.
+// Strips are made behind the first line of `room`, aligned as vectors like it, and go to `to` in whole lines of memory, which is not read before
+// it is written so; bytes that do not fill a line wait before the next strip.
 typedef struct {
     char *to;
-    int64_t before, waiting;    // bytes to the first line's start, until they are written; bytes before `strip`
-    _Alignas(LINE) char line[LINE], strip[STRIP * sizeof(float)];
+    int64_t before, waiting;    // bytes to the first line's start, until they are written; bytes before the strip
+    _Alignas(LINE) char room[LINE + STRIP * sizeof(float)];
 } outlet;
 
 static void outlet_open(outlet *o, void *dst) {
@@ -25,17 +25,19 @@ static void outlet_open(outlet *o, void *dst) {
     o->before = -(uintptr_t)dst % LINE;
     o->waiting = 0;
 }
+static char *outlet_strip(outlet *o) { return o->room + LINE; }
 static void outlet_pass(outlet *o, int64_t bytes) {
-    const char *from = o->strip - o->waiting, *end = o->strip + bytes;
+    char *strip = outlet_strip(o);
+    const char *from = strip - o->waiting, *end = strip + bytes;
     memcpy(o->to, from, o->before);
     o->to += o->before, from += o->before, o->before = 0;
     int64_t whole = (end - from) / LINE * LINE;
     kernels->stream(whole, from, o->to);
     o->to += whole, o->waiting = end - from - whole;
-    memmove(o->strip - o->waiting, end - o->waiting, o->waiting);
+    memmove(strip - o->waiting, end - o->waiting, o->waiting);
 }
 static void outlet_close(outlet *o) {
-    memcpy(o->to, o->strip - o->waiting, o->waiting);
+    memcpy(o->to, outlet_strip(o) - o->waiting, o->waiting);
 #if defined __x86_64__
     __builtin_ia32_sfence();    // such stores keep no order with the one that tells another thread of them
 #endif
@@ -60,7 +62,7 @@ int pyg_dequantize(int type, int64_t n, const void *src, float *dst, int stream)
         const int64_t strip = n < STRIP ? n : STRIP;
         if (stream) {
             FETCH(from + AHEAD, bytes, 0);
-            kernels->dequantize[type](strip, from, (float *)o.strip);
+            kernels->dequantize[type](strip, from, (float *)outlet_strip(&o));
             outlet_pass(&o, strip * sizeof *dst);
         } else {
             if (n > 3 * STRIP) FETCH(dst + 2 * STRIP, STRIP * sizeof *dst, 1);
@@ -93,7 +95,7 @@ static int quantize_strips(int type, int64_t n, const float *src, char *dst, int
     outlet_open(&o, dst);
     for (; n > 0; n -= STRIP, src += STRIP, dst += bytes) {
         const int64_t strip = n < STRIP ? n : STRIP;
-        void *to = stream ? o.strip : dst;
+        void *to = stream ? outlet_strip(&o) : dst;
         if (stream) FETCH((const char *)src + AHEAD, STRIP * sizeof *src, 0);
         else if (fetch_stores && n >= 2 * STRIP) FETCH(dst + bytes, bytes, 1);
         if (checked && kernels->quantize_finite[type]) {
